@@ -1,0 +1,1 @@
+"""Records, readers, mixtures, packing and collation."""

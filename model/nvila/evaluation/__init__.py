@@ -1,0 +1,1 @@
+"""Tasks, scorers, comparison and the gate."""

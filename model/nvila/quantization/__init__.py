@@ -1,0 +1,1 @@
+"""Smaller weights and activations, saved and loaded without executable code."""

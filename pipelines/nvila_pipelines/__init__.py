@@ -1,0 +1,1 @@
+"""What people run: the nvila command, the steps and the pipelines that wire them."""

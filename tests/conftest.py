@@ -1,0 +1,76 @@
+"""Fixtures and switches that every test folder shares."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+GoldenCheck = Callable[[str, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("nvila")
+    group.addoption("--update-golden", action="store_true", help="rewrite tests/golden from what the code says now")
+    group.addoption("--slow", action="store_true", help="also run tests longer than ten seconds")
+    group.addoption("--cluster", action="store_true", help="also run tests that need a Kubernetes cluster")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = _skip_reasons(config, {mark.name for item in items for mark in item.iter_markers()})
+    for item in items:
+        for name, reason in reasons.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _skip_reasons(config: pytest.Config, used: set[str]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    if "gpu" in used and not _has_gpu():
+        reasons["gpu"] = "needs a CUDA device, this machine has none"
+    if not config.getoption("--slow"):
+        reasons["slow"] = "longer than ten seconds: run with --slow, or make test-all"
+    if not config.getoption("--cluster"):
+        reasons["cluster"] = "needs a Kubernetes cluster: run with --cluster and KUBECONFIG set"
+    elif not os.environ.get("KUBECONFIG"):
+        reasons["cluster"] = "--cluster was given but KUBECONFIG is not set"
+    return reasons
+
+
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> GoldenCheck:
+    """Compare text with tests/golden/<name>; `--update-golden` writes the file instead.
+
+    Scrub versions, times and paths before the call: a golden file holds only what a reader would want to review.
+    """
+    update = bool(request.config.getoption("--update-golden"))
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        if not path.exists():
+            pytest.fail(f"tests/golden/{name} does not exist; write it with: make golden", pytrace=False)
+        expected = path.read_text(encoding="utf-8")
+        if text != expected:
+            lines = difflib.unified_diff(
+                expected.splitlines(), text.splitlines(), f"tests/golden/{name}", "what the code says now", lineterm=""
+            )
+            diff = "\n".join(lines) or "(only the line endings or the last newline differ)"
+            pytest.fail(f"{diff}\n\nIf this change is meant, accept it with: make golden", pytrace=False)
+
+    return check
