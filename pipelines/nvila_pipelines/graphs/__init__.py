@@ -1,0 +1,1 @@
+"""Pipeline graphs: they only wire components."""
