@@ -106,13 +106,16 @@ def open_store(settings: Settings) -> ArtifactStore:
 def reuse(store: ArtifactStore, step: str, key: str, reporter: Reporter = SILENT) -> ArtifactRef | None:
     """Return the finished and sound artifact of this key, or None when the work has to be done.
 
-    A damaged artifact is named in a notice and moved aside, so that the caller simply does the work again.
+    A damaged artifact is named in a notice and moved aside, so that the caller simply does the work again. Work that
+    finished but was not published, because the process died in between, is published now.
     """
     try:
         ref = store.lookup(step, key)
         if ref is not None:
             store.fetch(ref)
-        return ref
+            return ref
+        directory = store.work_dir(step, key)
+        return store.publish(directory) if read_manifest(directory) is not None else None
     except ArtifactError as e:
         reporter.notice(f"{step}: {e.message}; moved aside, doing it again")
         store.discard(ArtifactRef(step=step, key=key, digest="", uri=""), e.message)

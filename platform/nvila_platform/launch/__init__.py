@@ -1,0 +1,6 @@
+"""Starting the processes of a step: on this machine, or as a job of a cluster, behind one interface."""
+
+from nvila_platform.launch.launcher import Launcher
+from nvila_platform.launch.local import LocalLauncher
+
+__all__ = ["Launcher", "LocalLauncher"]

@@ -1,0 +1,104 @@
+"""The process that a launcher starts: runs a module, dies with its parent, hands typed errors back.
+
+A wrapper and not a `preexec_fn`: between fork and exec no Python code is safe while other threads run, and the
+launching process has such threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Sequence
+
+from nvila.errors import InfrastructureError, NvilaError
+from nvila_platform.settings import error_file
+
+RAISED = "raised"
+KILLED = "killed"
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run a module as `__main__` with a parent to die with.
+
+    Args:
+        argv: Process id of the parent (0 when unknown), name of the signal to get when it dies, module, and the
+            module's own arguments, which are passed on untouched.
+
+    Raises:
+        SystemExit: The module raised a typed error, or ended by itself with a code.
+    """
+    parent, death_signal, module, *args = argv
+    die_with_parent(signal.Signals[death_signal], int(parent))
+    sys.argv = [module, *args]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except NvilaError as e:
+        leave_error(e)
+        raise SystemExit(e.exit_code) from e
+    except Exception as e:
+        killed = _killed_worker(e)
+        if killed is not None:
+            leave_error(killed, KILLED)
+        raise
+
+
+def die_with_parent(death_signal: signal.Signals, parent: int) -> None:
+    """Ask the kernel for a signal when the parent dies; end at once when it is dead already.
+
+    Args:
+        death_signal: What this process gets.
+        parent: Expected parent, or 0 to skip the check for one that died before this call.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+    if parent and os.getppid() != parent:
+        raise SystemExit(f"the launching process {parent} is gone")
+
+
+def leave_error(error: NvilaError, cause: str = RAISED) -> None:
+    """Leave an error for the launcher; the first of several processes wins, the rest only followed it down."""
+    sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    path = error_file()
+    if path is None:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # The error is on standard error already; a full disk must not replace it with another one.
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(error.to_dict() | {"cause": cause}), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
+
+
+def _killed_worker(error: Exception) -> NvilaError | None:
+    # torchrun's ChildFailedError, recognised by shape: this module must start without importing torch.
+    failures = getattr(error, "failures", None)
+    if type(error).__name__ != "ChildFailedError" or not isinstance(failures, dict):
+        return None
+    codes = {rank: int(failure.exitcode) for rank, failure in failures.items()}
+    # SIGTERM is how torchrun itself stops the ranks that outlive a failed one.
+    for rank, code in sorted(codes.items(), key=lambda item: item[1] == -signal.SIGTERM):
+        if code < 0:
+            return killed_error(f"rank {rank}", -code)
+    return None
+
+
+def killed_error(what: str, number: int) -> InfrastructureError:
+    """Describe a process that was ended by a signal."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    cause = "often: out of memory; " if number == signal.SIGKILL else ""
+    return InfrastructureError(f"{what} was killed by {name}", f"{cause}run it again to resume")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,129 @@
+"""Processes on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nvila.errors import ConfigError, NvilaError, error_from_dict
+from nvila_platform.artifacts import storage_errors
+from nvila_platform.launch.child import RAISED, killed_error
+from nvila_platform.settings import ERROR_FILE
+
+_CHILD = "nvila_platform.launch.child"
+_LOOPBACK = "127.0.0.1"
+_TAIL_LINES = 20
+_TAIL_BYTES = 16_384
+_STOP_TIMEOUT_S = 10.0
+_GROUP_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LocalLauncher:
+    """Runs a module in processes of this machine that die with this process."""
+
+    def run(
+        self, module: str, args: Sequence[str], *, num_processes: int, env: Mapping[str, str], log_path: Path
+    ) -> None:
+        """Run a module to its end; see `Launcher.run`.
+
+        Raises:
+            NvilaError: The module failed. Without a typed error, the hint holds the log's last lines.
+            InfrastructureError: A process was killed; the message names the signal.
+        """
+        if num_processes < 1:
+            raise ConfigError(f"num_processes={num_processes} is not a number of processes", "use 1 or more")
+        with storage_errors(log_path):
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            log = log_path.open("ab")
+        with log, tempfile.TemporaryDirectory(prefix="nvila-launch-") as scratch:
+            start = log.tell()
+            error_path = Path(scratch) / "error.json"
+            environment = _environment(env, num_processes) | {ERROR_FILE: str(error_path)}
+            code = _run(_command(module, args, num_processes), environment, log.fileno())
+            if code != 0:
+                raise _failure(module, code, error_path, log_path, start)
+
+
+def _command(module: str, args: Sequence[str], num_processes: int) -> list[str]:
+    child = [sys.executable, "-m", _CHILD, str(os.getpid())]
+    if num_processes == 1:
+        return [*child, "SIGKILL", module, *args]
+    # The agent gets SIGTERM, so that it can take its workers along; the workers watch the agent in turn.
+    agent = [*child, "SIGTERM", "torch.distributed.run", "--standalone", f"--local-addr={_LOOPBACK}"]
+    return [*agent, f"--nproc-per-node={num_processes}", "-m", _CHILD, "0", "SIGKILL", module, *args]
+
+
+def _environment(env: Mapping[str, str], num_processes: int) -> dict[str, str]:
+    # This process may itself be one rank of a larger group; the child starts its own.
+    inherited = {name: value for name, value in os.environ.items() if name not in _GROUP_VARIABLES}
+    defaults = {
+        # The working folder is not a place to import from: a folder named docker/ would shadow the SDK.
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
+    }
+    environment = defaults | inherited | dict(env)
+    if num_processes == 1:
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(_free_port())}
+    return environment
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
+    process = subprocess.Popen(
+        command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+    )
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _failure(module: str, code: int, error_path: Path, log_path: Path, start: int) -> NvilaError:
+    left = _left_by_child(error_path)
+    if left.get("cause") == RAISED:
+        return error_from_dict(left)
+    if left:
+        error = error_from_dict(left)
+    elif code < 0:
+        error = killed_error(module, -code)
+    else:
+        error = NvilaError(f"{module} failed with exit code {code}")
+    hint = "; ".join(filter(None, (error.hint, f"log: {log_path}")))
+    return type(error)(error.message, hint + _tail(log_path, start))
+
+
+def _left_by_child(error_path: Path) -> dict[str, str]:
+    try:
+        left = json.loads(error_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(value) for name, value in left.items()} if isinstance(left, dict) else {}
+
+
+def _tail(log_path: Path, start: int) -> str:
+    """Return the last lines that this run wrote, ready to follow a hint."""
+    with log_path.open("rb") as log:
+        end = log.seek(0, os.SEEK_END)
+        log.seek(max(start, end - _TAIL_BYTES))
+        lines = log.read().decode("utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    return "".join(f"\n{line}" for line in lines)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        return int(probe.getsockname()[1])
