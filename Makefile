@@ -44,6 +44,7 @@ imports: setup
 
 charts: setup
 	@$(BIN)/python scripts/tools.py
+	@$(BIN)/python scripts/chart_docs.py --check
 	@for chart in charts/*/Chart.yaml; do $(HELM) lint --strict --quiet "$${chart%/Chart.yaml}" || exit 1; done
 
 docs-check: setup
@@ -53,8 +54,9 @@ format: setup ## Format the code and fix what ruff can fix
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: setup ## Regenerate the generated pages of docs/
+docs: setup ## Regenerate the generated pages of docs/ and the charts' tables of values
 	@$(BIN)/python scripts/check_docs.py --write
+	@$(BIN)/python scripts/chart_docs.py
 
 golden: setup ## Accept what the code says now as tests/golden (review the diff)
 	@$(BIN)/pytest --update-golden $(ARGS)
