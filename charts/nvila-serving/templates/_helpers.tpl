@@ -1,0 +1,130 @@
+{{/*
+Chart name, or what replaces it.
+*/}}
+{{- define "nvila-serving.name" -}}
+{{- default .Chart.Name .Values.nameOverride }}
+{{- end }}
+
+{{/*
+Name of every resource, of the InferenceService and so of the model in requests.
+
+KServe labels pods with `isvc.<name>-predictor`, and a label value holds 63 characters: 48 are left. A longer name is
+refused instead of cut, because two long names could be cut to the same one.
+*/}}
+{{- define "nvila-serving.fullname" -}}
+{{- $name := include "nvila-serving.name" . }}
+{{- $full := printf "%s-%s" .Release.Name $name }}
+{{- if contains $name .Release.Name }}
+{{- $full = .Release.Name }}
+{{- end }}
+{{- $full = default $full .Values.fullnameOverride }}
+{{- if gt (len $full) 48 }}
+{{- fail (printf "name %q has %d characters, at most 48 fit into KServe's labels: set fullnameOverride" $full (len $full)) }}
+{{- end }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $full) }}
+{{- fail (printf "name %q must start with a letter and hold only a-z, 0-9 and -: set fullnameOverride" $full) }}
+{{- end }}
+{{- $full }}
+{{- end }}
+
+{{/*
+Labels that never change between versions of a release.
+*/}}
+{{- define "nvila-serving.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "nvila-serving.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{/*
+Labels of resources whose labels reach the pods. No chart version here: it would restart every pod on an upgrade that
+changes nothing else.
+*/}}
+{{- define "nvila-serving.podLabels" -}}
+{{ include "nvila-serving.selectorLabels" . }}
+app.kubernetes.io/part-of: nvila
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/*
+Labels of every other resource.
+*/}}
+{{- define "nvila-serving.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{ include "nvila-serving.podLabels" . }}
+{{- end }}
+
+{{/*
+Labels that KServe itself puts on the pods of the InferenceService.
+*/}}
+{{- define "nvila-serving.predictorLabels" -}}
+serving.kserve.io/inferenceservice: {{ include "nvila-serving.fullname" . }}
+component: predictor
+{{- end }}
+
+{{/*
+Image reference: by digest where one is given, otherwise by tag.
+*/}}
+{{- define "nvila-serving.image" -}}
+{{- if eq .Values.image.tag "latest" }}
+{{- fail "image.tag \"latest\" names another image tomorrow: give a version, or set image.digest" }}
+{{- end }}
+{{- $registry := default .Values.global.imageRegistry .Values.image.registry }}
+{{- $path := .Values.image.repository }}
+{{- if $registry }}
+{{- $path = printf "%s/%s" $registry $path }}
+{{- end }}
+{{- if .Values.image.digest }}
+{{- printf "%s@%s" $path .Values.image.digest }}
+{{- else }}
+{{- printf "%s:%s" $path (default .Chart.AppVersion .Values.image.tag) }}
+{{- end }}
+{{- end }}
+
+{{/*
+Pull secrets of the chart and of its umbrella, as a YAML list; empty when there are none.
+*/}}
+{{- define "nvila-serving.imagePullSecrets" -}}
+{{- range concat .Values.global.imagePullSecrets .Values.imagePullSecrets | uniq }}
+- name: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/*
+Name of the service account. Secrets hang on an account that this chart makes: on a foreign one they would be ignored.
+*/}}
+{{- define "nvila-serving.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "nvila-serving.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- if .Values.serviceAccount.secrets }}
+{{- fail "serviceAccount.secrets needs serviceAccount.create: add the secrets to your own account, or let the chart make one" }}
+{{- end }}
+{{- default "default" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{/*
+Security context of a container: the `restricted` pod security standard with a read-only root.
+*/}}
+{{- define "nvila-serving.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{/*
+Security context of a pod.
+*/}}
+{{- define "nvila-serving.podSecurityContext" -}}
+{{ toYaml .Values.podSecurityContext }}
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
