@@ -1,0 +1,360 @@
+"""What charts/nvila-serving renders, by the real helm, over a matrix of values."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from tests.charts.conftest import Document
+    from tests.charts.crd_validation import CrdSchemas
+
+    Render = Callable[..., list[Document]]
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts" / "nvila-serving"
+DIGEST = "sha256:" + "0a" * 32
+# The oldest version that the chart admits and the newest one known.
+KUBERNETES = ("1.30", "1.37")
+KSERVE_KINDS = {"InferenceService", "ServingRuntime"}
+BUILT_IN_KINDS = {"NetworkPolicy", "PodDisruptionBudget", "ServiceAccount", "Pod"}
+
+MATRIX: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "serving_matrix.yaml").read_text("utf-8"))
+each_row = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
+
+
+def by_kind(documents: list[Document], kind: str) -> Document:
+    return next(document for document in documents if document["kind"] == kind)
+
+
+def serving_pod(documents: list[Document]) -> Document:
+    """Return the pod that KServe makes of the two resources, as far as the chart decides it."""
+    runtime = by_kind(documents, "ServingRuntime")["spec"]
+    service = by_kind(documents, "InferenceService")
+    own = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "annotations"}
+    predictor = {key: value for key, value in service["spec"]["predictor"].items() if key not in own}
+    labels = {
+        **service["metadata"]["labels"],
+        "app": f"isvc.{service['metadata']['name']}-predictor",
+        "component": "predictor",
+        "serving.kserve.io/inferenceservice": service["metadata"]["name"],
+    }
+    pulls = {key: runtime[key] for key in ("imagePullSecrets",) if key in runtime}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "serving", "labels": labels},
+        "spec": {**predictor, **pulls, "containers": runtime["containers"], "volumes": runtime["volumes"]},
+    }
+
+
+def all_pods(documents: list[Document]) -> list[Document]:
+    return [serving_pod(documents), *(document for document in documents if document["kind"] == "Pod")]
+
+
+def container_of(documents: list[Document]) -> Document:
+    container: Document = by_kind(documents, "ServingRuntime")["spec"]["containers"][0]
+    return container
+
+
+@cache
+def validate_built_in(document: str) -> None:
+    """Validate a document, as JSON: most rows of the matrix make many that were already seen."""
+    for version in KUBERNETES:
+        kubernetes_validate.validate(json.loads(document), version, strict=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Everything that renders is valid
+
+
+@each_row
+def test_built_in_resources_are_valid_for_the_oldest_and_newest_kubernetes(
+    render: Render, values: dict[str, Any]
+) -> None:
+    documents = render(CHART, values)
+    built_in = [document for document in documents if document["kind"] in BUILT_IN_KINDS]
+    assert len(built_in) + len(KSERVE_KINDS) == len(documents)
+    for document in built_in:
+        validate_built_in(json.dumps(document))
+
+
+@each_row
+def test_the_pod_that_kserve_makes_of_the_chart_is_valid(render: Render, values: dict[str, Any]) -> None:
+    # The definitions below describe a pod too, but only built-in validation knows all of its rules.
+    validate_built_in(json.dumps(serving_pod(render(CHART, values))))
+
+
+@each_row
+def test_kserve_resources_match_their_definitions(render: Render, crds: CrdSchemas, values: dict[str, Any]) -> None:
+    documents = [document for document in render(CHART, values) if document["kind"] in KSERVE_KINDS]
+    assert {document["kind"] for document in documents} == KSERVE_KINDS
+    for document in documents:
+        assert crds.errors(document) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("InferenceService", {"minReplica": 1}, "'minReplica' was unexpected"),
+        ("InferenceService", {"maxReplicas": "four"}, "maxReplicas: 'four' is not of type 'integer'"),
+        ("InferenceService", {"scaleMetric": "gpu"}, "scaleMetric: 'gpu' is not one of"),
+        ("ServingRuntime", {"container": []}, "'container' was unexpected"),
+        ("ServingRuntime", {"containers": [{"image": "x"}]}, "'name' is a required property"),
+    ],
+)
+def test_validation_itself_finds_mistakes(
+    render: Render, crds: CrdSchemas, kind: str, change: dict[str, Any], said: str
+) -> None:
+    document = json.loads(json.dumps(by_kind(render(CHART), kind)))
+    spec = document["spec"]
+    (spec["predictor"] if kind == "InferenceService" else spec).update(change)
+    assert any(said in error for error in crds.errors(document)), crds.errors(document)
+
+
+def test_validation_of_built_in_resources_finds_mistakes(render: Render) -> None:
+    budget = by_kind(render(CHART), "PodDisruptionBudget")
+    misspelt = {**budget, "spec": {**budget["spec"], "maxUnavailabel": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="maxUnavailabel"):
+        validate_built_in(json.dumps(misspelt))
+
+
+def test_validation_does_not_pass_a_kind_that_it_does_not_know(crds: CrdSchemas) -> None:
+    with pytest.raises(LookupError, match="no definition of example"):
+        crds.errors({"apiVersion": "example.com/v1", "kind": "Eye"})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy
+
+
+@each_row
+def test_containers_are_locked_down(render: Render, values: dict[str, Any]) -> None:
+    for pod in all_pods(render(CHART, values)):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+        assert all(volume.keys() <= {"name", "emptyDir"} for volume in spec.get("volumes", []))
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "runAsNonRoot": True,
+                "capabilities": {"drop": ["ALL"]},
+                "seccompProfile": {"type": "RuntimeDefault"},
+            }
+            assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+            assert "memory" in container["resources"]["limits"]
+            assert re.search(r"(:[^:/@]+|@sha256:[0-9a-f]{64})$", container["image"]), container["image"]
+            assert not container["image"].endswith(":latest")
+
+
+@each_row
+def test_server_is_probed_on_its_own_port(render: Render, values: dict[str, Any]) -> None:
+    container = container_of(render(CHART, values))
+    port = container["ports"][0]["containerPort"]
+    for probe, path in {
+        "startupProbe": "/v2/health/ready",
+        "readinessProbe": "/v2/health/ready",
+        "livenessProbe": "/v2/health/live",
+    }.items():
+        assert container[probe]["httpGet"] == {"path": path, "port": port}
+        assert container[probe].keys() == {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}
+    assert container["args"][container["args"].index("--port") + 1] == str(port)
+
+
+@each_row
+def test_every_resource_is_labelled_and_named_within_the_limits(render: Render, values: dict[str, Any]) -> None:
+    for document in render(CHART, values):
+        metadata = document["metadata"]
+        assert metadata["namespace"] == "models"
+        assert metadata["labels"]["app.kubernetes.io/instance"] == "demo"
+        assert metadata["labels"]["app.kubernetes.io/managed-by"] == "Helm"
+        assert len(metadata["name"]) <= 63
+        # KServe labels pods with this.
+        if document["kind"] == "InferenceService":
+            assert len(f"isvc.{metadata['name']}-predictor") <= 63
+
+
+@each_row
+def test_selectors_find_the_pods_that_kserve_makes(render: Render, values: dict[str, Any]) -> None:
+    documents = render(CHART, values)
+    pod = serving_pod(documents)
+    selectors = [
+        document["spec"][key]["matchLabels"]
+        for kind, key in (("NetworkPolicy", "podSelector"), ("PodDisruptionBudget", "selector"))
+        for document in documents
+        if document["kind"] == kind
+    ]
+    selectors += [
+        constraint["labelSelector"]["matchLabels"]
+        for constraint in pod["spec"]["topologySpreadConstraints"]
+        if "labelSelector" in constraint
+    ]
+    for selector in selectors:
+        assert selector.items() <= pod["metadata"]["labels"].items()
+        # The test pod shares the release's labels; it must be neither isolated nor counted.
+        assert "serving.kserve.io/inferenceservice" in selector
+
+
+def test_an_upgrade_of_the_chart_alone_restarts_no_pod(render: Render) -> None:
+    labels = by_kind(render(CHART), "InferenceService")["metadata"]["labels"]
+    assert not {"helm.sh/chart", "app.kubernetes.io/version"} & labels.keys()
+
+
+def test_budget_has_a_name_that_kserve_leaves_alone(render: Render) -> None:
+    documents = render(CHART)
+    service = by_kind(documents, "InferenceService")["metadata"]["name"]
+    assert by_kind(documents, "PodDisruptionBudget")["metadata"]["name"] != f"{service}-predictor"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What single values do
+
+
+def test_server_gets_the_command_line_of_the_image(render: Render) -> None:
+    container = container_of(render(CHART, MATRIX["server"]))
+    assert container["name"] == "kserve-container"
+    assert container["command"] == ["nvila"]
+    model, address, name = ["--model-dir", "/mnt/models"], ["--host", "0.0.0.0"], ["--name", "{{.Name}}"]
+    assert container["args"] == ["serve", *model, *address, "--port", "9090", *name, "--max-queue", "8"]
+
+
+@pytest.mark.parametrize(
+    ("row", "image"),
+    [
+        ("defaults", "nvila/serve:0.1.0"),
+        ("by-tag", "team/nvila-serve:1.2.3"),
+        ("by-digest", f"registry.example.com:5000/nvila/serve@{DIGEST}"),
+        ("umbrella", "mirror.example.com/nvila/serve:0.1.0"),
+    ],
+)
+def test_image_reference(render: Render, row: str, image: str) -> None:
+    assert {c["image"] for pod in all_pods(render(CHART, MATRIX[row])) for c in pod["spec"]["containers"]} == {image}
+
+
+def test_default_tag_is_the_version_of_the_package() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    source = (ROOT / "model" / "nvila" / "_version.py").read_text(encoding="utf-8")
+    assert f'"{chart["appVersion"]}"' in source
+
+
+def test_pull_secrets_reach_every_place_once(render: Render) -> None:
+    documents = render(CHART, MATRIX["pull-secrets"])
+    expected = [{"name": "shared"}, {"name": "own"}]
+    assert by_kind(documents, "ServingRuntime")["spec"]["imagePullSecrets"] == expected
+    assert by_kind(documents, "ServiceAccount")["imagePullSecrets"] == expected
+    assert by_kind(documents, "Pod")["spec"]["imagePullSecrets"] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "scaling", "predictor"),
+    [
+        ("defaults", "hpa", {"minReplicas": 1, "maxReplicas": 4, "scaleMetric": "cpu", "scaleTarget": 80}),
+        ("memory-scaling", "hpa", {"minReplicas": 2, "maxReplicas": 2, "scaleMetric": "memory", "scaleTarget": 70}),
+        ("everything-off", "none", {"minReplicas": 3, "maxReplicas": 3}),
+    ],
+)
+def test_autoscaling_uses_the_fields_of_the_inference_service(
+    render: Render, row: str, scaling: str, predictor: dict[str, Any]
+) -> None:
+    service = by_kind(render(CHART, MATRIX[row]), "InferenceService")
+    annotations = service["metadata"]["annotations"]
+    assert annotations["serving.kserve.io/deploymentMode"] == "Standard"
+    assert annotations["serving.kserve.io/autoscalerClass"] == scaling
+    keys = ("minReplicas", "maxReplicas", "scaleMetric", "scaleTarget")
+    assert {key: service["spec"]["predictor"][key] for key in keys if key in service["spec"]["predictor"]} == predictor
+
+
+@pytest.mark.parametrize(
+    ("row", "made", "used"),
+    [
+        ("defaults", "demo-nvila-serving", "demo-nvila-serving"),
+        ("named-account", "nvila-eyes", "nvila-eyes"),
+        ("foreign-account", None, "team-serving"),
+        ("everything-off", None, "default"),
+    ],
+)
+def test_service_account(render: Render, row: str, made: str | None, used: str) -> None:
+    documents = render(CHART, MATRIX[row])
+    accounts = [document["metadata"]["name"] for document in documents if document["kind"] == "ServiceAccount"]
+    assert accounts == ([made] if made else [])
+    assert by_kind(documents, "InferenceService")["spec"]["predictor"]["serviceAccountName"] == used
+
+
+def test_model_and_its_credentials(render: Render) -> None:
+    documents = render(CHART, MATRIX["s3"])
+    model = by_kind(documents, "InferenceService")["spec"]["predictor"]["model"]
+    runtime = by_kind(documents, "ServingRuntime")
+    (offered,) = runtime["spec"]["supportedModelFormats"]
+    assert model["storageUri"] == "s3://nvila/artifacts/quantize/0123"
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["modelFormat"] == {"name": offered["name"], "version": offered["version"]}
+    assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    assert offered["autoSelect"] is False
+    account = by_kind(documents, "ServiceAccount")
+    assert account["secrets"] == [{"name": "nvila-storage"}]
+    assert account["metadata"]["annotations"] == {"example.com/role": "reader"}
+
+
+@pytest.mark.parametrize(
+    ("row", "sources", "egress_ports"),
+    [
+        ("defaults", ["test", "same", "kserve,envoy-gateway-system,monitoring"], [[53, 53], [443, 9000]]),
+        ("closed-network", ["test", "gateway"], [[53, 53], [8333], []]),
+        ("isolated-network", ["test", "same"], [[53, 53]]),
+    ],
+)
+def test_network_policy(render: Render, row: str, sources: list[str], egress_ports: list[list[int]]) -> None:
+    spec = by_kind(render(CHART, MATRIX[row]), "NetworkPolicy")["spec"]
+
+    def name(peer: Document) -> str:
+        if "namespaceSelector" in peer:
+            return ",".join(peer["namespaceSelector"]["matchExpressions"][0]["values"])
+        return str(peer["podSelector"].get("matchLabels", {}).get("app.kubernetes.io/component", "same"))
+
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert [name(peer) for peer in spec["ingress"][0]["from"]] == sources
+    assert [[port["port"] for port in rule.get("ports", [])] for rule in spec["egress"]] == egress_ports
+
+
+def test_connections_drain_before_the_server_stops(render: Render) -> None:
+    documents = render(CHART, MATRIX["server"])
+    assert container_of(documents)["lifecycle"] == {"preStop": {"sleep": {"seconds": 10}}}
+    assert by_kind(documents, "InferenceService")["spec"]["predictor"]["terminationGracePeriodSeconds"] == 120
+    assert "lifecycle" not in container_of(render(CHART, MATRIX["everything-off"]))
+
+
+def test_labels_and_annotations_of_the_user_are_added(render: Render) -> None:
+    documents = render(CHART, MATRIX["labels"])
+    assert {document["metadata"]["labels"]["team"] for document in documents} == {"vision"}
+    assert by_kind(documents, "InferenceService")["spec"]["predictor"]["annotations"] == {"example.com/cost": "eyes"}
+
+
+@pytest.mark.parametrize(
+    ("release", "values", "name"),
+    [
+        ("demo", {}, "demo-nvila-serving"),
+        ("nvila-serving", {}, "nvila-serving"),
+        ("demo", {"nameOverride": "eyes"}, "demo-eyes"),
+        ("demo", {"fullnameOverride": "eyes"}, "eyes"),
+    ],
+)
+def test_resource_names(render: Render, release: str, values: dict[str, Any], name: str) -> None:
+    assert by_kind(render(CHART, values, release), "InferenceService")["metadata"]["name"] == name
+
+
+def test_the_default_render(render: Render, golden: Callable[[str, str], None]) -> None:
+    text = yaml.safe_dump_all(render(CHART), sort_keys=False, width=120)
+    golden("charts/nvila-serving.yaml", re.sub(r"\b0\.1\.0\b", "VERSION", text))
