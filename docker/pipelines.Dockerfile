@@ -1,0 +1,68 @@
+# The image of every pipeline component: curate, train, quantize, evaluate, register.
+#
+#   docker build -f docker/pipelines.Dockerfile -t nvila/pipelines:0.1.0 --build-arg VERSION=0.1.0 .
+#
+# Without a GPU, a much smaller torch:
+#   --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+ARG BASE_IMAGE=python:3.11-slim
+
+# ---- Dependencies alone. This stage does not see the source, so its large layer changes only with the pins.
+FROM ${BASE_IMAGE} AS dependencies
+ARG EXTRAS=quickstart
+ARG PIP_EXTRA_INDEX_URL=""
+ENV PIP_CONSTRAINT=/src/constraints.txt \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+COPY pyproject.toml constraints.txt ./
+# Empty packages are enough for pip to resolve the project's extras.
+RUN mkdir -p model/nvila pipelines/nvila_pipelines platform/nvila_platform \
+    && touch README.md LICENSE \
+        model/nvila/__init__.py pipelines/nvila_pipelines/__init__.py platform/nvila_platform/__init__.py \
+    && echo '__version__ = "0"' > model/nvila/_version.py \
+    && python -m venv /opt/nvila \
+    && /opt/nvila/bin/pip install --no-cache-dir ".[${EXTRAS}]" \
+    && /opt/nvila/bin/pip uninstall --yes nvila
+
+# ---- The project, as one wheel.
+FROM ${BASE_IMAGE} AS wheel
+ENV PIP_CONSTRAINT=/src/constraints.txt \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY model model
+COPY pipelines pipelines
+COPY platform platform
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+
+# ---- What runs.
+FROM ${BASE_IMAGE} AS runtime
+ARG BASE_IMAGE
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="nvila-pipelines" \
+      org.opencontainers.image.description="The steps of the NVILA pipelines" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"
+# DeepSpeed compiles its communication kernel at first use. The compiler's version is the base image's, so it is not
+# pinned here a second time.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 nvila \
+    && useradd --uid 10001 --gid 10001 --create-home --home-dir /var/lib/nvila --shell /usr/sbin/nologin nvila
+# Owned by root: a step cannot change the code of the next one.
+COPY --from=dependencies --chown=0:0 /opt/nvila /opt/nvila
+COPY --from=wheel --chown=0:0 /wheel /wheel
+RUN /opt/nvila/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl
+ENV PATH="/opt/nvila/bin:${PATH}" \
+    HOME=/var/lib/nvila \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+WORKDIR /var/lib/nvila
+USER 10001:10001
+# Pipelines give every container its own command; by itself the image checks the machine it runs on.
+CMD ["nvila", "doctor"]
