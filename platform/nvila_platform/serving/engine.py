@@ -1,0 +1,36 @@
+"""What the server needs from an engine, so that anything of this shape can be served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from nvila.inference.engine import Delta, SamplingParams, Usage
+    from PIL.Image import Image
+
+    from nvila.data.records import Message
+
+
+class Generation(Protocol):
+    """One running answer. Closing it stops the work."""
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+
+    def __iter__(self) -> Iterator[Delta]: ...
+
+    def close(self) -> None:
+        """Stop generating and free what the request held."""
+
+
+class ChatEngine(Protocol):
+    """Answers one conversation at a time."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, prompt and answer together, in tokens."""
+
+    def stream(self, messages: Sequence[Message], images: Mapping[str, Image], params: SamplingParams) -> Generation:
+        """Start answering `messages`; image parts hold keys of `images`."""

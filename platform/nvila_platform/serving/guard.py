@@ -1,0 +1,142 @@
+"""The outermost layer of the server: request ids, lineage and security headers, disconnects, the access log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from uuid import uuid4
+
+from nvila_platform.serving.errors import as_api_error
+from nvila_platform.serving.identity import ModelIdentity
+from nvila_platform.serving.limits import AsgiApp, Event, Receive, Scope, Send, send_json
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+# A client's id is repeated in headers and logs, so only a harmless alphabet is taken over.
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+_QUIET_PATHS = ("/metrics", "/v2/health/")
+
+
+class Guard:
+    """Wraps the whole application, error handlers of the framework included.
+
+    A handler whose client went away is cancelled, wherever it waits, so that no endpoint has to watch for it.
+
+    Args:
+        app: The wrapped ASGI application.
+        identity: The served model, for the lineage headers.
+        on_reject: Called with the error code of a failure that no handler answered.
+    """
+
+    def __init__(self, app: AsgiApp, identity: ModelIdentity, on_reject: Callable[[str], None]) -> None:
+        self._app = app
+        self._headers = {**_SECURITY_HEADERS, **identity.headers()}
+        self._on_reject = on_reject
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection event of the ASGI protocol."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        REQUEST_ID.set(request_id)
+        exchange = _Exchange(receive, send, {**self._headers, "x-request-id": request_id})
+        started = time.monotonic()
+        try:
+            await exchange.run(self._app, scope)
+        except Exception as e:
+            error = as_api_error(e)
+            self._on_reject(error.code)
+            if not exchange.status:
+                await send_json(exchange.send, error.status, error.body_for(scope["path"]), error.headers)
+        finally:
+            _log_access(scope, exchange, request_id, time.monotonic() - started)
+
+
+class _Exchange:
+    """One request and its response, with somebody watching whether the client is still there."""
+
+    def __init__(self, receive: Receive, send: Send, headers: dict[str, str]) -> None:
+        self._receive = receive
+        self._send = send
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self._names = {name for name, _ in self._headers}
+        self._gone = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+        self._handler: asyncio.Task[None] | None = None
+        self._finished = False
+        self.status = 0
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the client left before the response was complete."""
+        return self._gone.is_set() and not self._finished
+
+    async def run(self, app: AsgiApp, scope: Scope) -> None:
+        self._handler = asyncio.ensure_future(app(scope, self.receive, self.send))
+        try:
+            await self._handler
+        except asyncio.CancelledError:
+            if not self.abandoned:
+                raise
+        finally:
+            if self._watcher is not None:
+                self._watcher.cancel()
+
+    async def receive(self) -> Event:
+        if self._watcher is not None:
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+        event = await self._receive()
+        if event["type"] == "http.disconnect":
+            self._gone.set()
+        elif not event.get("more_body", False):
+            self._watcher = asyncio.create_task(self._watch())
+        return event
+
+    async def send(self, event: Event) -> None:
+        if event["type"] == "http.response.start":
+            self.status = event["status"]
+            kept = [(name, value) for name, value in event.get("headers", []) if name.lower() not in self._names]
+            event = {**event, "headers": [*kept, *self._headers]}
+        elif not event.get("more_body", False):
+            self._finished = True
+        await self._send(event)
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone.set()
+        if not self._finished and self._handler is not None:
+            self._handler.cancel()
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            sent = value.decode("latin-1")
+            if _ACCEPTED_ID.fullmatch(sent):
+                return str(sent)
+    return uuid4().hex
+
+
+def _log_access(scope: Scope, exchange: _Exchange, request_id: str, seconds: float) -> None:
+    # The raw path is still percent-encoded: a line feed in it cannot start a log line of its own.
+    path = scope.get("raw_path", b"").decode("latin-1")
+    level = logging.DEBUG if path.startswith(_QUIET_PATHS) else logging.INFO
+    outcome = "client went away" if exchange.abandoned else str(exchange.status)
+    logger.log(
+        level, "%s %s %s %.0f ms", scope["method"], path, outcome, seconds * 1000, extra={"request_id": request_id}
+    )

@@ -1,0 +1,198 @@
+"""The KServe model: the V1 and V2 inference protocols on the same engine as the OpenAI endpoints.
+
+V1: `{"instances": [{"prompt": ..., "image": <data: URI>} | {"messages": [...]}], "parameters": {"max_tokens": ...}}`.
+V2: BYTES tensors `prompt` and, optionally, `image` of one length; sampling in the request's `parameters`.
+
+Importing this module imports the KServe SDK, which takes seconds: only the server does, when it starts.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
+
+from nvila.errors import nearest
+from nvila_platform.serving.errors import ApiError
+from nvila_platform.serving.schema import ChatRequest, ChatUsage, parse_chat
+from nvila_platform.serving.service import ChatService, Completion
+
+_SAMPLING = ("max_completion_tokens", "max_tokens", "seed", "stop", "temperature", "top_p")
+_INSTANCE = ("image", "messages", "prompt")
+_TENSORS = ("image", "prompt")
+# Parameters of the V2 protocol itself, not of the model.
+_PROTOCOL_PARAMETERS = ("binary_data_output",)
+
+
+class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
+    """Serves a `ChatService` over V1 `:predict` and V2 `infer`.
+
+    Args:
+        service: The served model.
+    """
+
+    def __init__(self, service: ChatService) -> None:
+        super().__init__(service.identity.name)
+        self._service = service
+
+    async def healthy(self) -> bool:
+        """Whether requests can be answered; KServe derives readiness from it."""
+        return self._service.queue.healthy
+
+    def load(self) -> bool:
+        """Report readiness; the server loads the model itself, once."""
+        return self._service.queue.healthy
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        """Describe the V2 inputs."""
+        return [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in reversed(_TENSORS)]
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        """Describe the V2 outputs."""
+        return [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in ("text", "finish_reason")]
+
+    async def predict(
+        self,
+        payload: Any,
+        headers: dict[str, str] | None = None,
+        response_headers: dict[str, str] | None = None,
+    ) -> dict[str, Any] | InferResponse:
+        """Answer one decoded V1 or V2 request.
+
+        Raises:
+            ApiError: The request cannot be served.
+        """
+        if isinstance(payload, InferRequest):
+            return await self._infer(payload)
+        body = _decoded(payload)
+        instances = body.get("instances")
+        if not isinstance(instances, list) or not instances:
+            raise ApiError(400, "missing_parameter", "'instances' must be a list with a question", param="instances")
+        parameters = _parameters(body.get("parameters"))
+        self._check_count(len(instances), "instances")
+        requests = [self._request(i, raw, parameters, f"instances[{i}]") for i, raw in enumerate(instances)]
+        answers = await self._answer(requests)
+        return {"predictions": [_prediction(answer) for answer in answers]}
+
+    async def _infer(self, payload: InferRequest) -> InferResponse:
+        columns = {tensor.name: _column(tensor) for tensor in payload.inputs}
+        if "prompt" not in columns:
+            raise ApiError(400, "missing_parameter", "a BYTES tensor named 'prompt' is required", param="inputs")
+        prompts = columns["prompt"]
+        images = columns.get("image", [b""] * len(prompts))
+        if len(images) != len(prompts):
+            message = f"'image' has {len(images)} elements, 'prompt' has {len(prompts)}; an empty image means none"
+            raise ApiError(400, "invalid_parameter", message, param="inputs")
+        self._check_count(len(prompts), "inputs")
+        given = {key: value for key, value in (payload.parameters or {}).items() if key not in _PROTOCOL_PARAMETERS}
+        parameters = _parameters(given)
+        requests = []
+        for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            raw = {"prompt": _text(prompt)} | ({"image": _image_url(image)} if image else {})
+            requests.append(self._request(index, raw, parameters, f"inputs[{index}]"))
+        answers = await self._answer(requests)
+        outputs = [
+            InferOutput("text", [len(answers)], "BYTES", [answer.text for answer in answers]),
+            InferOutput("finish_reason", [len(answers)], "BYTES", [answer.finish_reason for answer in answers]),
+        ]
+        # Without an id the SDK fails on its own response model, after the work is done.
+        return InferResponse(
+            payload.id or uuid4().hex, self.name, outputs, model_version=self._service.identity.version
+        )
+
+    def _check_count(self, count: int, param: str) -> None:
+        most = self._service.limits.max_instances
+        if count > most:
+            raise ApiError(400, "too_many_instances", f"{count} questions in one request, at most {most}", param=param)
+
+    def _request(self, index: int, raw: Any, parameters: Mapping[str, Any], where: str) -> ChatRequest:
+        if not isinstance(raw, dict):
+            raise ApiError(400, "invalid_parameter", "must be an object with 'prompt' or 'messages'", param=where)
+        for key in raw:
+            if key not in _INSTANCE:
+                raise ApiError(
+                    400, "unknown_parameter", f"unknown field '{key}'; {nearest(key, _INSTANCE)}", param=where
+                )
+        if ("prompt" in raw) == ("messages" in raw) or ("messages" in raw and "image" in raw):
+            raise ApiError(400, "invalid_parameter", "give either 'messages', or 'prompt' and 'image'", param=where)
+        messages = raw.get("messages") or [{"role": "user", "content": _parts(raw)}]
+        try:
+            return parse_chat({"model": self.name, "messages": messages, **parameters})
+        except ApiError as e:
+            param = f"{where}.{e.param}" if e.param else where
+            raise ApiError(e.status, e.code, e.message, param=param) from e
+
+    async def _answer(self, requests: Sequence[ChatRequest]) -> list[Completion]:
+        with self._service.queue.admit() as slot:
+            return [await self._service.answer(slot, request) for request in requests]
+
+
+def _decoded(payload: Any) -> dict[str, Any]:
+    # The SDK decodes a body only under the bare media type; with a charset, or none at all, it passes bytes on.
+    if isinstance(payload, bytes):
+        try:
+            payload = json.loads(payload)
+        except (ValueError, RecursionError) as e:
+            raise ApiError(
+                400, "invalid_json", "the body is not valid JSON; send content-type: application/json"
+            ) from e
+    if not isinstance(payload, dict):
+        raise ApiError(400, "invalid_request", f"the body must be a JSON object, got {type(payload).__name__}")
+    return payload
+
+
+def _parameters(raw: Any) -> dict[str, Any]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise ApiError(400, "invalid_parameter", "'parameters' must be an object", param="parameters")
+    for key in raw:
+        if key not in _SAMPLING:
+            message = f"unknown parameter '{key}'; {nearest(str(key), _SAMPLING)}"
+            raise ApiError(400, "unknown_parameter", message, param="parameters")
+    return dict(raw)
+
+
+def _parts(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    text = {"type": "text", "text": raw["prompt"]}
+    return [{"type": "image_url", "image_url": {"url": raw["image"]}}, text] if "image" in raw else [text]
+
+
+def _column(tensor: InferInput) -> list[str | bytes]:
+    if tensor.name not in _TENSORS:
+        message = f"unknown tensor '{tensor.name}'; {nearest(str(tensor.name), _TENSORS)}"
+        raise ApiError(400, "unknown_parameter", message, param="inputs")
+    if tensor.datatype != "BYTES":
+        message = f"tensor '{tensor.name}' must have datatype BYTES, got {tensor.datatype}"
+        raise ApiError(400, "invalid_parameter", message, param="inputs")
+    try:
+        values = tensor.as_numpy().ravel().tolist()
+    except Exception as e:
+        message = f"the data of tensor '{tensor.name}' does not match its shape {tensor.shape}"
+        raise ApiError(400, "invalid_parameter", message, param="inputs") from e
+    if not all(isinstance(value, str | bytes) for value in values):
+        raise ApiError(400, "invalid_parameter", f"tensor '{tensor.name}' must hold strings", param="inputs")
+    return list(values)
+
+
+def _text(value: str | bytes) -> str:
+    try:
+        return value if isinstance(value, str) else value.decode()
+    except UnicodeDecodeError as e:
+        raise ApiError(400, "invalid_parameter", "tensor 'prompt' must hold UTF-8 text", param="inputs") from e
+
+
+def _image_url(value: str | bytes) -> str:
+    if isinstance(value, str):
+        return value
+    # A binary tensor may hold the file itself.
+    return value.decode() if value.startswith(b"data:") else f"data:image/raw;base64,{base64.b64encode(value).decode()}"
+
+
+def _prediction(answer: Completion) -> dict[str, Any]:
+    usage = ChatUsage.of(answer.usage).model_dump()
+    return {"text": answer.text, "finish_reason": answer.finish_reason, "usage": usage}

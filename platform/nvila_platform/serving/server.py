@@ -1,0 +1,205 @@
+"""Starts the model server: socket first, then HTTP, then the model.
+
+The order is what makes start-up observable: a port in use is reported before seconds are spent on loading, and probes
+get "alive, not ready" while the model loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvila.errors import ConfigError, NvilaError, ResourceError
+from nvila_platform.launch.child import leave_error
+from nvila_platform.serving.identity import ModelIdentity
+from nvila_platform.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from nvila_platform.serving.engine import ChatEngine
+    from nvila_platform.serving.kserve_server import NvilaServer
+    from nvila_platform.serving.service import ChatService
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8080
+DEFAULT_GRACE_S = 30.0
+_BACKLOG = 128
+# The SDK reads the process's command line when it is imported; these are the arguments it gets instead of ours.
+_SDK_ARGV = ["nvila-serve", "--configure_logging=false", "--enable_grpc=false", "--enable_docs_url=false"]
+
+
+def serve(
+    load: Callable[[], ChatEngine],
+    identity: ModelIdentity,
+    *,
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    limits: Limits | None = None,
+    grace_s: float = DEFAULT_GRACE_S,
+    port_file: Path | None = None,
+) -> None:
+    """Serve one model until SIGTERM or SIGINT, then finish running answers and return.
+
+    Args:
+        load: Loads the engine; called once, in a thread, after the server answers liveness probes.
+        identity: Which model it is.
+        host: Address to listen on; the default is reachable from this machine only.
+        port: Port to listen on; 0 takes a free one.
+        limits: What a request may cost.
+        grace_s: How long running answers may take after the signal.
+        port_file: Gets the port as text once it is bound.
+
+    Raises:
+        ResourceError: The port is taken.
+        ConfigError: The host is not an address of this machine.
+        NvilaError: The model cannot be loaded.
+    """
+    with bind(host, port) as listener:
+        bound = listener.getsockname()[1]
+        if port_file is not None:
+            port_file.write_text(str(bound), encoding="ascii")
+        service, server = _build(identity, limits or Limits(), listener, grace_s)
+        failures: list[Exception] = []
+        loader = threading.Thread(target=_load, args=(load, service, server, failures), name="load", daemon=True)
+        loader.start()
+        logger.info("listening on http://%s:%d, loading model %s", host, bound, identity.name)
+        try:
+            server.run()
+        finally:
+            service.queue.close()
+    if failures:
+        raise failures[0]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Listen on exactly `host` and `port`.
+
+    Raises:
+        ResourceError: The port is taken or reserved.
+        ConfigError: The host is not an address of this machine, or the port is no port.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port {port} is not a port", "use 1 to 65535, or 0 for a free one")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as e:
+        raise ConfigError(f"host {host!r} is not an address: {e.strerror}", "use 127.0.0.1 or 0.0.0.0") from e
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Listening at once: two sockets may bind one port as long as neither listens.
+        listener.listen(_BACKLOG)
+    except OSError as e:
+        listener.close()
+        raise _bind_error(e, host, port) from e
+    listener.setblocking(False)
+    return listener
+
+
+def main(argv: Sequence[str] | None = None, *, load: Callable[[Path], ChatEngine] | None = None) -> int:
+    """Run the server from the command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+        load: Stands in for `Engine.load`.
+
+    Returns:
+        The exit code; a typed error has been written to standard error and, for a launcher, to its error file.
+    """
+    args = _arguments().parse_args(argv)
+    try:
+        identity = ModelIdentity(
+            name=args.name, version=args.version, digest=args.digest, created=_created(args.model_dir)
+        )
+        limits = Limits(max_requests=args.max_requests, request_timeout_s=args.request_timeout)
+        serve(
+            lambda: (load or _load_engine)(args.model_dir),
+            identity,
+            host=args.host,
+            port=args.port,
+            limits=limits,
+            grace_s=args.grace,
+            port_file=args.port_file,
+        )
+    except NvilaError as e:
+        leave_error(e)
+        return e.exit_code
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    defaults = Limits()
+    parser = argparse.ArgumentParser(prog="python -m nvila_platform.serving", description="Serve one model directory.")
+    parser.add_argument("--model-dir", type=Path, required=True, help="directory of the model")
+    parser.add_argument("--name", required=True, help="name that clients ask for")
+    parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--version", default="unregistered", help="registry version, reported with every answer")
+    parser.add_argument("--digest", default="unknown", help="artifact digest, reported with every answer")
+    parser.add_argument("--max-requests", type=int, default=defaults.max_requests, help="running and waiting together")
+    parser.add_argument("--request-timeout", type=float, default=defaults.request_timeout_s, help="seconds a request")
+    parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds for running answers on SIGTERM")
+    parser.add_argument("--port-file", type=Path, help="file that gets the bound port")
+    return parser
+
+
+def _build(
+    identity: ModelIdentity, limits: Limits, listener: socket.socket, grace_s: float
+) -> tuple[ChatService, NvilaServer]:
+    # The SDK builds on a class that the web framework has deprecated; nothing a reader of our log could act on.
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
+    ours, sys.argv = sys.argv, _SDK_ARGV
+    try:
+        from nvila_platform.serving.kserve_server import NvilaServer
+    finally:
+        sys.argv = ours
+    from prometheus_client import REGISTRY
+
+    from nvila_platform.serving.metrics import ServingMetrics
+    from nvila_platform.serving.service import ChatService
+
+    service = ChatService(identity, limits, ServingMetrics(identity, REGISTRY))
+    return service, NvilaServer(service, listener, grace_s)
+
+
+def _load(load: Callable[[], ChatEngine], service: ChatService, server: NvilaServer, failures: list[Exception]) -> None:
+    try:
+        service.queue.start(load())
+    except Exception as e:
+        failures.append(e)
+        server.shut_down()
+    else:
+        logger.info("model %s is ready", service.identity.name)
+
+
+def _load_engine(path: Path) -> ChatEngine:
+    from nvila.inference.engine import Engine
+
+    return Engine.load(path)
+
+
+def _created(model_dir: Path) -> int:
+    try:
+        return int(model_dir.stat().st_mtime)
+    except OSError as e:
+        raise ConfigError(f"cannot serve {model_dir}: {e.strerror}", "give the directory of a model") from e
+
+
+def _bind_error(error: OSError, host: str, port: int) -> NvilaError:
+    if error.errno == errno.EADDRINUSE:
+        return ResourceError(
+            f"port {port} on {host} is in use", "stop the program that has it, or choose another port (0: any free one)"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return ResourceError(f"port {port} on {host} may not be used by this user", "choose a port above 1023")
+    return ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", "use 127.0.0.1 or 0.0.0.0")

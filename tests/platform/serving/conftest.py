@@ -1,0 +1,80 @@
+"""A server process with a deterministic engine, shared by the tests that only talk to it."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from nvila_platform.serving import RunningServer, start_server
+
+HERE = Path(__file__).parent
+VERSION = "7"
+DIGEST = "sha256:0123456789abcdef0123"
+# Small, so that a test can fill the queue.
+CAPACITY = 3
+
+StartWords = Callable[..., AbstractContextManager[RunningServer]]
+
+
+def _words_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("words_server", HERE / "words_server.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def words() -> ModuleType:
+    return _words_module()
+
+
+@pytest.fixture(scope="session")
+def png() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def png_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+@pytest.fixture(scope="session")
+def start_words() -> StartWords:
+    """Start a server process whose engine answers in words."""
+
+    def start(model_dir: Path, **options: Any) -> AbstractContextManager[RunningServer]:
+        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
+        return start_server(model_dir, "words", env={"PYTHONPATH": path}, module="words_server", **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, start_words: StartWords) -> Iterator[RunningServer]:
+    args = ("--max-requests", str(CAPACITY), "--request-timeout", "20")
+    log = tmp_path_factory.mktemp("logs") / "server.log"
+    with start_words(
+        tmp_path_factory.mktemp("model"), version=VERSION, digest=DIGEST, args=args, log_path=log
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.base_url, trust_env=False, timeout=20.0) as client:
+        yield client

@@ -1,0 +1,190 @@
+"""The queue in front of the engine: bound, order, cancellation, deadline, failure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from nvila.data.records import vqa_sample
+from nvila_platform.serving.errors import ApiError
+from nvila_platform.serving.identity import ModelIdentity
+from nvila_platform.serving.metrics import ServingMetrics
+from nvila_platform.serving.queue import EngineQueue, Slot, Stream
+
+
+class Bench:
+    """A queue with its metrics and engine at hand."""
+
+    def __init__(self, words: ModuleType, capacity: int, timeout_s: float) -> None:
+        self.registry = CollectorRegistry()
+        metrics = ServingMetrics(ModelIdentity(name="words", version="1", digest="d"), self.registry)
+        self.queue = EngineQueue(capacity=capacity, timeout_s=timeout_s, metrics=metrics)
+        self.engine: Any = words.WordsEngine()
+        self.queue.start(self.engine)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"nvila:{name}", {"model_name": "words", **labels}) or 0.0
+
+    def submit(self, slot: Slot, text: str) -> Stream:
+        from nvila.inference.engine import SamplingParams
+
+        sample = vqa_sample(id="1", source="test", image=None, question=text, answer=None)
+        return slot.submit(sample.messages, {}, SamplingParams(max_tokens=500))
+
+    async def ask(self, text: str) -> str:
+        with self.queue.admit() as slot:
+            return "".join([delta.text async for delta in self.submit(slot, text)])
+
+
+@pytest.fixture
+def bench(words: ModuleType) -> Iterator[Bench]:
+    made = Bench(words, capacity=2, timeout_s=10.0)
+    yield made
+    made.queue.close()
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(3.0):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_answers_arrive_piece_by_piece_with_usage_at_the_end(bench: Bench) -> None:
+    async def check() -> None:
+        with bench.queue.admit() as slot:
+            stream = bench.submit(slot, "count 3")
+            pieces = [delta async for delta in stream]
+        assert [piece.text for piece in pieces] == ["0", " 1", " 2"]
+        assert pieces[-1].finish_reason == "stop"
+        assert stream.usage.completion_tokens == 3
+
+    asyncio.run(check())
+    assert bench.metric("request_success_total", finished_reason="stop") == 1
+    assert bench.metric("generation_tokens_total") == 3
+    assert bench.metric("prompt_tokens_total") == 2
+    assert bench.metric("time_to_first_token_seconds_count") == 1
+    assert bench.metric("e2e_request_latency_seconds_count") == 1
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back(bench: Bench) -> None:
+    async def check() -> None:
+        with bench.queue.admit(), bench.queue.admit():
+            with pytest.raises(ApiError) as caught:
+                bench.queue.admit()
+            assert (caught.value.status, caught.value.code) == (429, "queue_full")
+            assert 1 <= int(caught.value.headers["retry-after"]) <= 60
+        assert await bench.ask("count 1") == "0"
+
+    asyncio.run(check())
+
+
+def test_one_request_runs_and_the_others_wait(bench: Bench) -> None:
+    async def check() -> None:
+        first = asyncio.create_task(bench.ask("slow 6"))
+        await until(lambda: bench.metric("num_requests_running") == 1)
+        second = asyncio.create_task(bench.ask("count 1"))
+        await until(lambda: bench.metric("num_requests_waiting") == 1)
+        assert await asyncio.gather(first, second) == ["0 1 2 3 4 5", "0"]
+
+    asyncio.run(check())
+    assert bench.engine.asked == ["slow 6", "count 1"]
+    assert bench.metric("num_requests_running") == bench.metric("num_requests_waiting") == 0
+
+
+def test_cancelling_a_running_answer_stops_the_engine(bench: Bench) -> None:
+    async def check() -> None:
+        task = asyncio.create_task(bench.ask("slow 400"))
+        await until(lambda: bench.metric("num_requests_running") == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: bench.metric("num_requests_running") == 0)
+
+    asyncio.run(check())
+    assert bench.engine.generations[0].closed
+    assert bench.metric("request_success_total", finished_reason="abort") == 1
+
+
+def test_cancelling_a_waiting_request_frees_its_place_at_once(bench: Bench) -> None:
+    async def check() -> None:
+        first = asyncio.create_task(bench.ask("slow 8"))
+        await until(lambda: bench.metric("num_requests_running") == 1)
+        second = asyncio.create_task(bench.ask("never asked"))
+        await until(lambda: bench.metric("num_requests_waiting") == 1)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        assert bench.metric("num_requests_waiting") == 0
+        assert bench.metric("num_requests_running") == 1
+        with bench.queue.admit():
+            await first
+
+    asyncio.run(check())
+    assert bench.engine.asked == ["slow 8"]
+
+
+def test_the_deadline_ends_a_running_answer(words: ModuleType) -> None:
+    bench = Bench(words, capacity=2, timeout_s=0.2)
+
+    async def check() -> None:
+        with pytest.raises(ApiError) as caught:
+            await bench.ask("slow 400")
+        assert (caught.value.status, caught.value.kind) == (504, "timeout_error")
+        await until(lambda: bench.metric("num_requests_running") == 0)
+
+    asyncio.run(check())
+    bench.queue.close()
+
+
+def test_a_failing_request_harms_no_other(bench: Bench) -> None:
+    async def check() -> None:
+        with pytest.raises(ApiError, match="9000 tokens") as refused:
+            await bench.ask("refuse")
+        assert refused.value.status == 400
+        with pytest.raises(ApiError) as crashed:
+            await bench.ask("crash later")
+        assert crashed.value.status == 500
+        assert "secret" not in crashed.value.message
+        assert await bench.ask("count 2") == "0 1"
+
+    asyncio.run(check())
+    assert bench.queue.healthy
+
+
+def test_before_the_model_is_loaded_requests_are_refused() -> None:
+    metrics = ServingMetrics(ModelIdentity(name="words"), CollectorRegistry())
+    queue = EngineQueue(capacity=1, timeout_s=1.0, metrics=metrics)
+    assert not queue.healthy
+    with pytest.raises(ApiError) as caught:
+        queue.admit()
+    assert (caught.value.status, caught.value.code) == (503, "model_not_ready")
+    assert caught.value.retry_after_s
+
+
+def test_closing_ends_what_runs_and_what_waits(bench: Bench) -> None:
+    async def check() -> None:
+        tasks = [asyncio.create_task(bench.ask("slow 400")), asyncio.create_task(bench.ask("count 1"))]
+        await until(lambda: bench.metric("num_requests_waiting") == 1)
+        await asyncio.to_thread(bench.queue.close)
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, ApiError)
+            assert result.code == "stopping"
+
+    asyncio.run(check())
+    assert not bench.queue.healthy
+
+
+def test_one_slot_serves_several_questions_in_turn(bench: Bench) -> None:
+    async def check() -> list[str]:
+        with bench.queue.admit() as slot:
+            return ["".join([d.text async for d in bench.submit(slot, f"count {n}")]) for n in (1, 2)]
+
+    assert asyncio.run(check()) == ["0", "0 1"]
+
+
+def test_model_info_names_version_and_digest(bench: Bench) -> None:
+    assert bench.metric("model_info", version="1", digest="d") == 1

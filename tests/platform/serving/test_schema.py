@@ -1,0 +1,219 @@
+"""The request schema: what OpenAI clients send is read, what we do not implement is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nvila.errors import ConfigError, DataError, InfrastructureError
+from nvila_platform.serving.errors import ApiError, as_api_error
+from nvila_platform.serving.identity import ModelIdentity
+from nvila_platform.serving.limits import Limits
+from nvila_platform.serving.schema import parse_chat
+from nvila_platform.serving.service import read_conversation
+
+ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def refusal(body: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse_chat(body)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_plain_text_content_is_one_text_part() -> None:
+    messages, images = read_conversation(parse_chat(ASK), Limits())
+    assert [(part.type, part.value) for part in messages[0].content] == [("text", "hi")]
+    assert images == {}
+
+
+def test_sampling_fields_reach_the_engine() -> None:
+    params = parse_chat(
+        ASK | {"max_completion_tokens": 5, "temperature": 1, "top_p": 0.5, "seed": -3, "stop": "x"}
+    ).sampling()
+    assert (params.max_tokens, params.temperature, params.top_p, params.seed) == (5, 1, 0.5, -3)
+    assert params.stop == ("x",)
+
+
+def test_what_is_left_out_keeps_the_engines_defaults() -> None:
+    from nvila.inference.engine import SamplingParams
+
+    assert parse_chat(ASK).sampling() == SamplingParams()
+
+
+def test_developer_is_system_and_an_earlier_answer_may_carry_nulls() -> None:
+    body = ASK | {
+        "messages": [
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": "q", "name": "ann"},
+            {"role": "assistant", "content": "a", "refusal": None, "tool_calls": None, "audio": None},
+            {"role": "user", "content": [{"type": "text", "text": "q2"}]},
+        ]
+    }
+    messages, _ = read_conversation(parse_chat(body), Limits())
+    assert [message.role for message in messages] == ["system", "user", "assistant", "user"]
+
+
+def test_the_same_image_twice_is_decoded_once(png_url: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": png_url, "detail": "low"}}
+    request = parse_chat(ASK | {"messages": [{"role": "user", "content": [part, part]}]})
+    messages, images = read_conversation(request, Limits())
+    assert len(images) == 1
+    assert [part.value for part in messages[0].content] == ["image-0", "image-0"]
+
+
+def test_too_many_images_are_refused(png_url: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": png_url}}
+    request = parse_chat(ASK | {"messages": [{"role": "user", "content": [part] * 3}]})
+    with pytest.raises(ApiError, match="at most 2") as caught:
+        read_conversation(request, Limits(max_images=2))
+    assert caught.value.code == "too_many_images"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"user": "ann"},
+        {"metadata": {"a": "b"}},
+        {"tools": []},
+        {"tool_choice": "none"},
+        {"logprobs": False},
+        {"frequency_penalty": 0},
+        {"presence_penalty": 0.0},
+        {"response_format": {"type": "text"}},
+        {"store": False},
+        {"n": 1},
+        {"stop": None, "seed": None, "tools": None},
+    ],
+    ids=lambda field: "-".join(field),
+)
+def test_fields_that_ask_for_nothing_are_tolerated(field: dict[str, Any]) -> None:
+    assert parse_chat(ASK | field).model == "m"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tool_choice": "required"},
+        {"functions": [{"name": "f"}]},
+        {"response_format": {"type": "json_object"}},
+        {"logprobs": True},
+        {"top_logprobs": 3},
+        {"logit_bias": {"50256": -100}},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -1},
+        {"modalities": ["text", "audio"]},
+        {"audio": {"voice": "x"}},
+        {"store": True},
+        {"reasoning_effort": "high"},
+        {"n": 2},
+    ],
+    ids=lambda field: "-".join(field),
+)
+def test_unsupported_fields_are_refused_by_name(field: dict[str, Any]) -> None:
+    error = refusal(ASK | field)
+    (name,) = field
+    assert (error.code, error.param) == ("unsupported_parameter", name)
+    assert name in error.message
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param", "says"),
+    [
+        ({"temprature": 1}, "unknown_parameter", "temprature", "did you mean 'temperature'"),
+        ({"messages": None}, "missing_parameter", "messages", "required"),
+        ({"model": None}, "missing_parameter", "model", "required"),
+        ({"messages": []}, "invalid_parameter", "messages", "at least 1"),
+        ({"messages": "hi"}, "invalid_parameter", "messages", "list"),
+        ({"messages": [{"role": "user"}]}, "missing_parameter", "messages[0].content", "required"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_parameter", "messages[0].role", "'user'"),
+        ({"messages": [{"role": "user", "content": []}]}, "invalid_parameter", "messages[0].content", "at least 1"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+            "unsupported_content",
+            "messages[0].content[0]",
+            "input_audio",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"uri": "x"}}]}]},
+            "missing_parameter",
+            "messages[0].content[0].image_url.url",
+            "required",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
+            "unknown_parameter",
+            "messages[0].tool_calls",
+            "tool_calls",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "invalid_parameter", None, "last message"),
+        ({"max_tokens": 0}, "invalid_parameter", "max_tokens", "greater"),
+        ({"max_tokens": "9"}, "invalid_parameter", "max_tokens", "integer"),
+        ({"max_tokens": True}, "invalid_parameter", "max_tokens", "integer"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "invalid_parameter", None, "differ"),
+        ({"temperature": 2.5}, "invalid_parameter", "temperature", "less than or equal to 2"),
+        ({"temperature": float("nan")}, "invalid_parameter", "temperature", "finite"),
+        ({"top_p": 0}, "invalid_parameter", "top_p", "greater than 0"),
+        ({"seed": 2**63}, "invalid_parameter", "seed", "less"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_parameter", "stop", "at most 4"),
+        ({"stop": [""]}, "invalid_parameter", "stop", "empty"),
+        ({"stream": "yes"}, "invalid_parameter", "stream", "boolean"),
+        ({"stream_options": {"include_usage": True}}, "invalid_parameter", None, "stream: true"),
+    ],
+)
+def test_invalid_fields_are_named(change: dict[str, Any], code: str, param: str | None, says: str) -> None:
+    error = refusal(ASK | change)
+    assert (error.code, error.param) == (code, param)
+    assert says in error.message
+
+
+@pytest.mark.parametrize("body", [[], "text", 3, None], ids=["list", "text", "number", "null"])
+def test_a_body_that_is_no_object_is_refused(body: Any) -> None:
+    assert "JSON object" in refusal(body).message
+
+
+def test_only_users_send_images(png_url: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": png_url}}
+    error = refusal(ASK | {"messages": [{"role": "system", "content": [part]}, *ASK["messages"]]})
+    assert "only user messages" in error.message
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "passed_on"),
+    [
+        (DataError("too long", "shorten it"), 400, True),
+        (InfrastructureError("store is away"), 503, True),
+        (RuntimeError("secret"), 500, False),
+        (OSError(2, "secret", "/etc/path"), 500, False),
+    ],
+    ids=["data", "infrastructure", "runtime", "os"],
+)
+def test_only_messages_meant_for_users_reach_them(error: Exception, status: int, passed_on: bool) -> None:
+    answer = as_api_error(error)
+    assert answer.status == status
+    assert (str(error) in answer.message) is passed_on
+    assert "secret" not in answer.message
+
+
+def test_protocol_paths_get_the_error_as_text() -> None:
+    error = ApiError(400, "c", "wrong", param="inputs")
+    assert error.body_for("/v2/models/m/infer") == {"error": "wrong [inputs]"}
+    assert error.body_for("/openai/v1/models")["error"]["code"] == "c"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"name": "a/b"}, {"name": ""}, {"name": "m", "version": "1\r\nx: y"}, {"name": "m", "digest": ""}],
+    ids=["slash", "empty", "header-injection", "no-digest"],
+)
+def test_identities_that_break_urls_or_headers_are_refused(fields: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        ModelIdentity(**fields)  # type: ignore[arg-type]
+
+
+def test_limits_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="max_requests"):
+        Limits(max_requests=0)
