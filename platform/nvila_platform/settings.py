@@ -138,6 +138,8 @@ def _endpoint(endpoint: str, secure: str) -> tuple[str, bool]:
     if secure and secure.lower() not in _BOOLEANS:
         raise ConfigError(f"NVILA_S3_SECURE={secure!r} is not a yes or no", "use true or false")
     scheme, separator, host = endpoint.partition("://")
+    if len(endpoint.split()) > 1 or "/" in (host.rstrip("/") if separator else endpoint):
+        raise ConfigError(f"NVILA_S3_ENDPOINT={endpoint!r} is no address", "use host:port, without a path")
     if not separator:
         return endpoint, _BOOLEANS[secure.lower()] if secure else True
     if scheme not in ("http", "https"):

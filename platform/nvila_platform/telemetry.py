@@ -347,12 +347,12 @@ def _bars(console: Console) -> Progress:
     from rich import progress
 
     return progress.Progress(
-        progress.TextColumn("{task.description:<9} {task.fields[phase]:<12}"),
+        progress.TextColumn("{task.description:<9} {task.fields[phase]:<12}", markup=False),
         progress.BarColumn(bar_width=24),
         progress.MofNCompleteColumn(),
         progress.TextColumn("{task.fields[rate]:>9}"),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[metrics]}"),
+        progress.TextColumn("{task.fields[metrics]}", markup=False),
         console=console,
     )

@@ -6,20 +6,15 @@ launching process has such threads.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
 import os
 import runpy
 import signal
 import sys
 from collections.abc import Sequence
 
-from nvila.errors import InfrastructureError, NvilaError
-from nvila_platform.settings import error_file
-
-RAISED = "raised"
-KILLED = "killed"
+from nvila.errors import NvilaError
+from nvila_platform.launch.outcome import KILLED, killed_error, leave_error
 
 _PR_SET_PDEATHSIG = 1
 
@@ -62,21 +57,6 @@ def die_with_parent(death_signal: signal.Signals, parent: int) -> None:
         raise SystemExit(f"the launching process {parent} is gone")
 
 
-def leave_error(error: NvilaError, cause: str = RAISED) -> None:
-    """Leave an error for the launcher; the first of several processes wins, the rest only followed it down."""
-    sys.stderr.write(f"{type(error).__name__}: {error}\n")
-    path = error_file()
-    if path is None:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # The error is on standard error already; a full disk must not replace it with another one.
-    with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps(error.to_dict() | {"cause": cause}), encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-        temporary.unlink()
-
-
 def _killed_worker(error: Exception) -> NvilaError | None:
     # torchrun's ChildFailedError, recognised by shape: this module must start without importing torch.
     failures = getattr(error, "failures", None)
@@ -88,16 +68,6 @@ def _killed_worker(error: Exception) -> NvilaError | None:
         if code < 0:
             return killed_error(f"rank {rank}", -code)
     return None
-
-
-def killed_error(what: str, number: int) -> InfrastructureError:
-    """Describe a process that was ended by a signal."""
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    cause = "often: out of memory; " if number == signal.SIGKILL else ""
-    return InfrastructureError(f"{what} was killed by {name}", f"{cause}run it again to resume")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -11,9 +10,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nvila.errors import ConfigError, NvilaError, error_from_dict
+from nvila.errors import ConfigError, NvilaError
 from nvila_platform.artifacts import storage_errors
-from nvila_platform.launch.child import RAISED, killed_error
+from nvila_platform.launch.outcome import RAISED, killed_error, left_error
 from nvila_platform.settings import ERROR_FILE
 
 _CHILD = "nvila_platform.launch.child"
@@ -41,22 +40,25 @@ class LocalLauncher:
         with storage_errors(log_path):
             log_path.parent.mkdir(parents=True, exist_ok=True)
             log = log_path.open("ab")
-        with log, tempfile.TemporaryDirectory(prefix="nvila-launch-") as scratch:
+            # Beside the log, because nothing is written outside the workspace.
+            scratch = tempfile.TemporaryDirectory(dir=log_path.parent, prefix=".launch-")
+        with log, scratch:
             start = log.tell()
-            error_path = Path(scratch) / "error.json"
+            error_path = Path(scratch.name) / "error.json"
             environment = _environment(env, num_processes) | {ERROR_FILE: str(error_path)}
-            code = _run(_command(module, args, num_processes), environment, log.fileno())
+            code = _run(_command(module, args, num_processes, scratch.name), environment, log.fileno())
             if code != 0:
                 raise _failure(module, code, error_path, log_path, start)
 
 
-def _command(module: str, args: Sequence[str], num_processes: int) -> list[str]:
+def _command(module: str, args: Sequence[str], num_processes: int, scratch: str) -> list[str]:
     child = [sys.executable, "-m", _CHILD, str(os.getpid())]
     if num_processes == 1:
         return [*child, "SIGKILL", module, *args]
     # The agent gets SIGTERM, so that it can take its workers along; the workers watch the agent in turn.
     agent = [*child, "SIGTERM", "torch.distributed.run", "--standalone", f"--local-addr={_LOOPBACK}"]
-    return [*agent, f"--nproc-per-node={num_processes}", "-m", _CHILD, "0", "SIGKILL", module, *args]
+    agent += [f"--nproc-per-node={num_processes}", f"--log-dir={scratch}"]
+    return [*agent, "-m", _CHILD, "0", "SIGKILL", module, *args]
 
 
 def _environment(env: Mapping[str, str], num_processes: int) -> dict[str, str]:
@@ -66,7 +68,7 @@ def _environment(env: Mapping[str, str], num_processes: int) -> dict[str, str]:
         # The working folder is not a place to import from: a folder named docker/ would shadow the SDK.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
     }
     environment = defaults | inherited | dict(env)
@@ -93,25 +95,14 @@ def _run(command: Sequence[str], environment: Mapping[str, str], output: int) ->
 
 
 def _failure(module: str, code: int, error_path: Path, log_path: Path, start: int) -> NvilaError:
-    left = _left_by_child(error_path)
-    if left.get("cause") == RAISED:
-        return error_from_dict(left)
-    if left:
-        error = error_from_dict(left)
-    elif code < 0:
-        error = killed_error(module, -code)
-    else:
-        error = NvilaError(f"{module} failed with exit code {code}")
+    error, cause = left_error(error_path) or (None, "")
+    if error is not None and cause == RAISED:
+        return error
+    if error is None:
+        failed = NvilaError(f"{module} failed with exit code {code}")
+        error = killed_error(module, -code) if code < 0 else failed
     hint = "; ".join(filter(None, (error.hint, f"log: {log_path}")))
     return type(error)(error.message, hint + _tail(log_path, start))
-
-
-def _left_by_child(error_path: Path) -> dict[str, str]:
-    try:
-        left = json.loads(error_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {str(name): str(value) for name, value in left.items()} if isinstance(left, dict) else {}
 
 
 def _tail(log_path: Path, start: int) -> str:

