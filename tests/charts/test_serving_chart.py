@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -228,7 +230,18 @@ def test_server_gets_the_command_line_of_the_image(render: Render) -> None:
     assert container["name"] == "kserve-container"
     assert container["command"] == ["nvila"]
     model, address, name = ["--model-dir", "/mnt/models"], ["--host", "0.0.0.0"], ["--name", "{{.Name}}"]
-    assert container["args"] == ["serve", *model, *address, "--port", "9090", *name, "--max-queue", "8"]
+    assert container["args"] == ["serve", *model, *address, "--port", "9090", *name, "--max-requests", "8"]
+
+
+def test_every_flag_of_the_chart_is_one_of_the_command(render: Render) -> None:
+    if not (ROOT / "pipelines" / "nvila_pipelines" / "cli" / "serve.py").exists():
+        pytest.skip("this checkout has no serve verb")
+    program = "import sys; from nvila_pipelines.cli import main; sys.exit(main(['serve', '--help']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    flags = {word for word in container_of(render(CHART))["args"] if word.startswith("--")}
+    assert flags == {"--model-dir", "--host", "--port", "--name"}
+    assert all(re.search(rf"{flag}\b", done.stdout) for flag in flags), done.stdout
 
 
 @pytest.mark.parametrize(
