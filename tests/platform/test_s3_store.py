@@ -225,6 +225,13 @@ def test_a_crash_in_the_middle_of_a_publish_is_not_found(
     assert elsewhere.find(digest) == ref
 
 
+def test_finished_work_that_was_damaged_before_its_publish_is_done_again(store: S3Store) -> None:
+    (work(store) / "report.json").write_text("[]")
+    assert reuse(store, "train", KEY) is None
+    assert list(store.work_dir("train", KEY).iterdir()) == []
+    assert store.lookup("train", KEY) is None
+
+
 def test_the_first_to_publish_wins(store: S3Store, elsewhere: S3Store) -> None:
     first = store.publish(work(store))
     assert elsewhere.publish(work(elsewhere, text="nearly the same")) == first

@@ -234,6 +234,12 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
         assert notices.texts == []
 
 
+def test_the_lock_names_only_its_present_holder(tmp_path: Path) -> None:
+    (tmp_path / "l").write_text("123456789012345")
+    with file_lock(tmp_path / "l", "it"):
+        assert (tmp_path / "l").read_text() == str(os.getpid())
+
+
 def test_a_workspace_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "ws").write_text("a file")
     for root in (tmp_path / "ws", tmp_path / "ws" / "artifacts"):
