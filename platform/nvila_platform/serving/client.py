@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from nvila.errors import ConfigError, DataError, InfrastructureError, NvilaError, error_from_dict
+from nvila.errors import ConfigError, DataError, InfrastructureError, NvilaError
+from nvila_platform.launch.outcome import left_error
 from nvila_platform.settings import ERROR_FILE
 
 if TYPE_CHECKING:
@@ -245,12 +244,17 @@ def _wait_ready(
         if time.monotonic() > deadline:
             raise InfrastructureError("the model server was not ready in time", _hint(log, start))
         port = port_file.read_text(encoding="ascii") if port_file.exists() else ""
-        # A server on all addresses is asked over loopback.
-        base_url = f"http://{_LOOPBACK if host == '0.0.0.0' else host}:{port}"  # noqa: S104 - compared, not bound
+        base_url = f"http://{_reachable(host)}:{port}"
         if port and _is_ready(base_url):
             return base_url
         time.sleep(_POLL_S)
     raise _start_failure(process.returncode, scratch / "error.json", log, start)
+
+
+def _reachable(host: str) -> str:
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        return _LOOPBACK
+    return f"[{host}]" if ":" in host else host
 
 
 def _is_ready(base_url: str) -> bool:
@@ -262,12 +266,11 @@ def _is_ready(base_url: str) -> bool:
 
 
 def _start_failure(code: int, error_path: Path, log: Path, start: int) -> NvilaError:
-    try:
-        left = json.loads(error_path.read_text(encoding="utf-8"))
-        return error_from_dict({str(key): str(value) for key, value in left.items()})
-    except (OSError, ValueError, AttributeError):
-        ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return InfrastructureError(f"the model server {ended} before it was ready", _hint(log, start))
+    left = left_error(error_path)
+    if left is not None:
+        return left[0]
+    ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return InfrastructureError(f"the model server {ended} before it was ready", _hint(log, start))
 
 
 def _hint(log: Path, start: int) -> str:

@@ -116,10 +116,12 @@ class _DataPlane(DataPlane):  # type: ignore[misc]  # the KServe SDK ships no ty
     def decode(self, body: Any, headers: Any, *args: Any, **options: Any) -> Any:
         try:
             return super().decode(body, headers, *args, **options)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
-            if isinstance(e, kserve_errors.InvalidInput):
-                raise
-            raise ApiError(400, "invalid_request", "the request does not follow the inference protocol") from e
+        except kserve_errors.InvalidInput:
+            raise
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, kserve_errors.InferenceError) as e:
+            # The SDK trusts binary requests to be well-formed, and its tensors of bytes hold only text.
+            message = "the request does not follow the V2 protocol; tensors hold text, images travel as data: URIs"
+            raise ApiError(400, "invalid_request", message) from e
 
 
 class _FixedRepository(ModelRepositoryExtension):  # type: ignore[misc]  # the KServe SDK ships no types
@@ -158,6 +160,7 @@ def add_error_handlers(app: FastAPI, service: ChatService) -> None:
 
     app.add_exception_handler(ApiError, own)
     app.add_exception_handler(NvilaError, own)
+    app.add_exception_handler(kserve_errors.InferenceError, own)
     app.add_exception_handler(Exception, own)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)

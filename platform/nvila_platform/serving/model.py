@@ -1,14 +1,13 @@
 """The KServe model: the V1 and V2 inference protocols on the same engine as the OpenAI endpoints.
 
 V1: `{"instances": [{"prompt": ..., "image": <data: URI>} | {"messages": [...]}], "parameters": {"max_tokens": ...}}`.
-V2: BYTES tensors `prompt` and, optionally, `image` of one length; sampling in the request's `parameters`.
+V2: BYTES tensors `prompt` and, optionally, `image` (data: URIs) of one length; sampling in the request's `parameters`.
 
 Importing this module imports the KServe SDK, which takes seconds: only the server does, when it starts.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -92,7 +91,7 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
         parameters = _parameters(given)
         requests = []
         for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            raw = {"prompt": _text(prompt)} | ({"image": _image_url(image)} if image else {})
+            raw = {"prompt": _text(prompt)} | ({"image": _text(image)} if image else {})
             requests.append(self._request(index, raw, parameters, f"inputs[{index}]"))
         answers = await self._answer(requests)
         outputs = [
@@ -183,14 +182,7 @@ def _text(value: str | bytes) -> str:
     try:
         return value if isinstance(value, str) else value.decode()
     except UnicodeDecodeError as e:
-        raise ApiError(400, "invalid_parameter", "tensor 'prompt' must hold UTF-8 text", param="inputs") from e
-
-
-def _image_url(value: str | bytes) -> str:
-    if isinstance(value, str):
-        return value
-    # A binary tensor may hold the file itself.
-    return value.decode() if value.startswith(b"data:") else f"data:image/raw;base64,{base64.b64encode(value).decode()}"
+        raise ApiError(400, "invalid_parameter", "tensors must hold UTF-8 text", param="inputs") from e
 
 
 def _prediction(answer: Completion) -> dict[str, Any]:

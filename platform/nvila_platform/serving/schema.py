@@ -148,14 +148,14 @@ class ChatRequest(_Strict):
         """The engine's parameters; what the request leaves open keeps the engine's default."""
         from nvila.inference.engine import SamplingParams
 
-        chosen = {
+        chosen: dict[str, Any] = {
             "max_tokens": self.token_limit,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,
             "stop": tuple(self.stop) or None,
         }
-        return SamplingParams(**{key: value for key, value in chosen.items() if value is not None})  # type: ignore[arg-type]
+        return SamplingParams(**{key: value for key, value in chosen.items() if value is not None})
 
 
 def parse_chat(raw: Any) -> ChatRequest:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvila.errors import ConfigError, NvilaError, ResourceError
-from nvila_platform.launch.child import leave_error
+from nvila_platform.launch.outcome import leave_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import Limits
+from nvila_platform.settings import Settings
+from nvila_platform.telemetry import configure_logging
 
 if TYPE_CHECKING:
     from nvila_platform.serving.engine import ChatEngine
@@ -118,6 +120,7 @@ def main(argv: Sequence[str] | None = None, *, load: Callable[[Path], ChatEngine
     """
     args = _arguments().parse_args(argv)
     try:
+        configure_logging(args.log_format or Settings.load().log_format)
         identity = ModelIdentity(
             name=args.name, version=args.version, digest=args.digest, created=_created(args.model_dir)
         )
@@ -149,6 +152,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--max-requests", type=int, default=defaults.max_requests, help="running and waiting together")
     parser.add_argument("--request-timeout", type=float, default=defaults.request_timeout_s, help="seconds a request")
     parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds for running answers on SIGTERM")
+    parser.add_argument("--log-format", choices=("auto", "text", "json"), help="default: NVILA_LOG_FORMAT, then auto")
     parser.add_argument("--port-file", type=Path, help="file that gets the bound port")
     return parser
 

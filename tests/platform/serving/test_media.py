@@ -25,6 +25,12 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return out.getvalue()
 
 
+def pixel(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:
+    value = image.getpixel((x, y))
+    assert isinstance(value, tuple)
+    return value
+
+
 def data_url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -40,7 +46,7 @@ def refusal(url: str, limits: Limits = LIMITS) -> ApiError:
 def test_every_documented_format_decodes_to_rgb(kind: str) -> None:
     image = load_image(data_url(encoded(Image.new("RGB", (30, 20), "red"), kind)), LIMITS, param="x")
     assert (image.mode, image.size) == ("RGB", (30, 20))
-    red, green, blue = image.getpixel((5, 5))
+    red, green, blue = pixel(image, 5, 5)
     assert red > 240
     assert green < 15
     assert blue < 15
@@ -56,12 +62,12 @@ def test_exif_orientation_is_applied() -> None:
 def test_16_bit_grey_keeps_its_shades() -> None:
     shades = np.array([[0, 0x4000, 0x8000, 0xFFFF]], dtype=np.uint16)
     image = decode_image(encoded(Image.fromarray(shades)), LIMITS, param="x")
-    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 63, 127, 255]
+    assert [pixel(image, x)[0] for x in range(4)] == [0, 63, 127, 255]
 
 
 def test_cmyk_becomes_the_colour_it_prints() -> None:
     data = encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
-    red, green, blue = decode_image(data, LIMITS, param="x").getpixel((4, 4))
+    red, green, blue = pixel(decode_image(data, LIMITS, param="x"), 4, 4)
     assert red > 200
     assert green < 60
     assert blue < 60
@@ -69,7 +75,7 @@ def test_cmyk_becomes_the_colour_it_prints() -> None:
 
 def test_palette_images_keep_their_colours() -> None:
     palette = Image.new("RGB", (8, 8), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert decode_image(encoded(palette), LIMITS, param="x").getpixel((0, 0)) == (10, 200, 30)
+    assert pixel(decode_image(encoded(palette), LIMITS, param="x")) == (10, 200, 30)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -78,7 +84,7 @@ def test_transparency_is_white(mode: str) -> None:
         data = encoded(Image.new("P", (4, 4), 0), transparency=0)
     else:
         data = encoded(Image.new(mode, (4, 4), (0,) * len(mode)))
-    assert decode_image(data, LIMITS, param="x").getpixel((0, 0)) == (255, 255, 255)
+    assert pixel(decode_image(data, LIMITS, param="x")) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ One word is one token. The last user message steers it:
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nvila.inference.engine import Delta, SamplingParams, Usage
 
@@ -55,9 +54,11 @@ class WordsGeneration:
             )
             last = index + 1 == len(self._words)
             full = index + 1 == self._params.max_tokens
-            reason = "stop" if last or word in self._params.stop else "length" if full else None
+            reason: Literal["stop", "length"] | None = (
+                "stop" if last or word in self._params.stop else "length" if full else None
+            )
             text = "" if word in self._params.stop else word if index == 0 else f" {word}"
-            yield Delta(text=text, finish_reason=reason)  # type: ignore[arg-type]
+            yield Delta(text=text, finish_reason=reason)
             if reason:
                 return
 
@@ -76,13 +77,10 @@ class WordsEngine:
 
     @classmethod
     def load(cls, path: Path) -> WordsEngine:
+        while (path / "wait").exists():
+            time.sleep(0.02)
         if (path / "damaged").exists():
             raise CheckpointError("model.safetensors is damaged", "fetch it again")
-        if (path / "dies").exists():
-            print("about to die", flush=True)
-            os._exit(3)
-        if (path / "slow-load").exists():
-            time.sleep(float((path / "slow-load").read_text()))
         return cls()
 
     def stream(
