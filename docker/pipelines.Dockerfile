@@ -20,20 +20,18 @@ RUN mkdir -p model/nvila pipelines/nvila_pipelines platform/nvila_platform \
     && touch README.md LICENSE \
         model/nvila/__init__.py pipelines/nvila_pipelines/__init__.py platform/nvila_platform/__init__.py \
     && echo '__version__ = "0"' > model/nvila/_version.py \
-    && python -m venv /opt/nvila \
+    && python3 -m venv /opt/nvila \
     && /opt/nvila/bin/pip install --no-cache-dir ".[${EXTRAS}]" \
     && /opt/nvila/bin/pip uninstall --yes nvila
 
-# ---- The project, as one wheel.
-FROM ${BASE_IMAGE} AS wheel
-ENV PIP_CONSTRAINT=/src/constraints.txt \
-    PIP_DISABLE_PIP_VERSION_CHECK=1
-WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+# ---- The project, as one wheel. Built by the pip of the stage above: a base image may have none of its own.
+FROM dependencies AS wheel
+WORKDIR /build
+COPY pyproject.toml README.md LICENSE ./
 COPY model model
 COPY pipelines pipelines
 COPY platform platform
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+RUN /opt/nvila/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 # ---- What runs.
 FROM ${BASE_IMAGE} AS runtime

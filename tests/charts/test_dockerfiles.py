@@ -68,7 +68,7 @@ def test_base_image_can_be_chosen_and_does_not_move(dockerfile: Path) -> None:
     (default,) = values(stages(dockerfile)[""], "ARG")
     assert re.fullmatch(r"BASE_IMAGE=[a-z0-9./-]+:(?!latest)[a-z0-9.-]+", default)
     bases = {rest.split(" AS ")[0] for word, rest in instructions(dockerfile) if word == "FROM"}
-    assert bases == {"${BASE_IMAGE}"}
+    assert bases == {"${BASE_IMAGE}", "dependencies"}
 
 
 @each_file
@@ -105,9 +105,17 @@ def test_dependencies_are_pinned_and_their_extras_exist(dockerfile: Path) -> Non
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (extras,) = (arg.removeprefix("EXTRAS=") for arg in values(found["dependencies"], "ARG") if "EXTRAS=" in arg)
     assert set(extras.split(",")) <= project["optional-dependencies"].keys()
-    for stage in ("dependencies", "wheel"):
-        assert any("PIP_CONSTRAINT=/src/constraints.txt" in env for env in values(found[stage], "ENV"))
-        assert any("constraints.txt" in copy for copy in values(found[stage], "COPY"))
+    # Inherited by the stage that builds the wheel, so the build backend is pinned too.
+    assert any("PIP_CONSTRAINT=/src/constraints.txt" in env for env in values(found["dependencies"], "ENV"))
+    assert "constraints.txt" in values(found["dependencies"], "COPY")[0]
+    assert values(found["wheel"], "FROM") == ["dependencies AS wheel"]
+
+
+@each_file
+def test_build_needs_only_python3_of_the_base_image(dockerfile: Path) -> None:
+    # Debian's and CUDA's images have neither `python` nor `pip` on PATH.
+    for run in (rest for word, rest in instructions(dockerfile) if word == "RUN"):
+        assert not re.search(r"(?<![\w/.])(pip|python) ", run), run
 
 
 @each_file
@@ -151,7 +159,7 @@ def test_the_stage_without_source_is_enough_to_resolve_the_project(dockerfile: P
     stage = stages(dockerfile)["dependencies"]
     for name in values(stage, "COPY")[0].split()[:-1]:
         shutil.copy(ROOT / name, tmp_path)
-    prepare = values(stage, "RUN")[0].partition("&& python -m venv")[0]
+    prepare = values(stage, "RUN")[0].partition("&& python3 -m venv")[0]
     subprocess.run(["sh", "-ec", prepare], cwd=tmp_path, check=True, timeout=30)
     command = [
         sys.executable,
