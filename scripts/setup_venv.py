@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import shutil
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def ensure(
 
     Args:
         root: The checkout.
-        create: Makes an empty environment at a path; the default runs `python -m venv --clear`.
+        create: Makes an environment in an empty folder; the default runs `python -m venv`.
         install: Installs the project at `root` into the environment; the default runs pip.
 
     Returns:
@@ -71,11 +72,13 @@ def ensure(
         reason = _why_rebuild(root, venv)
         if reason:
             _say(f"{reason}; making .venv")
-            (create or _create)(venv)
+            _empty(venv)
             outcome = "rebuilt"
         stamp.unlink(missing_ok=True)
         # pip takes a half-unpacked package for an installed one, so an install that did not end is never continued.
         unfinished.touch()
+        if reason:
+            (create or _create)(venv)
         (install or _install)(root, venv)
         unfinished.unlink()
         stamp.write_text(wanted, encoding="utf-8")
@@ -127,8 +130,16 @@ def _only_one(root: Path) -> Iterator[None]:
         yield
 
 
+def _empty(venv: Path) -> None:
+    if venv.is_symlink() or venv.is_file():
+        venv.unlink()
+    elif venv.exists():
+        shutil.rmtree(venv)
+    venv.mkdir()
+
+
 def _create(venv: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True)
     if done.returncode:
         detail = (done.stdout + done.stderr).strip().splitlines()
         raise SetupError(
