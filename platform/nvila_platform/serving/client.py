@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,24 +104,14 @@ def start_server(
         >>> with start_server(Path("model"), "nvila") as server:  # doctest: +SKIP
         ...     ask(server.base_url, "nvila", "what shape is this?", Path("image.png").read_bytes()).text
     """
+    options = ["--model-dir", str(model_dir), "--name", name, "--host", host, "--port", str(port)]
+    options += ["--version", version, "--digest", digest, *args]
     with tempfile.TemporaryDirectory(prefix="nvila-serve-") as scratch_name:
         scratch = Path(scratch_name)
         log = log_path or scratch / "server.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        options = ["--model-dir", str(model_dir), "--name", name, "--host", host, "--port", str(port)]
-        options += ["--version", version, "--digest", digest, "--port-file", str(scratch / "port"), *args]
-        wrapper = [sys.executable, "-m", "nvila_platform.launch.child", str(os.getpid()), "SIGTERM"]
-        # The working folder is not a place to import from: a folder named docker/ would shadow the SDK.
-        inherited = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | dict(os.environ) | dict(env or {})
-        with log.open("ab") as output:
-            start = output.tell()
-            process = subprocess.Popen(
-                [*wrapper, module, *options],
-                env={**inherited, ERROR_FILE: str(scratch / "error.json")},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        start = log.stat().st_size if log.exists() else 0
+        process = _launch([module, *options, "--port-file", str(scratch / "port")], env or {}, log, scratch)
         try:
             base_url = _wait_ready(process, scratch, host, time.monotonic() + timeout_s, log, start)
             yield RunningServer(base_url=base_url, name=name, pid=process.pid, log_path=log)
@@ -234,6 +224,21 @@ def _refused(error: object) -> NvilaError:
 def _image_type(image: bytes) -> str:
     known = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
     return next((kind for magic, kind in known.items() if image.startswith(magic)), "png")
+
+
+def _launch(
+    module_and_args: Sequence[str], env: Mapping[str, str], log: Path, scratch: Path
+) -> subprocess.Popen[bytes]:
+    # The working folder is not a place to import from: a folder named docker/ would shadow the SDK.
+    inherited = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | dict(os.environ) | dict(env)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "nvila_platform.launch.child", str(os.getpid()), "SIGTERM", *module_and_args],
+            env={**inherited, ERROR_FILE: str(scratch / "error.json")},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def _wait_ready(

@@ -103,7 +103,7 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
     async def start(self) -> None:
         self.create_application()
         rejected = self._service.metrics.rejected
-        limited = BodyLimit(app, self._service.limits.max_body_bytes, rejected)
+        limited = BodyLimit(app, self._service.limits, rejected)
         self.config.app = Guard(limited, self._service.identity, rejected)
         await self._server.serve(sockets=[self._listener])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, fields
@@ -50,22 +51,22 @@ class Limits:
                 )
 
 
-class _BodyTooLargeError(Exception):
+class _BodyRefusedError(Exception):
     """Leaves the application from inside `receive`; never seen by a client."""
 
 
 class BodyLimit:
-    """Answers 413 to a body over the limit, whether its length was announced or it arrived in chunks.
+    """Answers 413 to a body over the limit, announced or sent in chunks, and 408 to one that does not arrive.
 
     Args:
         app: The wrapped ASGI application.
-        max_bytes: Largest accepted body.
+        limits: Largest accepted body and the time to send it.
         on_reject: Called with the error code, for the reject counter.
     """
 
-    def __init__(self, app: AsgiApp, max_bytes: int, on_reject: Callable[[str], None]) -> None:
+    def __init__(self, app: AsgiApp, limits: Limits, on_reject: Callable[[str], None]) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._limits = limits
         self._on_reject = on_reject
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,47 +74,66 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if _announced_bytes(scope) > self._max_bytes:
-            await self._refuse(scope, send)
-            return
-        await self._serve_counting(scope, receive, send)
+        body = _Body(receive, self._limits)
+        if _announced_bytes(scope) > self._limits.max_body_bytes:
+            body.refusal = _too_large(self._limits)
+        else:
+            await self._serve(scope, body, send)
+        if body.refusal is not None and not body.answered:
+            self._on_reject(body.refusal.code)
+            # The rest of the body is not read, so the connection cannot carry another request.
+            headers = {"connection": "close"}
+            await send_json(send, body.refusal.status, body.refusal.body_for(scope["path"]), headers)
 
-    async def _serve_counting(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
-        exceeded = started = False
-
-        async def counting_receive() -> Event:
-            nonlocal received, exceeded
-            event = await receive()
-            received += len(event.get("body", b""))
-            if received > self._max_bytes:
-                exceeded = True
-                raise _BodyTooLargeError
-            return event
-
+    async def _serve(self, scope: Scope, body: _Body, send: Send) -> None:
         async def guarded_send(event: Event) -> None:
-            nonlocal started
-            # Frameworks turn any exception of `receive` into an answer of their own; the 413 replaces that answer.
-            if exceeded and not started:
+            # Frameworks turn any exception of `receive` into an answer of their own; the refusal replaces that answer.
+            if body.refusal is not None and not body.answered:
                 return
-            started = True
+            body.answered = True
             await send(event)
 
         try:
-            await self._app(scope, counting_receive, guarded_send)
+            await self._app(scope, body.receive, guarded_send)
         except Exception:
-            if not exceeded:
+            if body.refusal is None:
                 raise
-        if exceeded and not started:
-            await self._refuse(scope, send)
 
-    async def _refuse(self, scope: Scope, send: Send) -> None:
-        error = ApiError(
-            413, "body_too_large", f"the request body is over {self._max_bytes} bytes; send fewer or smaller images"
-        )
-        self._on_reject(error.code)
-        # The rest of the body is not read, so the connection cannot carry another request.
-        await send_json(send, error.status, error.body_for(scope["path"]), {"connection": "close"})
+
+class _Body:
+    """Counts a body while the application reads it."""
+
+    def __init__(self, receive: Receive, limits: Limits) -> None:
+        self._receive = receive
+        self._limits = limits
+        self._deadline = asyncio.get_running_loop().time() + limits.body_timeout_s
+        self._received = 0
+        self._complete = False
+        self.refusal: ApiError | None = None
+        self.answered = False
+
+    async def receive(self) -> Event:
+        if self._complete:
+            # What follows a body is the client's leaving, which may take as long as it likes.
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                event = await self._receive()
+        except TimeoutError as e:
+            message = f"the body did not arrive within {self._limits.body_timeout_s:g} s"
+            self.refusal = ApiError(408, "body_timeout", message)
+            raise _BodyRefusedError from e
+        self._complete = not event.get("more_body", False)
+        self._received += len(event.get("body", b""))
+        if self._received > self._limits.max_body_bytes:
+            self.refusal = _too_large(self._limits)
+            raise _BodyRefusedError
+        return event
+
+
+def _too_large(limits: Limits) -> ApiError:
+    message = f"the request body is over {limits.max_body_bytes} bytes; send fewer or smaller images"
+    return ApiError(413, "body_too_large", message)
 
 
 async def send_json(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:

@@ -5,7 +5,6 @@ The KServe SDK's own OpenAI module needs vLLM installed and flattens messages to
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -53,7 +52,7 @@ def build_router(service: ChatService) -> APIRouter:
 
     async def chat(request: Request, held: _Held) -> Response:
         service.queue.check_room()
-        chat_request = parse_chat(await read_json(request, service.limits.body_timeout_s))
+        chat_request = parse_chat(await read_json(request))
         _check_model(service, chat_request.model)
         slot = held.enter_context(service.queue.admit())
         if not chat_request.stream:
@@ -81,21 +80,17 @@ def build_router(service: ChatService) -> APIRouter:
     return router
 
 
-async def read_json(request: Request, timeout_s: float) -> Any:
+async def read_json(request: Request) -> Any:
     """Read and decode a JSON body.
 
     Raises:
-        ApiError: The body is of another type, is not JSON, or did not arrive in time.
+        ApiError: The body is of another type or is not JSON.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         # Also keeps web pages out: a browser sends JSON to another origin only after asking, and we never agree.
         raise ApiError(415, "unsupported_media_type", "send the body as content-type: application/json")
-    try:
-        async with asyncio.timeout(timeout_s):
-            body = await request.body()
-    except TimeoutError as e:
-        raise ApiError(408, "body_timeout", f"the body did not arrive within {timeout_s:g} s") from e
+    body = await request.body()
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as e:

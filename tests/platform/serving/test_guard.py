@@ -12,8 +12,9 @@ import pytest
 
 from nvila_platform.serving.guard import REQUEST_ID, Guard
 from nvila_platform.serving.identity import ModelIdentity
-from nvila_platform.serving.limits import AsgiApp, BodyLimit, Event, Receive, Scope, Send
+from nvila_platform.serving.limits import AsgiApp, BodyLimit, Event, Limits, Receive, Scope, Send
 
+LIMITS = Limits(max_body_bytes=10)
 IDENTITY = ModelIdentity(name="m", version="3", digest="sha256:ab")
 
 
@@ -88,22 +89,56 @@ async def swallows(_scope: Scope, receive: Receive, send: Send) -> None:
 )
 def test_a_body_over_the_limit_gets_413(app: AsgiApp, chunks: list[bytes], headers: dict[str, str]) -> None:
     reasons: list[str] = []
-    response = call(BodyLimit(app, 10, reasons.append), chunks, headers)
+    response = call(BodyLimit(app, LIMITS, reasons.append), chunks, headers)
     assert response.status == 413
     assert json.loads(response.body)["error"]["code"] == "body_too_large"
     assert response.headers["connection"] == "close"
     assert reasons == ["body_too_large"]
 
 
+@pytest.mark.parametrize("app", [echo, swallows])
+def test_a_body_that_does_not_arrive_gets_408(app: AsgiApp) -> None:
+    async def run() -> list[Event]:
+        sent: list[Event] = []
+
+        async def receive() -> Event:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(event: Event) -> None:
+            sent.append(event)
+
+        limits = Limits(body_timeout_s=0.05)
+        scope: dict[str, Any] = {"type": "http", "path": "/x", "headers": []}
+        await BodyLimit(app, limits, lambda _: None)(scope, receive, send)
+        return sent
+
+    start, body = asyncio.run(run())
+    assert start["status"] == 408
+    assert json.loads(body["body"])["error"]["code"] == "body_timeout"
+
+
+def test_the_time_for_the_body_does_not_bound_the_answer() -> None:
+    async def slow(_scope: Scope, receive: Receive, send: Send) -> None:
+        await read_all(receive)
+        waiting = asyncio.ensure_future(receive())
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        waiting.cancel()
+        await reply(send, b"late")
+
+    assert call(BodyLimit(slow, Limits(body_timeout_s=0.05), lambda _: None), [b"x"]).body == b"late"
+
+
 def test_an_announced_body_over_the_limit_is_not_read() -> None:
     async def never(_scope: Scope, _receive: Receive, _send: Send) -> None:
         pytest.fail("called")
 
-    assert call(BodyLimit(never, 10, lambda _: None), [b""], {"content-length": "11"}).status == 413
+    assert call(BodyLimit(never, LIMITS, lambda _: None), [b""], {"content-length": "11"}).status == 413
 
 
 def test_a_body_at_the_limit_passes() -> None:
-    assert call(BodyLimit(echo, 10, lambda _: None), [b"x" * 5, b"y" * 5]).body == b"xxxxxyyyyy"
+    assert call(BodyLimit(echo, LIMITS, lambda _: None), [b"x" * 5, b"y" * 5]).body == b"xxxxxyyyyy"
 
 
 def test_failures_below_the_limit_stay_failures() -> None:
@@ -111,7 +146,7 @@ def test_failures_below_the_limit_stay_failures() -> None:
         raise ValueError("below")
 
     with pytest.raises(ValueError, match="below"):
-        call(BodyLimit(fails, 10, lambda _: None))
+        call(BodyLimit(fails, LIMITS, lambda _: None))
 
 
 def test_responses_carry_lineage_security_headers_and_the_request_id() -> None:
