@@ -89,7 +89,9 @@ class _Exchange:
         try:
             await self._handler
         except asyncio.CancelledError:
-            if not self.abandoned:
+            # Ours when the watcher cancelled the handler, not when somebody cancels this request from outside.
+            outside = asyncio.current_task()
+            if not self.abandoned or (outside is not None and outside.cancelling()):
                 raise
         finally:
             if self._watcher is not None:
