@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -289,3 +290,15 @@ def test_marked_tests_skip_with_a_reason_and_sockets_stay_local(inner: Path) -> 
     assert "needs a Kubernetes cluster: run with --cluster" in done.stdout
     assert "2 passed, 2 skipped" in done.stdout
     assert "3 passed, 1 skipped" in run_pytest(inner, "--slow").stdout
+
+
+@pytest.mark.parametrize("module", ["nvila", "nvila.data.media", "nvila_platform.store", "nvila_pipelines.cli"])
+def test_our_own_warnings_are_errors(module: str) -> None:
+    with pytest.raises(DeprecationWarning):
+        warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module=module)
+
+
+def test_warnings_of_others_are_not() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module="nvilasomething.core")
+    assert len(seen) == 1
