@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from nvila.errors import DataError
 
@@ -167,7 +167,7 @@ def group_by_images(samples: Sequence[Sample]) -> dict[tuple[str, ...], list[int
 def _role(value: object) -> Role:
     if value not in ("system", "user", "assistant"):
         raise ValueError(f"role must be system, user or assistant, got {value!r}")
-    return cast("Role", value)
+    return value
 
 
 def _part(raw: Mapping[str, Any]) -> Part:

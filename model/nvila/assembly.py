@@ -1,0 +1,102 @@
+"""Building, saving and loading whole models: weights, configuration, tokenizer and image processor in one folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
+
+from nvila.configuration import NVILAConfig
+from nvila.data.tokenizers import IMAGE_TOKEN, token_id
+from nvila.errors import CheckpointError
+from nvila.modeling import NVILAForConditionalGeneration
+from nvila.processing import NVILAProcessor, build_image_processor
+from nvila.training.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def register_auto_classes() -> None:
+    """Make `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know NVILA."""
+    AutoConfig.register("nvila", NVILAConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(NVILAConfig, NVILAForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(NVILAConfig, NVILAProcessor, exist_ok=True)
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVILAForConditionalGeneration:
+    """Build a model with new weights from the parts of a recipe; seed torch before for reproducible weights."""
+    language: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        **config.language,
+    }
+    nvila = NVILAConfig(
+        vision_config=dict(config.vision),
+        text_config=language,
+        mm_projector_type=config.projector,
+        mm_vision_select_layer=config.select_layer,
+        image_token_id=token_id(tokenizer, IMAGE_TOKEN),
+        image_end_token_id=tokenizer("\n", add_special_tokens=False)["input_ids"][0],
+    )
+    return NVILAForConditionalGeneration(nvila)
+
+
+def build_processor(model_config: NVILAConfig, tokenizer: PreTrainedTokenizerBase) -> NVILAProcessor:
+    """Build the processor that belongs to a model."""
+    return NVILAProcessor(
+        build_image_processor(model_config.vision_config.image_size),
+        tokenizer,
+        num_image_tokens=model_config.num_image_tokens,
+    )
+
+
+def save_model(model: NVILAForConditionalGeneration, processor: NVILAProcessor, directory: Path) -> None:
+    """Write model and processor as a Hugging Face folder (safetensors)."""
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+def load_model(directory: Path) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
+    """Load a folder that `save_model` wrote; a quantized folder comes back with its quantized layers.
+
+    Raises:
+        CheckpointError: The folder is not a complete model, or holds files that could execute code.
+    """
+    from nvila.quantization.saved import is_quantized, load_quantized
+
+    check_model_files(directory)
+    register_auto_classes()
+    try:
+        if is_quantized(directory):
+            model = load_quantized(directory)
+        else:
+            model = NVILAForConditionalGeneration.from_pretrained(directory)
+        processor = NVILAProcessor.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as e:
+        raise CheckpointError(f"cannot load a model from {directory}: {e}", "make the model artifact again") from e
+    model.eval()
+    return model, processor
+
+
+def check_model_files(directory: Path) -> None:
+    """Refuse folders that are no model or that hold pickled weights.
+
+    Raises:
+        CheckpointError: With the file that is missing or refused.
+    """
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} is not a model folder: config.json is missing", "point at a saved model")
+    refused = sorted(path.name for path in directory.iterdir() if path.suffix in REFUSED_SUFFIXES)
+    if refused:
+        raise CheckpointError(
+            f"{directory} holds {refused[0]}, a format that can execute code on load",
+            "convert the weights to safetensors",
+        )
+    if not list(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{directory} holds no safetensors weights", "save the model with save_pretrained")

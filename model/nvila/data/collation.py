@@ -1,0 +1,124 @@
+"""Batches in which all samples about the same images share one row, one image encoding and one prefix.
+
+A row is the common beginning of its samples (system turn, images) followed by the rest of each sample. A sample
+sees the prefix and itself, never its neighbours, and its positions continue from the prefix; so the row gives
+exactly the likelihoods of the samples taken one by one, at a fraction of the tokens. Ordinary packing is the case
+of an empty prefix, an ordinary batch that of one sample a row.
+
+Shape suffixes: B rows, L longest row, T images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from nvila.data.conversation import Encoded
+from nvila.modeling import IGNORE_INDEX
+
+PREFIX_SEGMENT = 0
+PADDING_SEGMENT = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Tensors of one forward pass.
+
+    `segments` (B, L) tells which sample of its row a position belongs to, counted from 1; 0 is the shared prefix and
+    -1 padding. `images` are the keys of the tiles in the order of their placeholders.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    attention_mask: Tensor
+    images: tuple[str, ...]
+    num_samples: int
+
+    @property
+    def num_supervised(self) -> int:
+        """How many tokens the loss looks at."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are not padding."""
+        return int((self.segments != PADDING_SEGMENT).sum())
+
+
+def collate(groups: Sequence[Sequence[Encoded]], pad_token_id: int) -> Batch:
+    """Build a batch with one row for every group.
+
+    Args:
+        groups: Samples that share the same images, in rows.
+        pad_token_id: Id written at padded positions.
+
+    Returns:
+        The batch; `attention_mask` is the boolean (B, 1, L, L) mask of allowed pairs.
+    """
+    rows = [_row(group) for group in groups]
+    width = max(len(ids) for ids, *_ in rows)
+
+    def padded(column: int, fill: int) -> Tensor:
+        return torch.tensor([row[column] + [fill] * (width - len(row[column])) for row in rows])
+
+    segments_BL = padded(3, PADDING_SEGMENT)
+    return Batch(
+        input_ids=padded(0, pad_token_id),
+        labels=padded(1, IGNORE_INDEX),
+        position_ids=padded(2, 0),
+        segments=segments_BL,
+        attention_mask=pair_mask(segments_BL),
+        images=tuple(key for group in groups for sample in _with_images(group) for key in sample.images),
+        num_samples=sum(len(group) for group in groups),
+    )
+
+
+def pair_mask(segments_BL: Tensor) -> Tensor:
+    """Return which position may look at which: earlier ones of the same sample or of the prefix, and itself."""
+    query_BL1, key_B1L = segments_BL.unsqueeze(2), segments_BL.unsqueeze(1)
+    length = segments_BL.shape[1]
+    causal_LL = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = ((key_B1L == query_BL1) | (key_B1L == PREFIX_SEGMENT)) & causal_LL
+    return allowed.unsqueeze(1)
+
+
+def shared_prefix_length(group: Sequence[Encoded]) -> int:
+    """Length of the common beginning that a row may share.
+
+    At least one unsupervised token stays with every sample, because a sample's first token is not predicted by the
+    position before it in the row.
+    """
+    if len(group) == 1:
+        return 0
+    columns = zip(*(sample.ids for sample in group), strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    first_label = min(_first_supervised(sample.labels) for sample in group)
+    shared = max(0, min(common, first_label - 1))
+    # Images behind the common part belong to single samples; then nothing is shared.
+    return shared if shared >= group[0].media_end else 0
+
+
+def _with_images(group: Sequence[Encoded]) -> Sequence[Encoded]:
+    return group[:1] if shared_prefix_length(group) else group
+
+
+def _first_supervised(labels: Sequence[int]) -> int:
+    return next((index for index, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+
+
+def _row(group: Sequence[Encoded]) -> tuple[list[int], list[int], list[int], list[int]]:
+    shared = shared_prefix_length(group)
+    ids, labels = list(group[0].ids[:shared]), [IGNORE_INDEX] * shared
+    positions, segments = list(range(shared)), [PREFIX_SEGMENT] * shared
+    for number, sample in enumerate(group, start=1):
+        ids += sample.ids[shared:]
+        labels += sample.labels[shared:]
+        positions += range(shared, len(sample.ids))
+        segments += [number] * (len(sample.ids) - shared)
+    return ids, labels, positions, segments

@@ -1,0 +1,28 @@
+"""Image augmentation on batches of tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def random_shift(tiles_T3HW: Tensor, max_pixels: int, noise: torch.Generator) -> Tensor:
+    """Translate every tile by up to `max_pixels` in each direction, repeating the border.
+
+    A tower learns from a few thousand small images where objects are, not only what they are; moving the image by
+    less than a patch breaks that.
+    """
+    if max_pixels == 0:
+        return tiles_T3HW
+    t, channels, height, width = tiles_T3HW.shape
+    padded = nn.functional.pad(tiles_T3HW, (max_pixels,) * 4, mode="replicate")
+    top, left = torch.randint(0, 2 * max_pixels + 1, (2, t), generator=noise)
+    rows_TH = top.unsqueeze(1) + torch.arange(height)
+    columns_TW = left.unsqueeze(1) + torch.arange(width)
+    tile, channel = torch.arange(t), torch.arange(channels)
+    return padded[
+        tile[:, None, None, None],
+        channel[None, :, None, None],
+        rows_TH[:, None, :, None],
+        columns_TW[:, None, None, :],
+    ]

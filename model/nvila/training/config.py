@@ -1,0 +1,121 @@
+"""What a training run is made of. Plain frozen values: the text of a recipe is checked above and converted once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from nvila.errors import ConfigError
+
+PartName = Literal["vision", "projector", "language"]
+PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
+Precision = Literal["fp32", "bf16", "fp8"]
+Schedule = Literal["cosine", "linear"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The parts of a new model.
+
+    Args:
+        vision: Configuration of the vision tower (`model_type` and its fields).
+        language: Configuration of the language model; the vocabulary size follows the tokenizer.
+        projector: Projector variant.
+        select_layer: Hidden state of the tower that feeds the projector.
+        max_length: Longest conversation in tokens.
+    """
+
+    vision: Mapping[str, Any]
+    language: Mapping[str, Any]
+    projector: str
+    select_layer: int
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """One training stage (paper, table 8).
+
+    Args:
+        name: Folder and metric prefix of the stage.
+        data: Which data set of the run feeds it.
+        steps: Optimizer steps.
+        lr: Peak learning rate of every trained part; a part that is not named stays frozen.
+        images_per_step: Rows of a batch over all processes; a row is an image with its samples.
+        samples_per_image: At most this many samples of an image go into one row.
+        warmup_steps: Linear warm-up.
+        schedule: Decay after the warm-up, to zero.
+        max_shift_pixels: Random translation of the image, the same for all its samples; 0 turns it off.
+    """
+
+    name: str
+    data: str
+    steps: int
+    lr: Mapping[PartName, float]
+    images_per_step: int
+    samples_per_image: int
+    warmup_steps: int
+    schedule: Schedule
+    max_shift_pixels: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.lr) - set(PARTS)
+        if unknown or not self.lr:
+            raise ConfigError(
+                f"stages.{self.name}.lr names {sorted(unknown) or 'no part'}", f"parts are {', '.join(PARTS)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionConfig:
+    """How matrix products are computed.
+
+    Args:
+        name: fp32, bf16, or fp8 (E4M3 forward, E5M2 gradients, per-tensor scales).
+        fp8_min_features: Linear layers with a smaller side are left alone, as the FP8 gain is lost on them.
+    """
+
+    name: Precision = "fp32"
+    fp8_min_features: int = 3584
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """A whole training run.
+
+    Args:
+        model: Parts of the model.
+        stages: Stages in order; each starts from the weights of the one before.
+        precision: Precision of the language model's linear layers.
+        backend: `deepspeed`, or `torch` for a single process without it.
+        zero_stage: DeepSpeed ZeRO stage.
+        betas: AdamW moments.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Clipping threshold of the global gradient norm.
+        seed: Seeds initialisation, sampling and augmentation.
+    """
+
+    model: ModelConfig
+    stages: tuple[StageConfig, ...]
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: int = 1
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form that the training process reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> TrainConfig:
+        """Rebuild what `to_dict` returned."""
+        values = dict(raw)
+        values["model"] = ModelConfig(**values["model"])
+        values["stages"] = tuple(StageConfig(**stage) for stage in values["stages"])
+        values["precision"] = PrecisionConfig(**values["precision"])
+        values["betas"] = tuple(values["betas"])
+        return cls(**values)

@@ -1,0 +1,125 @@
+"""The training loop of one stage."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nvila.data.collation import Batch, collate
+from nvila.data.conversation import Encoded
+from nvila.errors import NvilaError
+from nvila.progress import SILENT, Reporter
+from nvila.training.augmentation import random_shift
+from nvila.training.config import StageConfig, TrainConfig
+from nvila.training.engine import TrainEngine
+from nvila.training.precision import autocast
+
+
+class PixelSource(Protocol):
+    """Gives the normalised tiles (T, 3, h, w) of images by key."""
+
+    def __call__(self, keys: tuple[str, ...]) -> Tensor:
+        """Return tiles in the order of `keys`."""
+
+
+@dataclass(slots=True)
+class MetricsLog:
+    """Appends one JSON line for every reported step and keeps a smoothed loss for the progress line."""
+
+    path: Path
+    every: int = 20
+    _smooth: float = field(default=math.nan)
+
+    def add(self, stage: str, step: int, loss: float, lr_scale: float, tokens: int, seconds: float) -> dict[str, float]:
+        """Record a step and return the metrics worth showing."""
+        self._smooth = loss if math.isnan(self._smooth) else 0.95 * self._smooth + 0.05 * loss
+        metrics = {"loss": round(self._smooth, 5), "tokens_per_second": round(tokens / max(seconds, 1e-9))}
+        if step % self.every == 0:
+            line = {"stage": stage, "step": step, "loss": loss, "lr_scale": lr_scale, **metrics, "loss_last": loss}
+            with self.path.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(line) + "\n")
+        return metrics
+
+
+def learning_rate_scale(step: int, stage: StageConfig) -> float:
+    """Share of the peak learning rate at a step counted from 0: linear warm-up, then decay to zero."""
+    warm = min(1.0, (step + 1) / max(1, stage.warmup_steps))
+    progress = step / stage.steps
+    decay = (1 + math.cos(math.pi * progress)) / 2 if stage.schedule == "cosine" else 1 - progress
+    return warm * decay
+
+
+def run_stage(
+    engine: TrainEngine,
+    batches: Iterator[list[list[Encoded]]],
+    pixels: PixelSource,
+    stage: StageConfig,
+    config: TrainConfig,
+    *,
+    pad_token_id: int,
+    log: MetricsLog,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Train for the steps of one stage.
+
+    Raises:
+        NvilaError: The loss became NaN or infinite; raised before the optimizer could spread it.
+    """
+    engine.module.train()
+    noise = torch.Generator().manual_seed(config.seed)
+    started, tokens = time.monotonic(), 0
+    for step in range(stage.steps):
+        batch = collate(next(batches), pad_token_id)
+        tiles = random_shift(pixels(batch.images), stage.max_shift_pixels, noise)
+        with autocast(config.precision, tiles.device.type):
+            loss = engine(**model_inputs(batch, tiles)).loss
+        scale = global_token_weight(batch)
+        value = check_finite(loss, stage.name, step)
+        engine.backward(loss * scale)
+        lr_scale = learning_rate_scale(step, stage)
+        engine.step(lr_scale)
+        tokens += batch.num_tokens
+        metrics = log.add(stage.name, step, value, lr_scale, tokens, time.monotonic() - started)
+        reporter.progress(stage.name, step + 1, stage.steps, metrics)
+
+
+def model_inputs(batch: Batch, tiles: Tensor) -> dict[str, Tensor]:
+    """Return the keyword arguments of a training forward pass."""
+    return {
+        "input_ids": batch.input_ids,
+        "labels": batch.labels,
+        "position_ids": batch.position_ids,
+        "attention_mask": batch.attention_mask,
+        "pixel_values": tiles,
+    }
+
+
+def global_token_weight(batch: Batch) -> float:
+    """Weight that makes the mean over processes the mean over all supervised tokens of the step."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 1.0
+    count = torch.tensor([float(batch.num_supervised)])
+    torch.distributed.all_reduce(count)
+    return batch.num_supervised * world / float(count)
+
+
+def check_finite(loss: Tensor, stage: str, step: int) -> float:
+    """Return the loss as a number.
+
+    Raises:
+        NvilaError: It is NaN or infinite.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NvilaError(f"stage '{stage}' step {step}: the loss is {value}", f"lower stages.{stage}.lr")
+    return value
