@@ -30,3 +30,19 @@ class SilentReporter:
 
 
 SILENT: Reporter = SilentReporter()
+
+
+class PrefixedReporter:
+    """Puts a word in front of every phase, for an operation that runs inside another."""
+
+    def __init__(self, reporter: Reporter, prefix: str) -> None:
+        self._reporter = reporter
+        self._prefix = prefix
+
+    def progress(self, phase: str, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Pass the event on under the longer name."""
+        self._reporter.progress(f"{self._prefix} {phase}", done, total, metrics)
+
+    def notice(self, text: str) -> None:
+        """Pass the line on with the prefix."""
+        self._reporter.notice(f"{self._prefix}: {text}")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 _TINY = 1e-10
+# Stored mantissa bits and the exponent of the smallest normal number.
+_GRIDS = {E4M3: (3, -6), E5M2: (2, -14)}
 
 
 def round_to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,7 +26,21 @@ def round_to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     low, high = torch.aminmax(x)
     scale = (torch.maximum(-low, high) + _TINY) / torch.finfo(dtype).max
-    return (x / scale).to(dtype).to(x.dtype) * scale
+    if x.dtype != torch.float32:
+        return (x / scale).to(dtype).to(x.dtype) * scale
+    return round_to_grid(x / scale, dtype).mul_(scale)
+
+
+def round_to_grid(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 values in the range of `dtype` to its grid, ties to even.
+
+    Equal to casting there and back, which has no vector code on CPU and takes three times as long: adding and
+    subtracting 1.5 * 2^(e + 23 - mantissa bits) makes fp32 round at the last FP8 digit of a value with exponent e.
+    """
+    mantissa_bits, min_exponent = _GRIDS[dtype]
+    exponent = y.view(torch.int32).bitwise_and(0x7F800000).clamp_min_((127 + min_exponent) << 23)
+    anchor = exponent.add_(((23 - mantissa_bits) << 23) | 0x400000).view(torch.float32)
+    return (y + anchor).sub_(anchor)
 
 
 class _Fp8Product(torch.autograd.Function):
