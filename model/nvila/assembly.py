@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
@@ -68,17 +68,16 @@ def load_model(directory: Path) -> tuple[NVILAForConditionalGeneration, NVILAPro
     Raises:
         CheckpointError: The folder is not a complete model, or holds files that could execute code.
     """
+    from safetensors import SafetensorError
+
     from nvila.quantization.saved import is_quantized, load_quantized
 
     check_model_files(directory)
     register_auto_classes()
     try:
-        if is_quantized(directory):
-            model = load_quantized(directory)
-        else:
-            model = NVILAForConditionalGeneration.from_pretrained(directory)
+        model = load_quantized(directory) if is_quantized(directory) else _load_wide(directory)
         processor = NVILAProcessor.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise CheckpointError(f"cannot load a model from {directory}: {e}", "make the model artifact again") from e
     model.eval()
     return model, processor
@@ -92,7 +91,7 @@ def check_model_files(directory: Path) -> None:
     """
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is not a model folder: config.json is missing", "point at a saved model")
-    refused = sorted(path.name for path in directory.iterdir() if path.suffix in REFUSED_SUFFIXES)
+    refused = sorted(path.name for path in directory.iterdir() if path.suffix.lower() in REFUSED_SUFFIXES)
     if refused:
         raise CheckpointError(
             f"{directory} holds {refused[0]}, a format that can execute code on load",
@@ -100,3 +99,18 @@ def check_model_files(directory: Path) -> None:
         )
     if not list(directory.glob("*.safetensors")):
         raise CheckpointError(f"{directory} holds no safetensors weights", "save the model with save_pretrained")
+
+
+def _load_wide(directory: Path) -> NVILAForConditionalGeneration:
+    """Load unquantized weights; what would be a warning of transformers (new random weights!) is an error here."""
+    loaded: Any = NVILAForConditionalGeneration.from_pretrained(
+        directory, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, report = cast("tuple[NVILAForConditionalGeneration, dict[str, Any]]", loaded)
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    if wrong := sorted([*report["missing_keys"], *report["unexpected_keys"], *mismatched]):
+        raise CheckpointError(
+            f"the weights in {directory} do not fit its config.json: {wrong[0]} is missing, unknown or misshapen",
+            "make the model artifact again",
+        )
+    return model

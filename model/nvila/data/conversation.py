@@ -97,7 +97,7 @@ class ConversationEncoder:
         spans = []
         for number, message in enumerate(messages):
             if message.role == "assistant":
-                start = len(render(self.tokenizer, messages[:number], for_answer=True))
+                start = self._answer_start(messages, number)
                 end = text.index(TURN_END, start + len(message.text)) + len(TURN_END)
                 spans.append((start, end))
         ids, labels = self._tokenise(text, spans)
@@ -105,6 +105,13 @@ class ConversationEncoder:
         while labels and labels[-1] == IGNORE_INDEX:
             ids, labels = ids[:-1], labels[:-1]
         return ids, labels
+
+    def _answer_start(self, messages: Sequence[Message], number: int) -> int:
+        """Where the text of an assistant's message begins in the rendered conversation."""
+        before = messages[: max(1, number)]
+        opened = len(render(self.tokenizer, before, for_answer=True))
+        # Templates do not render nothing, so the opening of a first turn is measured behind that turn.
+        return opened if number else opened - len(render(self.tokenizer, before))
 
     def _tokenise(self, text: str, spans: list[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -131,7 +131,7 @@ def read_jsonl(path: Path) -> Iterator[Sample]:
         DataError: The file is missing or a line is not a sample; the message names file and line.
     """
     try:
-        lines = path.open(encoding="utf-8")
+        lines = path.open("rb")
     except OSError as e:
         raise DataError(f"cannot read samples from {path}: {e.strerror}", "check the path") from e
     with lines:
@@ -139,8 +139,8 @@ def read_jsonl(path: Path) -> Iterator[Sample]:
             where = f"{path.name}:{number}"
             try:
                 raw = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise DataError(f"{where}: broken JSON: {e.msg}", "repair or remove the line") from e
+            except ValueError as e:  # no JSON, or no UTF-8
+                raise DataError(f"{where}: broken JSON: {e}", "repair or remove the line") from e
             if not isinstance(raw, dict):
                 raise DataError(f"{where}: a record must be a JSON object, got {type(raw).__name__}", "")
             yield Sample.from_dict(raw, where=where)
