@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvila.errors import ConfigError, nearest
 from nvila.quantization.config import QuantizationConfig
@@ -30,6 +30,8 @@ _SUFFIXES = (".yaml", ".yml")
 
 class Recipe(schema.Section):
     """A whole run, resolved and checked."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     name: schema.Name
     seed: schema.CountOrZero
@@ -51,7 +53,7 @@ class Recipe(schema.Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain values."""
-        return self.model_dump(mode="json", by_alias=True)
+        return self.model_dump(mode="json")
 
     def to_json(self) -> str:
         """Return the form that crosses process boundaries."""
@@ -79,10 +81,16 @@ class Recipe(schema.Section):
         precision = PrecisionConfig(name=self.train.precision, fp8_min_features=self.train.fp8_min_features)
         return self._training(self.model, self.train.stages, precision, self.train.backend)
 
-    def scorer_config(self, size: Literal["small", "large"]) -> TrainConfig:
-        """Return the training run of one of the two scorers: fp32 in one process, otherwise like the main one."""
-        scorer = self.curate.small if size == "small" else self.curate.large
-        return self._training(scorer.model, scorer.stages, PrecisionConfig(), "torch")
+    def scorer_config(self, scorer: str) -> TrainConfig:
+        """Return the training run of the `small` or `large` scorer: fp32 in one process, otherwise like the main one.
+
+        Raises:
+            ConfigError: There is no such scorer.
+        """
+        scorers = {"small": self.curate.small, "large": self.curate.large}
+        if scorer not in scorers:
+            raise ConfigError(f"unknown scorer '{scorer}'", nearest(scorer, scorers))
+        return self._training(scorers[scorer].model, scorers[scorer].stages, PrecisionConfig(), "torch")
 
     def quantization_config(self) -> QuantizationConfig:
         """Return the quantization schemes."""

@@ -243,7 +243,8 @@ class EvaluateSection(Section):
     """What the models are measured on."""
 
     split: Literal["validation", "test"]
-    images_per_batch: Count
+    # Questions that are decoded together.
+    batch_size: Count
 
 
 class GateSection(Section):

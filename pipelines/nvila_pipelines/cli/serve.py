@@ -1,0 +1,215 @@
+"""`nvila serve`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvila.errors import ConfigError
+from nvila_pipelines.cli.options import port_number
+from nvila_pipelines.cli.output import emit, emit_json
+from nvila_platform.settings import Settings
+
+if TYPE_CHECKING:
+    from nvila.inference.engine import Engine
+    from nvila_platform.serving.limits import Limits
+
+SUMMARY = "serve a model over HTTP: OpenAI, KServe V1 and V2"
+DEFAULT_NAME = "nvila"
+_REGISTRY = "models:/"
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared, not bound
+_QUESTION = "what color is the shape?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model folder, and who it is."""
+
+    directory: Path
+    name: str
+    version: str
+    digest: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's own arguments."""
+    parser.usage = "%(prog)s (MODEL | --model-dir DIR) [options]"
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder"
+    )
+    parser.add_argument("--model-dir", type=Path, metavar="DIR", help="folder of the model, instead of MODEL")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=port_number, default=8080, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--name", help=f"name that clients ask for (default: the registered name, or {DEFAULT_NAME})")
+    parser.add_argument("--version", help="version reported with every answer (default: the registered one)")
+    parser.add_argument("--digest", help="artifact digest reported with every answer (default: the artifact's own)")
+    parser.add_argument("--max-requests", type=int, metavar="N", help="requests running and waiting together")
+    parser.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest time for one answer")
+    parser.add_argument("--grace", type=float, metavar="SECONDS", help="time for running answers after SIGTERM")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Do the work and return the exit code."""
+    if (args.model is None) == (args.model_dir is None):
+        given = "no model is named" if args.model is None else "both MODEL and --model-dir are given"
+        raise ConfigError(given, "nvila serve models:/nvila@champion, or nvila serve --model-dir DIR")
+    serve_model(
+        args.model if args.model is not None else args.model_dir,
+        settings,
+        host=args.host,
+        port=args.port,
+        name=args.name,
+        version=args.version,
+        digest=args.digest,
+        limits=_limits(args),
+        grace_s=args.grace,
+        as_json=args.json,
+    )
+    return 0
+
+
+def serve_model(
+    model: str | Path,
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    name: str | None = None,
+    version: str | None = None,
+    digest: str | None = None,
+    limits: Limits | None = None,
+    grace_s: float | None = None,
+    as_json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Serve a model until a signal comes; once it is ready, say how to ask it.
+
+    Args:
+        model: Folder, or address in the registry.
+        settings: Where registry and store are.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        name: Name that clients ask for.
+        version: Version to report.
+        digest: Digest to report.
+        limits: What a request may cost.
+        grace_s: How long running answers may take after the signal.
+        as_json: Say it as a JSON object.
+        quiet: Say it on standard error, because standard output ends with something else.
+    """
+    source = find_model(model, settings)
+    from nvila_platform.serving.identity import ModelIdentity
+    from nvila_platform.serving.server import DEFAULT_GRACE_S, serve
+
+    identity = ModelIdentity(
+        name=name or source.name,
+        version=version or source.version,
+        digest=digest or source.digest,
+        created=int(source.directory.stat().st_mtime),
+    )
+    with tempfile.TemporaryDirectory(prefix="nvila-serve-") as scratch:
+        port_file = Path(scratch) / "port"
+
+        def load() -> Engine:
+            from nvila.inference.engine import Engine
+
+            engine = Engine.load(source.directory)
+            url = f"http://{_reachable(host)}:{port_file.read_text(encoding='ascii')}"
+            _announce(url, identity, as_json=as_json, quiet=quiet)
+            return engine
+
+        serve(
+            load,
+            identity,
+            host=host,
+            port=port,
+            limits=limits,
+            grace_s=DEFAULT_GRACE_S if grace_s is None else grace_s,
+            port_file=port_file,
+        )
+
+
+def find_model(model: str | Path, settings: Settings) -> Source:
+    """Return the folder behind a registry address or path, and what is known about it.
+
+    Raises:
+        ConfigError: There is no such model.
+        ArtifactError: Its files are missing or damaged.
+        InfrastructureError: The registry or the store failed.
+    """
+    if isinstance(model, str) and model.startswith(_REGISTRY):
+        from nvila_platform.registry import resolve
+        from nvila_platform.store import open_store
+
+        found = resolve(settings, model)
+        directory = model_folder(open_store(settings).fetch(found.ref))
+        return Source(directory=directory, name=found.name, version=str(found.version), digest=found.digest)
+    from nvila_platform.artifacts import read_manifest
+
+    directory = model_folder(Path(model))
+    manifest = read_manifest(directory) or read_manifest(directory.parent)
+    digest = manifest.digest if manifest is not None else "unknown"
+    return Source(directory=directory, name=DEFAULT_NAME, version="unregistered", digest=digest)
+
+
+def model_folder(path: Path) -> Path:
+    """Return the folder that holds the model: `path` itself, or `model/` in a step's directory.
+
+    Raises:
+        ConfigError: Neither is a model.
+    """
+    for candidate in (path, path / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate.absolute()
+    problem = "has no config.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
+    raise ConfigError(f"model folder {path} {problem}", f"give a saved model, or {_REGISTRY}NAME@ALIAS")
+
+
+def curl_line(url: str, name: str) -> str:
+    """Return a command that can be pasted as it is: a question about a small picture that travels inside it."""
+    image = f"data:image/png;base64,{base64.b64encode(_blue_rectangle()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": _QUESTION}]
+    body = {"model": name, "messages": [{"role": "user", "content": content}]}
+    words = ["curl", "-s", f"{url}/openai/v1/chat/completions", "-H", "Content-Type: application/json", "-d"]
+    return shlex.join([*words, json.dumps(body, separators=(",", ":"))])
+
+
+def _blue_rectangle() -> bytes:
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (64, 64), (232, 240, 230))
+    ImageDraw.Draw(image).rectangle((14, 22, 46, 42), fill=(0, 0, 255))
+    png = io.BytesIO()
+    image.quantize(2).save(png, "PNG", optimize=True)
+    return png.getvalue()
+
+
+def _announce(url: str, identity: object, *, as_json: bool, quiet: bool) -> None:
+    name, version, digest = (str(getattr(identity, field)) for field in ("name", "version", "digest"))
+    if as_json:
+        emit_json({"url": url, "name": name, "version": version, "digest": digest})
+        return
+    text = f"model {name} (version {version}) is served at {url}; Ctrl-C stops it. Ask it:\n\n{curl_line(url, name)}\n"
+    if quiet:
+        sys.stderr.write(text)
+    else:
+        emit(text)
+
+
+def _reachable(host: str) -> str:
+    return _ANY.get(host) or (f"[{host}]" if ":" in host else host)
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from nvila_platform.serving.limits import Limits
+
+    given = {"max_requests": args.max_requests, "request_timeout_s": args.request_timeout}
+    return Limits(**{field: value for field, value in given.items() if value is not None})
