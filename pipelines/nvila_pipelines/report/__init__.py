@@ -1,0 +1,6 @@
+"""What a run shows at its end: one HTML file and one terminal table."""
+
+from nvila_pipelines.report.report import write_report
+from nvila_pipelines.report.terminal import render_summary
+
+__all__ = ["render_summary", "write_report"]

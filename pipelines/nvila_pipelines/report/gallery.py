@@ -1,0 +1,202 @@
+"""Samples as pictures: what curation kept or ignored, and what the model answered."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nvila.data.media import ImageTable
+from nvila.data.records import Sample, read_jsonl
+from nvila_pipelines.report.formats import shortened
+from nvila_pipelines.report.images import Thumbnails
+from nvila_pipelines.report.outputs import Outputs
+
+NUM_CURATED = 6
+NUM_WRONG = 12
+NUM_RIGHT = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One sample as a picture with its question.
+
+    Args:
+        image: Data URI; empty when the sample has no image that can be shown.
+        alt: What the picture is, for readers who cannot see it.
+        source: Where the sample comes from; the question kind for easy-VQA.
+        question: The question, shortened.
+        facts: Label and value of what belongs to it, in order.
+        verdict: "right" or "wrong" for an answered question, else empty.
+    """
+
+    image: str
+    alt: str
+    source: str
+    question: str
+    facts: tuple[tuple[str, str], ...]
+    verdict: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Cards under one heading with one sentence about them."""
+
+    title: str
+    text: str
+    cards: tuple[Card, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What the two scorers said about one sample."""
+
+    id: str
+    source: str
+    small: float
+    large: float
+    delta: float
+
+
+def thumbnails(outputs: Outputs) -> Thumbnails:
+    """Open the image table of the run.
+
+    Raises:
+        ArtifactError: The data step has no images.
+        DataError: The table is damaged.
+    """
+    return Thumbnails(ImageTable.open(outputs.file("data", "images.parquet")))
+
+
+def curated(outputs: Outputs, scores: Sequence[Score], images: Thumbnails) -> tuple[Group, ...]:
+    """Show the samples at both ends and in the middle of the delta scale, spread over the sources."""
+    finite = [score for score in scores if math.isfinite(score.delta)]
+    chosen = {
+        "informative": _spread(finite, lambda score: -score.delta),
+        "redundant": _spread(finite, lambda score: abs(score.delta)),
+        "distracting": _spread([score for score in finite if score.delta < 0], lambda score: score.delta),
+    }
+    wanted = {score.id for group in chosen.values() for score in group}
+    samples = {sample.id: sample for sample in read_jsonl(outputs.file("data", "train.jsonl")) if sample.id in wanted}
+    texts = {
+        "informative": ("Most informative", "The large scorer knows the answer, the small one does not yet."),
+        "redundant": ("Redundant", "Delta near 0: both scorers find the answer equally likely."),
+        "distracting": (
+            "Distracting",
+            "The most negative delta: the larger scorer finds the answer less likely than the small one.",
+        ),
+    }
+    return tuple(
+        Group(
+            title=title,
+            text=text,
+            cards=tuple(_scored(score, samples[score.id], images) for score in chosen[name] if score.id in samples),
+        )
+        for name, (title, text) in texts.items()
+    )
+
+
+def answered(rows: Iterable[Mapping[str, Any]], images: Thumbnails) -> tuple[Group, ...]:
+    """Show wrong answers first, then right ones, each spread over the question kinds and over the images."""
+    by_verdict: dict[bool, list[Mapping[str, Any]]] = {False: [], True: []}
+    for row in rows:
+        by_verdict[bool(row["correct"])].append(row)
+    wrong, right = by_verdict[False], by_verdict[True]
+    return (
+        Group(
+            title="Wrong answers",
+            text=_shown(len(wrong), NUM_WRONG, "wrong answer") if wrong else "There is no wrong answer.",
+            cards=tuple(_answer(row, images) for row in _pick(wrong, NUM_WRONG)),
+        ),
+        Group(
+            title="Right answers",
+            text=_shown(len(right), NUM_RIGHT, "right answer") if right else "There is no right answer.",
+            cards=tuple(_answer(row, images) for row in _pick(right, NUM_RIGHT)),
+        ),
+    )
+
+
+def _spread(scores: Sequence[Score], rank: Callable[[Score], float]) -> list[Score]:
+    """Take the best of every source in turn, so that no source fills the gallery."""
+    queues: dict[str, list[Score]] = defaultdict(list)
+    for score in sorted(scores, key=lambda score: (rank(score), score.id)):
+        if len(queues[score.source]) < NUM_CURATED:
+            queues[score.source].append(score)
+    picked: list[Score] = []
+    while len(picked) < NUM_CURATED and any(queues.values()):
+        best = sorted((queue.pop(0) for queue in queues.values() if queue), key=rank)
+        picked.extend(best[: NUM_CURATED - len(picked)])
+    return sorted(picked, key=rank)
+
+
+def _pick(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    """Take rows of every kind in turn; rows stand together by image, so a stride gives different images."""
+    kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        kinds[str(row["source"])].append(row)
+    # A different start in every kind: the first question of each would show the same image.
+    queues = [_strided(kinds[kind], limit, number / len(kinds)) for number, kind in enumerate(sorted(kinds))]
+    picked: list[Mapping[str, Any]] = []
+    while len(picked) < limit and any(queues):
+        picked.extend(queue.pop(0) for queue in queues if queue)
+    return picked[:limit]
+
+
+def _strided(rows: Sequence[Mapping[str, Any]], limit: int, offset: float) -> list[Mapping[str, Any]]:
+    stride = len(rows) / min(limit, len(rows))
+    return [rows[int((number + offset) * stride)] for number in range(min(limit, len(rows)))]
+
+
+def _scored(score: Score, sample: Sample, images: Thumbnails) -> Card:
+    image, alt = _picture(sample.images[0] if sample.images else "", images)
+    return Card(
+        image=image,
+        alt=alt,
+        source=score.source,
+        question=shortened(sample.question),
+        facts=(
+            ("answer", shortened(sample.answer)),
+            ("likely to small", _likelihood(score.small)),
+            ("likely to large", _likelihood(score.large)),
+            ("delta", _signed(score.delta)),
+        ),
+    )
+
+
+def _answer(row: Mapping[str, Any], images: Thumbnails) -> Card:
+    image, alt = _picture(str(row.get("image") or ""), images)
+    right = bool(row["correct"])
+    given = ("answered", shortened(str(row["prediction"])) or "(nothing)")
+    return Card(
+        image=image,
+        alt=alt,
+        source=str(row["source"]),
+        question=shortened(str(row["question"])),
+        facts=(given,) if right else (given, ("expected", shortened(str(row["answer"])))),
+        verdict="right" if right else "wrong",
+    )
+
+
+def _picture(key: str, images: Thumbnails) -> tuple[str, str]:
+    if not key:
+        return "", "no image"
+    image = images.uri(key)
+    return image, f"image {key}" if image else f"image {key} cannot be shown"
+
+
+def _likelihood(nll: float) -> str:
+    # The whole answer's likelihood; a loss of 0.02 says less to a reader than 98 %.
+    share = math.exp(-nll) if math.isfinite(nll) and nll >= 0 else 0.0
+    return f"{share * 100:.1f} %" if share >= 0.001 else "under 0.1 %"
+
+
+def _signed(delta: float) -> str:
+    return "0.000" if abs(delta) < 0.0005 else f"{delta:+.3f}"
+
+
+def _shown(total: int, limit: int, noun: str) -> str:
+    if total == 1:
+        return f"The only {noun}."
+    return f"All {total} {noun}s." if total <= limit else f"{limit} of {total:,} {noun}s, from all kinds of questions."

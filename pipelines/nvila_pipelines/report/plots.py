@@ -1,0 +1,209 @@
+"""Plots as SVG text that takes its colours and font from the page, so one file serves light, dark and print.
+
+Figures are drawn with placeholder colours; the SVG then names CSS variables in their place. No text from data goes into
+a figure: titles and captions are HTML, where they are escaped.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, MUTED, FAINT = "#010101", "#010102", "#010103"
+KEPT, IGNORED, MARK = "#010104", "#010105", "#010106"
+_VARIABLES = {INK: "ink", MUTED: "muted", FAINT: "line", KEPT: "kept", IGNORED: "ignored", MARK: "mark"}
+_MAX_POINTS = 1500
+_BINS = 32
+_LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 8.5, "handlelength": 1.4}
+_FONT_SIZE = 10.5
+
+
+@contextmanager
+def cached_in(directory: Path | None) -> Iterator[None]:
+    """Let matplotlib keep its font list in this directory instead of the home directory.
+
+    A run writes nothing outside its workspace. A user's own MPLCONFIGDIR wins.
+    """
+    if directory is None or "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    os.environ["MPLCONFIGDIR"] = str(directory)
+    try:
+        import matplotlib.font_manager  # noqa: F401  # reads the variable on import and remembers the answer
+
+        yield
+    finally:
+        del os.environ["MPLCONFIGDIR"]
+
+
+def loss_curve(curve: Sequence[tuple[int, float]], limits: tuple[float, float], *, name: str, alt: str) -> str:
+    """Draw (step, loss) of one training stage on a logarithmic scale that all stages share.
+
+    Args:
+        curve: Points in order; those that are not finite and positive are left out.
+        limits: Lowest and highest loss on the scale.
+        name: Unique within the page; keeps the identifiers of several figures apart.
+        alt: What the figure shows, for readers who cannot see it.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    shown = _thinned([(step, loss) for step, loss in curve if math.isfinite(loss) and loss > 0])
+
+    def draw(axes: Axes) -> None:
+        axes.plot([step for step, _ in shown], [loss for _, loss in shown], color=KEPT, linewidth=1.8)
+        axes.set_yscale("log")
+        axes.set_ylim(limits[0] / 1.3, limits[1] * 1.3)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        _plain_decades(axes, limits)
+
+    return _svg(draw, (3.0, 2.2), name, alt)
+
+
+def delta_histogram(kept: Sequence[float], ignored: Sequence[float], *, name: str, alt: str) -> str:
+    """Draw how delta is distributed, with the boundary between kept and ignored samples."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    both = sorted([*kept, *ignored])
+    low, high = min(_quantile(both, 0.005), 0.0), max(_quantile(both, 0.995), 0.0)
+    high = high if high > low else low + 1.0
+
+    def draw(axes: Axes) -> None:
+        # What lies beyond the scale is counted in its outermost bars.
+        below, edges = np.histogram(np.clip(ignored, low, high), bins=_BINS, range=(low, high))
+        above, _ = np.histogram(np.clip(kept, low, high), bins=_BINS, range=(low, high))
+        wide = (high - low) / _BINS
+        axes.bar(
+            edges[:-1], below, wide, align="edge", color=IGNORED, hatch="/////", edgecolor=FAINT, lw=0, label="ignored"
+        )
+        axes.bar(edges[:-1], above, wide, bottom=below, align="edge", color=KEPT, lw=0, label="kept")
+        if kept and ignored:
+            axes.axvline((min(kept) + max(ignored)) / 2, color=MARK, linewidth=1.5, linestyle="--", label="boundary")
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set_xlabel("delta")
+        axes.set_ylabel("samples (log)")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.minorticks_off()
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.legend(**_LEGEND, loc="lower center", bbox_to_anchor=(0.45, 0.98), ncols=3, columnspacing=1)
+
+    return _svg(draw, (3.0, 2.4), name, alt, headroom=0.24)
+
+
+def likelihood_scatter(points: Sequence[tuple[float, float, bool]], *, name: str, alt: str) -> str:
+    """Draw (NLL of the small scorer, NLL of the large scorer, kept) for an even sub-sample of the points."""
+    shown = points[:: max(1, math.ceil(len(points) / _MAX_POINTS))]
+    top = max(_quantile(sorted(max(small, large) for small, large, _ in shown), 0.995), 1e-3) * 1.05
+
+    def draw(axes: Axes) -> None:
+        axes.axline((0, 0), (top, top), color=MUTED, linewidth=1, linestyle="--", label="equally likely to both")
+        for kept, color, marker, label in ((False, IGNORED, "x", "ignored"), (True, KEPT, "o", "kept")):
+            chosen = [(min(small, top), min(large, top)) for small, large, was_kept in shown if was_kept == kept]
+            axes.plot(
+                [small for small, _ in chosen],
+                [large for _, large in chosen],
+                linestyle="none",
+                marker=marker,
+                markersize=3.2,
+                markeredgewidth=0.8,
+                color=color,
+                alpha=0.55,
+                label=label,
+            )
+        axes.set(xlim=(-0.02 * top, top * 1.02), ylim=(-0.02 * top, top * 1.02), aspect="equal")
+        axes.set_xlabel("loss of the small scorer")
+        axes.set_ylabel("loss of the large scorer")
+        axes.legend(**_LEGEND, loc="upper left")
+
+    return _svg(draw, (5.0, 4.6), name, alt)
+
+
+def loss_limits(curves: Mapping[str, Sequence[tuple[int, float]]]) -> tuple[float, float]:
+    """Return the lowest and highest loss of all curves, for a scale that they share."""
+    losses = [loss for curve in curves.values() for _, loss in curve if math.isfinite(loss) and loss > 0]
+    return (max(min(losses), 1e-6), max(losses)) if losses else (0.1, 1.0)
+
+
+def _svg(draw: Callable[[Axes], None], inches: tuple[float, float], name: str, alt: str, headroom: float = 0.08) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # A fixed salt and no date: the same run gives the same bytes. Text stays text, so the page's font applies.
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": _FONT_SIZE,
+        "hatch.color": FAINT,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=inches)
+        # Fixed margins: measuring every label first would double the time, and all labels here are short.
+        width, height = inches
+        figure.subplots_adjust(left=0.68 / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - headroom / height)
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        draw(axes)
+        _restrained(axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Type")))
+    return _inlined(out.getvalue(), name, alt)
+
+
+def _restrained(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(which="both", color=MUTED, labelcolor=MUTED)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.xaxis.label.set_color(MUTED)
+    axes.yaxis.label.set_color(MUTED)
+
+
+def _plain_decades(axes: Axes, limits: tuple[float, float]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    powers = range(math.floor(math.log10(limits[0])), math.ceil(math.log10(limits[1])) + 1)
+    axes.yaxis.set_major_locator(FixedLocator([10.0**power for power in powers]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _inlined(svg: str, name: str, alt: str) -> str:
+    """Turn a stand-alone SVG into an element of the page: no global styles, unique identifiers, page colours."""
+    from markupsafe import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' width="[^"]*pt" height="[^"]*pt"', f' role="img" aria-label="{escape(alt)}"', svg, count=1)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'(id="|href="#|url\(#)', lambda match: f"{match[0]}{name}-", svg)
+    svg = re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+def _thinned(curve: list[tuple[int, float]], limit: int = 400) -> list[tuple[int, float]]:
+    stride = max(1, math.ceil(len(curve) / limit))
+    thin = curve[::stride]
+    return [*thin, curve[-1]] if curve and thin[-1] != curve[-1] else thin
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
