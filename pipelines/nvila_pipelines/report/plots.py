@@ -93,7 +93,7 @@ def delta_histogram(kept: Sequence[float], ignored: Sequence[float], *, name: st
         axes.set_yscale("symlog", linthresh=10)
         axes.set_xlabel("delta")
         axes.set_ylabel("samples (log)")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
         axes.minorticks_off()
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.legend(**_LEGEND, loc="lower center", bbox_to_anchor=(0.45, 0.98), ncols=3, columnspacing=1)
