@@ -79,6 +79,8 @@ class NVILAModel(NVILAPreTrainedModel):
         Returns:
             Visual tokens of shape (T, N, H).
         """
+        if not len(pixel_values):  # a training batch of text alone
+            return pixel_values.new_empty(0, self.config.num_image_tokens, self.config.text_config.hidden_size)
         tower = self.vision_tower
         hidden_TNC = tower.embeddings(pixel_values.to(tower.dtype))
         # The blocks behind the selected layer never influence the result, so they are not run.

@@ -46,6 +46,12 @@ class Lineage:
             "inputs": {name: node.to_dict() for name, node in self.inputs.items()},
         }
 
+    def walk(self) -> Iterator[Lineage]:
+        """Yield this artifact and all it was made of; one that was used twice comes twice."""
+        yield self
+        for child in self.inputs.values():
+            yield from child.walk()
+
     def lines(self) -> Iterator[str]:
         """Yield the tree as indented text, one artifact a line."""
         yield from self._lines("", 0)

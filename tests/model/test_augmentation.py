@@ -38,6 +38,10 @@ def test_tiles_move_on_their_own_and_keep_their_content() -> None:
     assert torch.equal(random_shift(tiles, 3, noise(0)), tiles)
 
 
+def test_no_tiles_stay_no_tiles() -> None:
+    assert random_shift(torch.empty(0, 3, 1, 1), 2, noise(0)).shape == (0, 3, 1, 1)
+
+
 def test_the_generator_fixes_the_shifts() -> None:
     tiles = torch.randn(4, 3, 8, 8)
     first, second = (random_shift(tiles, 2, noise(5)) for _ in range(2))

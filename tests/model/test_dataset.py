@@ -53,6 +53,10 @@ def test_cached_tiles_take_one_byte_a_value(tiles: PixelCache) -> None:
     assert {tile.dtype for tile in tiles.tiles.values()} == {torch.uint8}
 
 
+def test_text_alone_has_no_tiles(tiles: PixelCache) -> None:
+    assert tiles(()).shape[:2] == (0, 3)
+
+
 def test_tiles_handed_out_are_copies(tiles: PixelCache) -> None:
     first = tiles(("a",))
     expected = first.clone()

@@ -108,6 +108,17 @@ def test_wrong_number_of_images_names_both_counts(
         model(input_ids=inputs["input_ids"], image_features=features)
 
 
+def test_empty_batch_of_tiles_is_text_alone(
+    model: NVILAForConditionalGeneration, inputs: dict[str, Tensor], processor: NVILAProcessor
+) -> None:
+    none = torch.empty(0, 3, 1, 1)
+    text = dict(processor(text="is there a circle?"))
+    with torch.no_grad():
+        assert torch.equal(model(**text, pixel_values=none).logits, model(**text).logits)
+    with pytest.raises(DataError, match="the text has 4 image placeholders but the images give 0 visual tokens"):
+        model(input_ids=inputs["input_ids"], pixel_values=none)
+
+
 def generate(model: NVILAForConditionalGeneration, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
     tokens = cast("Any", model).generate(**inputs, do_sample=False, max_new_tokens=10, eos_token_id=-1, **kwargs)
     assert isinstance(tokens, Tensor)

@@ -49,7 +49,7 @@ def score_answers(
     Returns:
         One score a sample, in the order of `samples`.
     """
-    groups = list(group_by_images(samples).values())
+    groups = group_by_images(samples)
     scores: list[AnswerScore | None] = [None] * len(samples)
     done = 0
     for start in range(0, len(groups), images_per_batch):

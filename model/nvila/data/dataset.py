@@ -37,7 +37,7 @@ def load_samples(directory: Path, split: str) -> list[Sample]:
 def encode_groups(samples: Sequence[Sample], encoder: ConversationEncoder) -> list[list[Encoded]]:
     """Tokenise samples and group those that share their images."""
     encoded = [encoder(sample) for sample in samples]
-    return [[encoded[index] for index in group] for group in group_by_images(samples).values()]
+    return [[encoded[index] for index in group] for group in group_by_images(samples)]
 
 
 @dataclass(slots=True)
@@ -64,5 +64,7 @@ class PixelCache:
         return cls(tiles)
 
     def __call__(self, keys: tuple[str, ...]) -> Tensor:
-        """Return normalised tiles (T, 3, h, w) in the order of `keys`."""
+        """Return normalised tiles (T, 3, h, w) in the order of `keys`; a batch of text alone has none."""
+        if not keys:
+            return torch.empty(0, 3, 1, 1)
         return torch.stack([self.tiles[key] for key in keys]).float().div_(127.5).sub_(1)

@@ -20,6 +20,9 @@ KINDS = ("open_shape", "open_color", "yes_no_shape", "yes_no_color")
 CAPTION_PROMPT = "describe the image."
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+# One fixed validation split, so that settings chosen on it stay comparable between seeds of the training.
+SPLIT_SEED = 0
 
 
 def question_kind(question: str) -> str:
@@ -70,6 +73,14 @@ def captions(samples: list[Sample]) -> Iterator[Sample]:
                 question=CAPTION_PROMPT,
                 answer=f"a {facts['color']} {facts['shape']}",
             )
+
+
+def text_only(samples: list[Sample]) -> Iterator[Sample]:
+    """Drop the images: the words alone, from which a language model learns how questions and answers go."""
+    for sample in samples:
+        yield vqa_sample(
+            id=f"text-{sample.id}", source="text", image=None, question=sample.question, answer=sample.answer
+        )
 
 
 def split_validation(samples: list[Sample], num_images: int, seed: int) -> tuple[list[Sample], list[Sample]]:

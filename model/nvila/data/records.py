@@ -156,12 +156,15 @@ def write_jsonl(path: Path, samples: Iterable[Sample]) -> int:
     return count
 
 
-def group_by_images(samples: Sequence[Sample]) -> dict[tuple[str, ...], list[int]]:
-    """Group sample positions by their images, in order of first appearance, so that one encoding serves a group."""
-    groups: dict[tuple[str, ...], list[int]] = {}
+def group_by_images(samples: Sequence[Sample]) -> list[list[int]]:
+    """Group sample positions by their images, in order of first appearance, so that one encoding serves a group.
+
+    A sample without images shares nothing and is a group of its own.
+    """
+    groups: dict[tuple[str, ...] | int, list[int]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault(sample.images, []).append(index)
-    return groups
+        groups.setdefault(sample.images or index, []).append(index)
+    return list(groups.values())
 
 
 def _role(value: object) -> Role:

@@ -51,7 +51,7 @@ def answer_questions(
     done = 0
     for batch in _equal_length_batches(by_length, prompts, batch_size):
         ids_BL = torch.tensor([prompts[index] for index in batch])
-        out = model.generate(
+        out = model.generate(  # type: ignore[misc]  # typed for classes of transformers only
             input_ids=ids_BL,
             image_features=torch.cat([features[samples[index].images] for index in batch]),
             attention_mask=torch.ones_like(ids_BL),

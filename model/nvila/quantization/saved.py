@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvila.configuration import NVILAConfig
 from nvila.errors import CheckpointError
@@ -85,6 +85,14 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     """Undo `pack_nibbles`."""
     pairs = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
     return pairs.to(torch.int8) - 8
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes that a module's parameters take on disk, 4-bit values packed."""
+    seen: dict[str, Tensor] = {}
+    for name, tensor in module.named_parameters():
+        seen.update(_flatten(name, tensor.detach()))
+    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
 
 
 def _inner_tensors(tensor: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ def random_shift(tiles_T3HW: Tensor, max_pixels: int, noise: torch.Generator) ->
     A tower learns from a few thousand small images where objects are, not only what they are; moving the image by
     less than a patch breaks that.
     """
-    if max_pixels == 0:
+    if max_pixels == 0 or not len(tiles_T3HW):
         return tiles_T3HW
     t, channels, height, width = tiles_T3HW.shape
     padded = nn.functional.pad(tiles_T3HW, (max_pixels,) * 4, mode="replicate")

@@ -106,6 +106,14 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise ConfigError("train.stages has no stage", "name at least one")
+        # Metrics are kept by stage name, so a second stage of that name would take the lines of the first.
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"train.stages has two stages named '{twice[0]}'", "give every stage its own name")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that the training process reads."""
         return asdict(self)

@@ -39,12 +39,19 @@ class MetricsLog:
     every: int = 20
     _smooth: float = field(default=math.nan)
 
-    def add(self, stage: str, step: int, loss: float, lr_scale: float, tokens: int, seconds: float) -> dict[str, float]:
+    def start(self) -> None:
+        """Forget the smoothed loss of the stage before."""
+        self._smooth = math.nan
+
+    def add(
+        self, stage: str, step: int, loss: float, lr_scale: float, tokens: int, seconds: float, *, last: bool = False
+    ) -> dict[str, float]:
         """Record a step and return the metrics worth showing."""
         self._smooth = loss if math.isnan(self._smooth) else 0.95 * self._smooth + 0.05 * loss
         metrics = {"loss": round(self._smooth, 5), "tokens_per_second": round(tokens / max(seconds, 1e-9))}
-        if step % self.every == 0:
-            line = {"stage": stage, "step": step, "loss": loss, "lr_scale": lr_scale, **metrics, "loss_last": loss}
+        if step % self.every == 0 or last:
+            line = {"stage": stage, "step": step, "loss": loss, "loss_smooth": metrics["loss"], "lr_scale": lr_scale}
+            line["tokens_per_second"] = metrics["tokens_per_second"]
             with self.path.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line) + "\n")
         return metrics
@@ -75,6 +82,7 @@ def run_stage(
         NvilaError: The loss became NaN or infinite; raised before the optimizer could spread it.
     """
     engine.module.train()
+    log.start()
     noise = torch.Generator().manual_seed(config.seed)
     started, tokens = time.monotonic(), 0
     for step in range(stage.steps):
@@ -88,7 +96,9 @@ def run_stage(
         lr_scale = learning_rate_scale(step, stage)
         engine.step(lr_scale)
         tokens += batch.num_tokens
-        metrics = log.add(stage.name, step, value, lr_scale, tokens, time.monotonic() - started)
+        metrics = log.add(
+            stage.name, step, value, lr_scale, tokens, time.monotonic() - started, last=step + 1 == stage.steps
+        )
         reporter.progress(stage.name, step + 1, stage.steps, metrics)
 
 

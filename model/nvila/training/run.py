@@ -58,13 +58,16 @@ def train(
     for stage in config.stages:
         if stage.data not in datasets:
             raise ConfigError(f"stages.{stage.name}.data is '{stage.data}'", nearest(stage.data, datasets))
+    out_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
     processor = build_processor(cast("NVILAConfig", model.config), tokenizer)
     encoder = ConversationEncoder(tokenizer, model.config.num_image_tokens, config.model.max_length)
     groups = {name: encode_groups(samples, encoder) for name, samples in datasets.items()}
     pixels: PixelCache | None = None
-    log = MetricsLog(out_dir / "metrics.jsonl")
+    # One process speaks for all; they run in step and would only repeat it.
+    log = MetricsLog(out_dir / "metrics.jsonl" if _rank() == 0 else Path(os.devnull))
+    reporter = reporter if _rank() == 0 else SILENT
     for number, stage in enumerate(config.stages, start=1):
         directory = out_dir / f"{number}-{stage.name}"
         if directory.is_dir():

@@ -1,1 +1,1 @@
-"""KFP components, one a file: a typed signature whose body runs one step of the installed package."""
+"""Kubeflow components, one a file: a typed signature and one call into the installed package."""

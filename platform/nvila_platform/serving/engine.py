@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from nvila.inference.engine import Delta, SamplingParams, Usage
     from PIL.Image import Image
 
     from nvila.data.records import Message
+    from nvila.inference.engine import Delta, SamplingParams, Usage
 
 
 class Generation(Protocol):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from nvila_platform.serving.identity import ModelIdentity
 
 if TYPE_CHECKING:
-    from nvila.inference.engine import Usage
     from prometheus_client import CollectorRegistry
+
+    from nvila.inference.engine import Usage
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 
 if TYPE_CHECKING:
-    from nvila.inference.engine import Delta, SamplingParams, Usage
     from PIL.Image import Image
 
     from nvila.data.records import Message
+    from nvila.inference.engine import Delta, SamplingParams, Usage
     from nvila_platform.serving.engine import ChatEngine
     from nvila_platform.serving.metrics import ServingMetrics
 

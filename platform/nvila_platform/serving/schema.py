@@ -14,8 +14,9 @@ from nvila.errors import nearest
 from nvila_platform.serving.errors import ApiError
 
 if TYPE_CHECKING:
-    from nvila.inference.engine import SamplingParams, Usage
     from pydantic_core import ErrorDetails
+
+    from nvila.inference.engine import SamplingParams, Usage
 
 # Sent by clients for bookkeeping at the far end; leaving them out changes no answer.
 _IGNORED = frozenset(

@@ -13,9 +13,9 @@ from nvila_platform.serving.queue import EngineQueue, Slot, Stream
 from nvila_platform.serving.schema import ChatRequest, ImagePart, TextPart
 
 if TYPE_CHECKING:
-    from nvila.inference.engine import Usage
     from PIL.Image import Image
 
+    from nvila.inference.engine import Usage
     from nvila_platform.serving.identity import ModelIdentity
     from nvila_platform.serving.limits import Limits
     from nvila_platform.serving.metrics import ServingMetrics

@@ -73,7 +73,7 @@ class Fp8Linear(nn.Linear):
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, bias=linear._parameters["bias"] is not None)
         layer.weight, layer.bias = linear.weight, linear.bias
-        return layer
+        return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""

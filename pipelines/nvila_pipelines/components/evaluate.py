@@ -1,0 +1,31 @@
+"""Kubeflow component: evaluate."""
+
+# Annotations are read at definition time, so they must not be postponed in this file.
+from kfp import dsl
+from kfp.dsl import Artifact, Dataset, Input, Model, Output
+
+from nvila_pipelines.components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def evaluate(
+    recipe: str,
+    run_id: str,
+    data: Input[Dataset],
+    model: Input[Model],
+    form: str,
+    result: Output[Artifact],
+) -> None:
+    """Answer every question of a split and score the answers.
+
+    Args:
+        recipe: The resolved recipe as JSON.
+        run_id: Run that this task belongs to.
+        data: The data set with the questions.
+        model: The model to evaluate.
+        form: Which form of the model this is, `wide` or `quantized`.
+        result: Reference to scores and predictions in the artifact store.
+    """
+    from nvila_pipelines.steps.component import run_component
+
+    run_component(f"evaluate-{form}", recipe, run_id, {"data": data.path, "model": model.path}, result)

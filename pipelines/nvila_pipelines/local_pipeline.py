@@ -1,0 +1,76 @@
+"""Executing a compiled pipeline on this machine with kfp's local runner."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from nvila.errors import NvilaError
+from nvila_platform.artifacts import storage_errors
+from nvila_platform.launch.outcome import left_error
+from nvila_platform.settings import ERROR_FILE, Settings
+
+_TASK_ENVIRONMENT = {
+    # The working folder is not a place to import from: a folder named docker/ would shadow the SDK.
+    "PYTHONSAFEPATH": "1",
+    # Waiting threads sleep instead of spinning: on a busy machine spinning costs several times the work itself.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def run_compiled(package: Path, arguments: Mapping[str, str], settings: Settings, log_path: Path) -> None:
+    """Run a compiled pipeline; every task is a process of this interpreter.
+
+    kfp's own cache is off: steps are reused by content key, which also sees changes of the code, and which checks
+    that the files behind a hit are still there and unchanged.
+
+    Args:
+        package: Compiled YAML.
+        arguments: Pipeline parameters.
+        settings: Handed to the tasks through their environment.
+        log_path: File for what kfp and the tasks print.
+
+    Raises:
+        NvilaError: A task failed; the task's own error when it left one.
+    """
+    with storage_errors(log_path):
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = log_path.open("a", encoding="utf-8")
+        scratch = tempfile.TemporaryDirectory(dir=settings.workspace, prefix=".kfp-")
+    error_file = Path(scratch.name) / "error.json"
+    environment = settings.to_env() | {ERROR_FILE: str(error_file)} | _TASK_ENVIRONMENT
+    with log, scratch, _environment(environment), contextlib.redirect_stdout(log):
+        from kfp import components, local
+
+        local.init(
+            runner=local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(Path(scratch.name) / "root"),
+            workspace_root=str(Path(scratch.name) / "work"),
+            enable_caching=False,
+            raise_on_error=True,
+        )
+        pipeline = components.load_component_from_file(str(package))
+        try:
+            pipeline(**arguments)
+        except RuntimeError as e:
+            error = left_error(error_file)
+            if error is not None:
+                raise error[0] from e
+            raise NvilaError(f"the pipeline stopped: {e}", f"see {log_path}") from e
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,64 @@
+"""What the body of every Kubeflow component calls.
+
+The artifacts that Kubeflow passes between tasks are small files with a reference into the artifact store, so results
+of any size are neither copied nor packed on their way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from nvila.errors import NvilaError
+from nvila_pipelines.recipe import Recipe
+from nvila_pipelines.steps.runner import RunContext, run_step
+from nvila_platform.launch.child import die_with_parent
+from nvila_platform.launch.outcome import leave_error
+from nvila_platform.settings import Settings
+from nvila_platform.store import ArtifactRef, open_store
+from nvila_platform.telemetry import configure_logging
+
+
+class OutputArtifact(Protocol):
+    """The part of a Kubeflow output artifact that is written here."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+def run_component(step: str, recipe: str, run_id: str, inputs: Mapping[str, str], result: OutputArtifact) -> Path:
+    """Run a step inside a Kubeflow task and write the reference to its result.
+
+    Args:
+        step: Step in the table.
+        recipe: Resolved recipe as JSON.
+        run_id: Run that the task belongs to.
+        inputs: Files with references, by input name.
+        result: Output artifact that gets the reference.
+
+    Returns:
+        The local directory of the result.
+
+    Raises:
+        SystemExit: The step failed with a typed error, which was left for the parent process.
+    """
+    # When the run is killed its tasks must not go on alone.
+    die_with_parent(signal.SIGKILL, os.getppid())
+    settings = Settings.load()
+    configure_logging(settings.log_format, context={"run_id": run_id, "step": step})
+    refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
+    try:
+        ref = run_step(step, Recipe.from_json(recipe), refs, RunContext(run_id=run_id, settings=settings))
+        directory = open_store(settings).fetch(ref)
+    except NvilaError as e:
+        leave_error(e)
+        raise SystemExit(e.exit_code) from e
+    target = Path(result.path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(ref.to_json(), encoding="utf-8")
+    result.metadata.update(json.loads(ref.to_json()))
+    return directory

@@ -1,0 +1,41 @@
+"""Register the quantized model by reference and move the alias to it."""
+
+from __future__ import annotations
+
+import json
+
+from nvila.errors import GateError
+from nvila_pipelines.steps.context import StepContext
+from nvila_pipelines.steps.gate import passed
+
+
+def run(context: StepContext) -> dict[str, float]:
+    """Create a model version with its lineage digests.
+
+    Outputs: `registered.json`.
+
+    Raises:
+        GateError: The gate refused the model.
+        InfrastructureError: The registry failed; nothing is half-registered.
+    """
+    from nvila_platform.lineage import trace
+    from nvila_platform.registry import register_model, set_alias
+    from nvila_platform.store import open_store
+
+    if not passed(context.inputs["verdict"]):
+        raise GateError("the gate refused this model", "see verdict.json of the gate step")
+    section, ref = context.recipe.register, context.refs["model"]
+    lineage = trace(open_store(context.settings), ref.digest)
+    tags = {"nvila.gate": context.refs["verdict"].digest, "nvila.code_version": lineage.code_version}
+    tags |= {f"nvila.lineage.{node.step}": node.digest for node in lineage.walk() if node.step}
+    version = register_model(context.settings, section.name, ref, context.tracking_run, tags)
+    set_alias(context.settings, section.name, section.alias, version.version)
+    record = {
+        "name": version.name,
+        "version": version.version,
+        "alias": section.alias,
+        "digest": version.digest,
+        "uri": version.uri,
+    }
+    (context.out_dir / "registered.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return {"version": float(version.version)}

@@ -1,0 +1,48 @@
+"""Staged training in processes of its own, through the launcher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from nvila_pipelines.steps.context import StepContext
+
+
+def run(context: StepContext) -> dict[str, float]:
+    """Train all stages and leave the final model in `model/`.
+
+    Outputs: `<number>-<stage>/` for every stage, `model/`, `metrics.jsonl`.
+    """
+    from nvila_platform.launch import LocalLauncher
+
+    config, out = context.recipe.train_config(), context.out_dir
+    spec = out / ".train.json"
+    spec.write_text(
+        json.dumps(
+            {
+                "config": config.to_dict(),
+                "data": str(context.inputs["data"]),
+                "selection": str(context.inputs["selection"]),
+                "out": str(out),
+                "events": str(context.events_path),
+            }
+        ),
+        encoding="utf-8",
+    )
+    section = context.recipe.train
+    env = {} if section.num_threads is None else {"OMP_NUM_THREADS": str(section.num_threads)}
+    LocalLauncher().run(
+        "nvila_pipelines.steps.train_process",
+        [str(spec)],
+        num_processes=section.num_processes,
+        env=env,
+        log_path=context.log_path,
+    )
+    last = f"{len(config.stages)}-{config.stages[-1].name}"
+    shutil.copytree(out / last, out / "model", dirs_exist_ok=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {f"loss_{stage.name}": _last_loss(lines, stage.name) for stage in config.stages}
+
+
+def _last_loss(lines: list[dict[str, float | str]], stage: str) -> float:
+    return float(next(line["loss_smooth"] for line in reversed(lines) if line["stage"] == stage))

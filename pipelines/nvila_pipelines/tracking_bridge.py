@@ -1,0 +1,73 @@
+"""From a run's events to MLflow: one parent run, one nested run for every step, metrics as they come."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from nvila_pipelines.recipe import Recipe
+from nvila_pipelines.steps.runner import FINISHED, REUSED, TRACKING_RUN_FILE, RunContext, step_config
+from nvila_pipelines.steps.table import STEPS
+from nvila_platform.artifacts import write_atomically
+from nvila_platform.telemetry import Event
+from nvila_platform.tracking import Tracker, open_tracker
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class TrackingBridge:
+    """Tracks a run from its events, so that steps need no MLflow and an outage cannot touch them.
+
+    Args:
+        run: The run.
+        recipe: Its recipe, logged as parameters.
+    """
+
+    def __init__(self, run: RunContext, recipe: Recipe) -> None:
+        self._run = run
+        self._recipe = recipe
+        self._parent = open_tracker(run.settings, run.run_id, tags={"nvila.run_id": run.run_id})
+        self._parent.log_params({"recipe": recipe.name, "seed": recipe.seed})
+        self._steps: dict[str, Tracker] = {}
+        self._known = False
+
+    def add(self, event: Event) -> None:
+        """Take one event."""
+        self._publish_run_id()
+        if event.notice or event.phase == REUSED:
+            return
+        tracker = self._steps.get(event.step)
+        if tracker is None:
+            tracker = self._steps[event.step] = self._open(event.step)
+        metrics = {name: value for name, value in event.metrics.items() if math.isfinite(value)}
+        if event.phase == FINISHED:
+            tracker.log_metrics(metrics)
+            self._parent.log_metrics({f"{event.step}/{name}": value for name, value in metrics.items()})
+            self._steps.pop(event.step).close("FINISHED", timeout_s=0)
+        elif metrics:
+            tracker.log_metrics({f"{event.phase}/{name}": value for name, value in metrics.items()}, step=event.done)
+
+    def log_report(self, path: Path) -> None:
+        """Attach the report to the parent run."""
+        self._parent.log_artifact(path)
+
+    def close(self, status: Status) -> None:
+        """End the runs that are still open."""
+        for tracker in self._steps.values():
+            tracker.close(status)
+        self._parent.close(status)
+
+    def _open(self, step: str) -> Tracker:
+        tracker = open_tracker(
+            self._run.settings, step, parent_run_id=self._parent.handle, tags={"nvila.run_id": self._run.run_id}
+        )
+        if step in STEPS:
+            tracker.log_params(step_config(STEPS[step], self._recipe))
+        return tracker
+
+    def _publish_run_id(self) -> None:
+        """Leave the parent's id where the register step finds it, once MLflow has given one."""
+        if not self._known and self._parent.run_id is not None:
+            self._known = True
+            write_atomically(self._run.directory / TRACKING_RUN_FILE, self._parent.run_id)
