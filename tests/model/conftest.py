@@ -147,10 +147,13 @@ def saved_model(
 @pytest.fixture(scope="session")
 def launch_variables() -> Iterator[dict[str, str]]:
     """What a launcher would set for one process; the group that DeepSpeed opens lives until the session ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    yield {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    yield {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
     import torch
 
     if torch.distributed.is_initialized():
@@ -162,6 +165,18 @@ def one_process(launch_variables: dict[str, str], monkeypatch: pytest.MonkeyPatc
     """Run a test as the only process of a launched group."""
     for name, value in launch_variables.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def free_port() -> int:
+    return _free_port()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nvila.modeling import NVILAForConditionalGeneration
+from nvila.training.config import PrecisionConfig
+from nvila.training.precision import apply_precision, autocast
+from nvila.training.precision.fp8_emulated import E4M3, E5M2, Fp8Linear, convert_linears, round_to_fp8
+
+Array = npt.NDArray[np.float64]
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+
+
+def grid(dtype: torch.dtype) -> Array:
+    """All finite non-negative numbers of a format, in order, from the definition of its bits."""
+    exponent_bits, mantissa_bits, bias = (4, 3, 7) if dtype == E4M3 else (5, 2, 15)
+    values = []
+    for exponent in range(2**exponent_bits):
+        for mantissa in range(2**mantissa_bits):
+            top = exponent == 2**exponent_bits - 1
+            # E4M3 gives up only its last code for NaN, E5M2 its whole last exponent for infinity and NaN.
+            if top and (dtype == E5M2 or mantissa == 2**mantissa_bits - 1):
+                continue
+            fraction = mantissa / 2**mantissa_bits
+            values.append(fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias))
+    return np.array(values)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the nearest number of the format, ties to the even mantissa, after scaling by the largest value."""
+    values, x = grid(dtype), x.detach()
+    scale = (float(x.abs().max()) + 1e-10) / LARGEST[dtype]
+    scaled = np.abs(x.double().numpy()) / scale
+    above = np.clip(np.searchsorted(values, scaled), 1, len(values) - 1)
+    low, high = values[above - 1], values[above]
+    take_high = (high - scaled < scaled - low) | ((high - scaled == scaled - low) & (above % 2 == 0))
+    return torch.from_numpy(np.where(take_high, high, low) * np.sign(x.double().numpy()) * scale)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_the_grid_of_this_test_is_that_of_the_format(dtype: torch.dtype) -> None:
+    assert grid(dtype).max() == LARGEST[dtype] == torch.finfo(dtype).max
+    assert torch.equal(torch.from_numpy(grid(dtype)).to(dtype).double(), torch.from_numpy(grid(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+def test_values_land_on_the_nearest_number_of_the_format(dtype: torch.dtype, size: float) -> None:
+    x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)) * size
+    torch.testing.assert_close(round_to_fp8(x, dtype).double(), rounded(x, dtype), rtol=1e-5, atol=0)
+
+
+@given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20))
+@settings(max_examples=80, deadline=None)
+def test_relative_error_of_normal_values_is_bounded(values: list[float]) -> None:
+    x = torch.tensor(values)
+    for dtype, bound, smallest_normal in ((E4M3, 2.0**-4, 2.0**-6), (E5M2, 2.0**-3, 2.0**-14)):
+        y = round_to_fp8(x, dtype)
+        assert bool(y.isfinite().all())
+        scale = (x.abs().max() + 1e-10) / LARGEST[dtype]
+        normal = x.abs() / scale >= smallest_normal
+        assert bool(((y - x).abs()[normal] <= (bound + 1e-5) * x.abs()[normal]).all())
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_value_becomes_the_largest_number(dtype: torch.dtype, sign: int) -> None:
+    x = torch.tensor([0.1, -0.2, sign * 7.0])
+    scale = (7.0 + 1e-10) / LARGEST[dtype]
+    assert float(round_to_fp8(x, dtype)[2] / scale) == pytest.approx(sign * LARGEST[dtype])
+
+
+def test_zeros_stay_zero_and_types_stay() -> None:
+    for wide in (torch.float32, torch.bfloat16):
+        zeros = round_to_fp8(torch.zeros(3, dtype=wide), E4M3)
+        assert zeros.tolist() == [0, 0, 0]
+        assert zeros.dtype == wide
+    x = torch.randn(200, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert bool(round_to_fp8(x, E4M3).isfinite().all())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+def test_layer_and_gradients_are_products_of_rounded_operands(bias: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 6, bias=bias)
+    layer = Fp8Linear.from_linear(linear)
+    x = torch.randn(shape, requires_grad=True)
+    grad = torch.randn(*shape[:-1], 6)
+    y = layer(x)
+    y.backward(grad)
+    x8, w8, g8 = rounded(x, E4M3), rounded(layer.weight, E4M3), rounded(grad, E5M2)
+    expected = x8 @ w8.t() + (linear.bias.detach().double() if bias else 0)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(x.grad.double(), g8 @ w8, rtol=1e-5, atol=1e-5)
+    weight_grad = g8.reshape(-1, 6).t() @ x8.reshape(-1, 8)
+    torch.testing.assert_close(layer.weight.grad.double(), weight_grad, rtol=1e-5, atol=1e-5)
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, grad.reshape(-1, 6).sum(0))
+
+
+def test_evaluation_is_wide_and_training_is_not() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 6)
+    layer, x = Fp8Linear.from_linear(linear), torch.randn(3, 8)
+    assert layer.weight is linear.weight
+    assert not torch.equal(layer(x), linear(x))
+    assert torch.equal(layer.eval()(x), linear(x))
+
+
+def test_frozen_weight_gets_no_gradient() -> None:
+    layer = Fp8Linear.from_linear(nn.Linear(4, 4))
+    layer.requires_grad_(False)
+    x = torch.randn(2, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(("min_features", "converted"), [(32, 14), (33, 10), (65, 0)])
+def test_layers_with_a_small_side_are_left_alone(
+    min_features: int, converted: int, fresh_model: NVILAForConditionalGeneration
+) -> None:
+    """Two blocks of seven layers; the key and value projections of this model are 32 wide."""
+    before = fresh_model.state_dict()
+    decoder = cast("nn.Module", fresh_model.model.language_model)
+    assert convert_linears(decoder, min_features=min_features) == converted
+    assert sum(isinstance(module, Fp8Linear) for module in decoder.modules()) == converted
+    after = fresh_model.state_dict()
+    assert list(after) == list(before)
+    assert all(after[name].data_ptr() == before[name].data_ptr() for name in before)
+    assert type(fresh_model.lm_head) is nn.Linear
+    assert convert_linears(decoder, min_features=min_features) == 0
+
+
+@pytest.mark.parametrize(("name", "converted"), [("fp32", 0), ("bf16", 0), ("fp8", 14)])
+def test_precision_converts_only_for_fp8(name: str, converted: int, fresh_model: NVILAForConditionalGeneration) -> None:
+    config = PrecisionConfig(name=name, fp8_min_features=32)  # type: ignore[arg-type]  # a parameter of the test
+    assert apply_precision(fresh_model.model.language_model, config) == converted
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.float32)])
+def test_products_are_computed_in_the_precision_named(name: str, dtype: torch.dtype) -> None:
+    with autocast(PrecisionConfig(name=name), "cpu"):  # type: ignore[arg-type]  # a parameter of the test
+        assert nn.Linear(4, 4)(torch.randn(2, 4)).dtype == dtype
+
+
+def test_model_in_fp8_answers_as_before_and_trains_near_fp32(fresh_model: NVILAForConditionalGeneration) -> None:
+    ids = torch.arange(10).unsqueeze(0)
+    wide = copy.deepcopy(fresh_model).train()(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        before = fresh_model(input_ids=ids).logits
+    apply_precision(fresh_model.model.language_model, PrecisionConfig(name="fp8", fp8_min_features=1))
+    with torch.no_grad():
+        assert torch.equal(fresh_model(input_ids=ids).logits, before)
+    narrow = fresh_model.train()(input_ids=ids, labels=ids).loss
+    assert narrow.item() != wide.item()
+    assert narrow.item() == pytest.approx(wide.item(), rel=0.1)

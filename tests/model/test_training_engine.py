@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nvila.data.collation import Batch, collate
+from nvila.data.conversation import ConversationEncoder
+from nvila.data.dataset import PixelCache
+from nvila.data.records import vqa_sample
+from nvila.errors import CapabilityError
+from nvila.modeling import NVILAForConditionalGeneration
+from nvila.training.config import ModelConfig, PartName, StageConfig, TrainConfig
+from nvila.training.engine import build_engine
+from nvila.training.loop import model_inputs
+from nvila.training.run import trained_parts
+
+RATES: dict[PartName, float] = {"vision": 3e-3, "projector": 1e-2, "language": 5e-3}
+SCALES = (0.5, 1.0, 0.7, 0.1)
+Run = Callable[..., tuple[list[float], dict[str, Tensor]]]
+
+
+def stage_config(lr: dict[PartName, float]) -> StageConfig:
+    return StageConfig(
+        name="s", data="d", steps=4, lr=lr, images_per_step=2, samples_per_image=2, warmup_steps=0, schedule="linear"
+    )
+
+
+@pytest.fixture(scope="module")
+def batch(encoder: ConversationEncoder) -> Batch:
+    rows = [[("a", "what color?", "red"), ("a", "what shape?", "the circle")], [("b", "is there a circle?", "yes")]]
+    groups = [
+        [encoder(vqa_sample(id="x", source="s", image=i, question=q, answer=a)) for i, q, a in row] for row in rows
+    ]
+    return collate(groups, pad_token_id=0)
+
+
+@pytest.fixture
+def run(model: NVILAForConditionalGeneration, model_config: ModelConfig, batch: Batch, tiles: PixelCache) -> Run:
+    """Train a copy of the model for a few steps on one batch; returns the losses and the weights."""
+
+    def train(*, lr: dict[PartName, float] = RATES, **changes: Any) -> tuple[list[float], dict[str, Tensor]]:
+        stage = stage_config(lr)
+        values: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 0.5} | changes
+        config = TrainConfig(model=model_config, stages=(stage,), **values)
+        trained = copy.deepcopy(model).train()
+        engine = build_engine(trained, trained_parts(trained, stage), config)
+        assert engine.module is trained
+        losses = []
+        for scale in SCALES:
+            loss = engine(**model_inputs(batch, tiles(batch.images))).loss
+            losses.append(float(loss.detach()))
+            engine.backward(loss)
+            engine.step(scale)
+        engine.close()
+        return losses, {name: tensor.detach().clone() for name, tensor in trained.state_dict().items()}
+
+    return train
+
+
+def by_hand(model: NVILAForConditionalGeneration, batch: Batch, tiles: PixelCache) -> dict[str, Tensor]:
+    """AdamW with clipping, written out from its definition."""
+    trained = copy.deepcopy(model).train()
+    groups = {cast("PartName", group.name): group.parameters for group in trained_parts(trained, stage_config(RATES))}
+    moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+    for step, scale in enumerate(SCALES, start=1):
+        trained.zero_grad()
+        trained(**model_inputs(batch, tiles(batch.images))).loss.backward()
+        used = [p for parameters in groups.values() for p in parameters if p.grad is not None]
+        norm = torch.stack([p.grad.square().sum() for p in used if p.grad is not None]).sum().sqrt()
+        shrink = min(1.0, 0.5 / (norm.item() + 1e-6))
+        with torch.no_grad():
+            for part, parameters in groups.items():
+                rate = RATES[part] * scale
+                for p in parameters:
+                    if p.grad is None:
+                        continue
+                    gradient = p.grad * shrink
+                    first, second = moments.get(p, (torch.zeros_like(p), torch.zeros_like(p)))
+                    first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient.square()
+                    moments[p] = first, second
+                    p.mul_(1 - rate * 0.1)
+                    p.sub_(rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8))
+    return dict(trained.state_dict())
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # The bias of a key moves all scores of a query alike, so without rotation its gradient is rounding noise,
+        # which Adam blows up to full steps.
+        if "vision_tower" in name and name.endswith("k_proj.bias"):
+            continue
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=atol, msg=name)
+
+
+def test_torch_steps_are_adamw_with_clipping_and_a_rate_for_each_part(
+    run: Run, model: NVILAForConditionalGeneration, batch: Batch, tiles: PixelCache
+) -> None:
+    losses, weights = run(backend="torch")
+    assert losses[-1] < losses[0]
+    assert_same_weights(weights, by_hand(model, batch, tiles), atol=5e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.usefixtures("one_process")
+def test_deepspeed_gives_the_losses_and_weights_of_torch(run: Run, zero_stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is an extra")
+    expected_losses, expected = run(backend="torch")
+    losses, weights = run(backend="deepspeed", zero_stage=zero_stage)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert_same_weights(weights, expected, atol=5e-5)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_deepspeed_leaves_frozen_parts_alone(run: Run, model: NVILAForConditionalGeneration) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is an extra")
+    _, weights = run(lr={"projector": 1e-2}, backend="deepspeed", zero_stage=1)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])}
+    assert changed == {name for name in weights if "mm_projector" in name}
+
+
+def test_torch_backend_refuses_several_processes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CapabilityError, match=r"backend=torch runs one process.*backend=deepspeed"):
+        run(backend="torch")
+
+
+def test_missing_deepspeed_names_the_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(CapabilityError, match=r"deepspeed is not installed.*nvila\[train\]"):
+        run(backend="deepspeed")
