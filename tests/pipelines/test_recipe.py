@@ -81,7 +81,7 @@ def test_what_is_no_recipe_in_json_is_refused(text: str) -> None:
 def test_recipe_is_frozen() -> None:
     recipe = load_recipe()
     with pytest.raises(ValueError, match="frozen"):
-        recipe.seed = 3  # type: ignore[misc]
+        recipe.seed = 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -59,12 +59,14 @@ def started(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with random weights, of the shape of the smaller scorer."""
     from nvila.assembly import build_model, build_processor, save_model
+    from nvila.configuration import NVILAConfig
     from nvila.data.tokenizers import build_word_tokenizer
 
     config = load_recipe().scorer_config("small").model
     tokenizer = build_word_tokenizer(["what color is the shape? blue"], model_max_length=config.max_length)
     model = build_model(config, tokenizer)
     directory = tmp_path_factory.mktemp("served") / "model"
+    assert isinstance(model.config, NVILAConfig)
     save_model(model, build_processor(model.config, tokenizer), directory)
     return directory
 
