@@ -43,6 +43,18 @@ class DataSection(Section):
 
     dataset: Literal["easy-vqa"]
     validation_images: Count
+    # At most this many images of the training and of the test split; None takes all.
+    max_images: Count | None = None
+
+    @model_validator(mode="after")
+    def _leaves_training_images(self) -> Self:
+        if self.max_images is not None and self.validation_images >= self.max_images:
+            raise rule(
+                "validation_images",
+                f"is {self.validation_images}, which leaves nothing of max_images {self.max_images} to train on",
+                "use fewer validation_images or more max_images",
+            )
+        return self
 
 
 class VisionSection(Section):
@@ -251,6 +263,8 @@ class GateSection(Section):
     """What a model must reach to be registered."""
 
     min_accuracy: Ratio
+    # By how much the best answers without the image must be beaten.
+    min_over_blind: Annotated[float, Field(ge=-1, le=1)] = 0.0
     max_quantized_drop: Ratio
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from typing import TYPE_CHECKING
+
 from nvila_pipelines.steps.context import StepContext
+
+if TYPE_CHECKING:
+    from nvila.data.easy_vqa import Split
+    from nvila.data.records import Sample
 
 
 def run(context: StepContext) -> dict[str, float]:
@@ -16,17 +23,39 @@ def run(context: StepContext) -> dict[str, float]:
     from nvila.data.records import write_jsonl
 
     config, out = context.recipe.data, context.out_dir
+    chosen = {split: _image_keys(split, config.max_images) for split in easy_vqa.SPLITS}
     train, validation = easy_vqa.split_validation(
-        list(easy_vqa.questions("train")), config.validation_images, easy_vqa.SPLIT_SEED
+        _questions("train", chosen["train"]), config.validation_images, easy_vqa.SPLIT_SEED
     )
     captions = list(easy_vqa.captions(train))
     counts = {
         "train": write_jsonl(out / "train.jsonl", train),
         "validation": write_jsonl(out / "validation.jsonl", validation),
-        "test": write_jsonl(out / "test.jsonl", easy_vqa.questions("test")),
+        "test": write_jsonl(out / "test.jsonl", _questions("test", chosen["test"])),
         "captions": write_jsonl(out / "captions.jsonl", captions),
         "text": write_jsonl(out / "text.jsonl", easy_vqa.text_only(captions + train)),
     }
-    images = [(key, path.read_bytes()) for split in easy_vqa.SPLITS for key, path in easy_vqa.image_files(split)]
+    images = [
+        (key, path.read_bytes())
+        for split in easy_vqa.SPLITS
+        for key, path in easy_vqa.image_files(split)
+        if key in chosen[split]
+    ]
     counts["images"] = write_image_table(out / IMAGES_FILE, images)
     return {name: float(count) for name, count in counts.items()}
+
+
+def _image_keys(split: Split, max_images: int | None) -> set[str]:
+    """Return the images of a split, or the same random part of them every time."""
+    from nvila.data import easy_vqa
+
+    keys = sorted(key for key, _ in easy_vqa.image_files(split))
+    if max_images is None or max_images >= len(keys):
+        return set(keys)
+    return set(random.Random(easy_vqa.SPLIT_SEED).sample(keys, max_images))
+
+
+def _questions(split: Split, keys: set[str]) -> list[Sample]:
+    from nvila.data import easy_vqa
+
+    return [sample for sample in easy_vqa.questions(split) if sample.images[0] in keys]

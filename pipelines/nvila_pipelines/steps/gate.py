@@ -22,7 +22,7 @@ def run(context: StepContext) -> dict[str, float]:
     wide, quantized = (_correct(context.inputs[form]) for form in ("wide", "quantized"))
     results = json.loads((context.inputs["quantized"] / "results.json").read_text(encoding="utf-8"))
     paired = paired_difference([wide[id] for id in quantized], list(quantized.values()))
-    blind = results["baselines"]["text_majority"]
+    blind = results["baselines"]["text_majority"] + policy.min_over_blind
     checks = [
         _check("accuracy", results["accuracy"], policy.min_accuracy, at_least=True, why="the recipe's minimum"),
         _check("blind baseline", results["accuracy"], blind, at_least=True, why="answers without the image"),
