@@ -108,7 +108,8 @@ class Recipe(schema.Section):
             stages=schema.stage_configs(stages),
             precision=precision,
             backend=backend,
-            zero_stage=self.train.zero_stage,
+            # Plain torch has none: reading it would make curation depend on it.
+            zero_stage=self.train.zero_stage if backend == "deepspeed" else 0,
             betas=self.train.betas,
             weight_decay=self.train.weight_decay,
             max_grad_norm=self.train.max_grad_norm,

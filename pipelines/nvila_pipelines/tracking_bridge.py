@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ class TrackingBridge:
         self._parent = open_tracker(run.settings, run.run_id, tags={"nvila.run_id": run.run_id})
         self._parent.log_params({"recipe": recipe.name, "seed": recipe.seed})
         self._steps: dict[str, Tracker] = {}
+        self._closing: list[threading.Thread] = []
         self._known = False
 
     def add(self, event: Event) -> None:
@@ -44,7 +46,7 @@ class TrackingBridge:
         if event.phase == FINISHED:
             tracker.log_metrics(metrics)
             self._parent.log_metrics({f"{event.step}/{name}": value for name, value in metrics.items()})
-            self._steps.pop(event.step).close("FINISHED", timeout_s=0)
+            self._close_in_background(self._steps.pop(event.step))
         elif metrics:
             tracker.log_metrics({f"{event.phase}/{name}": value for name, value in metrics.items()}, step=event.done)
 
@@ -57,6 +59,8 @@ class TrackingBridge:
         for tracker in self._steps.values():
             tracker.close(status)
         self._parent.close(status)
+        for thread in self._closing:
+            thread.join()
 
     def _open(self, step: str) -> Tracker:
         tracker = open_tracker(
@@ -65,6 +69,12 @@ class TrackingBridge:
         if step in STEPS:
             tracker.log_params(step_config(STEPS[step], self._recipe))
         return tracker
+
+    def _close_in_background(self, tracker: Tracker) -> None:
+        # Closing waits for MLflow, which may still be starting; the events of the next step must not wait with it.
+        thread = threading.Thread(target=tracker.close, name="tracking-close", daemon=True)
+        thread.start()
+        self._closing.append(thread)
 
     def _publish_run_id(self) -> None:
         """Leave the parent's id where the register step finds it, once MLflow has given one."""

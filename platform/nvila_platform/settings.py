@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 LogFormat = Literal["auto", "text", "json"]
 
 ERROR_FILE = "NVILA_ERROR_FILE"
+RUNNER_PID = "NVILA_RUNNER_PID"
 
 _VARIABLES = {
     "workspace": "NVILA_WORKSPACE",
@@ -111,6 +112,12 @@ def error_file(environ: Mapping[str, str] | None = None) -> Path | None:
     return Path(value) if value else None
 
 
+def runner_pid(environ: Mapping[str, str] | None = None) -> int | None:
+    """Return the process that runs the pipeline that this process is a task of, when it is on this machine."""
+    value = (os.environ if environ is None else environ).get(RUNNER_PID, "")
+    return int(value) if value.isdecimal() else None
+
+
 def _absolute(path: str) -> Path:
     # Absolute at once: a child process may start in another folder.
     return Path(path).expanduser().absolute()
@@ -153,7 +160,7 @@ def _endpoint(endpoint: str, secure: str) -> tuple[str, bool]:
 
 def _warn_about_misspelled(env: Mapping[str, str]) -> None:
     # Kubernetes injects NVILA_SERVICE_HOST and the like for a Service named nvila, so only near misses are reported.
-    known = {*_VARIABLES.values(), ERROR_FILE}
+    known = {*_VARIABLES.values(), ERROR_FILE, RUNNER_PID}
     for name in sorted(key for key in env if key.startswith("NVILA_") and key not in known):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if close:

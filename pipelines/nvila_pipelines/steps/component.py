@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from nvila.errors import NvilaError
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import RunContext, run_step
-from nvila_platform.launch.child import die_with_parent
+from nvila_platform.launch.child import die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
-from nvila_platform.settings import Settings
+from nvila_platform.settings import Settings, runner_pid
 from nvila_platform.store import ArtifactRef, open_store
 from nvila_platform.telemetry import configure_logging
 
@@ -46,12 +46,14 @@ def run_component(step: str, recipe: str, run_id: str, inputs: Mapping[str, str]
     Raises:
         SystemExit: The step failed with a typed error, which was left for the parent process.
     """
-    # When the run is killed its tasks must not go on alone.
+    # When the run is killed its tasks must not go on alone. The parent is a shell that would outlive the run.
     die_with_parent(signal.SIGKILL, os.getppid())
+    if (runner := runner_pid()) is not None:
+        die_with(runner)
     settings = Settings.load()
     configure_logging(settings.log_format, context={"run_id": run_id, "step": step})
-    refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
     try:
+        refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
         ref = run_step(step, Recipe.from_json(recipe), refs, RunContext(run_id=run_id, settings=settings))
         directory = open_store(settings).fetch(ref)
     except NvilaError as e:

@@ -56,10 +56,19 @@ def step_config(spec: StepSpec, recipe: Recipe) -> dict[str, Any]:
     return {name: _field(values, name) for name in spec.sections} | dict(spec.options)
 
 
-def step_key(spec: StepSpec, recipe: Recipe, inputs: Mapping[str, ArtifactRef]) -> str:
-    """Return the content key of a step's work."""
+def step_key(spec: StepSpec, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run_id: str = "") -> str:
+    """Return the content key of a step's work.
+
+    Args:
+        spec: The step.
+        recipe: Resolved recipe.
+        inputs: Results of earlier steps by input name.
+        run_id: Part of the key of a step that is not reusable: each run does it once, in a directory of its own, so
+            that a run never takes away what another one is reading.
+    """
     digests = {name: ref.digest for name, ref in inputs.items()}
-    return content_key(spec.name, step_config(spec, recipe), digests, code_version())
+    config = step_config(spec, recipe) | ({} if spec.reusable else {"run_id": run_id})
+    return content_key(spec.name, config, digests, code_version())
 
 
 def run_step(name: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: RunContext) -> ArtifactRef:
@@ -79,14 +88,14 @@ def run_step(name: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: 
     """
     spec = step_spec(name)
     store = open_store(run.settings)
-    key = step_key(spec, recipe, inputs)
-    with EventLog(run.events_path, step=name) as events, store.lock(name, key, events):
+    key = step_key(spec, recipe, inputs, run.run_id)
+    # Without the run's id: two runs that register one model do so one after the other.
+    alone = step_key(spec, recipe, inputs)
+    with EventLog(run.events_path, step=name) as events, store.lock(name, alone, events):
         ref = reuse(store, name, key, events)
-        if ref is not None and spec.reusable:
+        if ref is not None:
             events.progress(REUSED, 1, 1, store.manifest(ref).metrics)
             return ref
-        if ref is not None:
-            store.discard(ref, "runs every time")
         ref = _work(spec, recipe, inputs, run, store, key, events)
         events.progress(FINISHED, 1, 1, store.manifest(ref).metrics)
         return ref

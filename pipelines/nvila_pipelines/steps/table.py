@@ -30,7 +30,7 @@ class StepSpec:
         sections: Sections or dotted fields of the recipe that the function may read; they are in the content key.
         inputs: Input names and the steps that make them.
         options: Fixed extra configuration that tells two uses of one function apart.
-        reusable: False for a step with effects outside its directory, which runs every time.
+        reusable: False for a step with effects outside its directory, which every run does again.
     """
 
     name: str

@@ -6,6 +6,9 @@ import json
 import shutil
 
 from nvila_pipelines.steps.context import StepContext
+from nvila_platform.artifacts import write_atomically
+
+_SPEED = "tokens_per_second"
 
 
 def run(context: StepContext) -> dict[str, float]:
@@ -41,7 +44,11 @@ def run(context: StepContext) -> dict[str, float]:
     last = f"{len(config.stages)}-{config.stages[-1].name}"
     shutil.copytree(out / last, out / "model", dirs_exist_ok=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {f"loss_{stage.name}": _last_loss(lines, stage.name) for stage in config.stages}
+    # The speed stays out of the files: equal weights must give an equal digest.
+    speeds = [line.pop(_SPEED) for line in lines if _SPEED in line]
+    write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    losses = {f"loss_{stage.name}": _last_loss(lines, stage.name) for stage in config.stages}
+    return losses | ({_SPEED: float(speeds[-1])} if speeds else {})
 
 
 def _last_loss(lines: list[dict[str, float | str]], stage: str) -> float:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import runpy
+import select
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from nvila.errors import NvilaError
@@ -55,6 +57,30 @@ def die_with_parent(death_signal: signal.Signals, parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
     if parent and os.getppid() != parent:
         raise SystemExit(f"the launching process {parent} is gone")
+
+
+def die_with(pid: int) -> None:
+    """End this process by SIGKILL as soon as another one, not necessarily its parent, is gone.
+
+    Args:
+        pid: The other process. Where the system offers no way to wait for it, nothing happens.
+
+    Raises:
+        SystemExit: It is gone already.
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise SystemExit(f"the process {pid} is gone") from None
+    except (AttributeError, OSError):
+        return
+    threading.Thread(target=_end_after, args=(descriptor,), name="die-with", daemon=True).start()
+
+
+def _end_after(descriptor: int) -> None:
+    # Readable once the process has ended.
+    select.select([descriptor], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _killed_worker(error: Exception) -> NvilaError | None:
