@@ -6,10 +6,9 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Self
 
 from nvila_pipelines.compile import compile_graph
 from nvila_pipelines.local_pipeline import run_compiled
@@ -18,7 +17,7 @@ from nvila_pipelines.run_record import RunRecord
 from nvila_pipelines.steps.runner import RunContext, run_step, step_key
 from nvila_pipelines.steps.table import STEPS, step_spec
 from nvila_pipelines.summary import Summary, summarize
-from nvila_pipelines.tracking_bridge import Status, TrackingBridge
+from nvila_pipelines.tracking_bridge import TrackingBridge
 from nvila_platform.artifacts import storage_errors, write_atomically
 from nvila_platform.lineage import trace
 from nvila_platform.settings import Settings
@@ -54,15 +53,17 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
     started = time.monotonic()
     run = new_run(recipe, settings)
     package = compile_graph("lifecycle", run.directory / "pipeline.yaml")
-    with _watched(run, recipe, view) as record:
+    with RunWatch(run, recipe, view) as watch:
         arguments = {"recipe": recipe.to_json(), "run_id": run.run_id}
         run_compiled(package, arguments, settings, settings.workspace / "logs" / f"{run.run_id}.log")
-    store = open_store(settings)
-    artifacts = {name: store.fetch(ref) for name, ref in finished_steps(recipe, settings).items()}
-    summary = summarize(run, recipe, artifacts, record.seconds, time.monotonic() - started)
-    model = finished_steps(recipe, settings).get("quantize")
-    lineage = None if model is None else trace(store, model.digest)
-    write_report(artifacts, summary.to_dict(), lineage, run.directory / "report.html")
+        watch.drain()
+        store = open_store(settings)
+        refs = finished_steps(recipe, settings, run.run_id)
+        artifacts = {name: store.fetch(ref) for name, ref in refs.items()}
+        summary = summarize(run, recipe, artifacts, watch.record.seconds, time.monotonic() - started)
+        # The step that finished last was made of all the others.
+        lineage = trace(store, list(refs.values())[-1].digest)
+        watch.bridge.log_report(write_report(artifacts, summary.to_dict(), lineage, run.directory / "report.html"))
     summary = summary.finished(time.monotonic() - started)
     write_atomically(run.directory / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
     return summary
@@ -78,7 +79,7 @@ def run_until(recipe: Recipe, settings: Settings, step: str, *, view: ProgressVi
     step_spec(step)
     run = new_run(recipe, settings)
     refs: dict[str, ArtifactRef] = {}
-    with _watched(run, recipe, view):
+    with RunWatch(run, recipe, view):
         for name in steps_before(step):
             inputs = {key: refs[source] for key, source in STEPS[name].inputs.items()}
             refs[name] = run_step(name, recipe, inputs, run)
@@ -94,27 +95,33 @@ def steps_before(step: str) -> list[str]:
     return [name for name in STEPS if name in needed]
 
 
-def finished_steps(recipe: Recipe, settings: Settings) -> dict[str, ArtifactRef]:
-    """Return the finished results of a recipe in the workspace, by step."""
+def finished_steps(recipe: Recipe, settings: Settings, run_id: str = "") -> dict[str, ArtifactRef]:
+    """Return the finished results of a recipe in the workspace, by step.
+
+    Args:
+        recipe: Resolved recipe.
+        settings: Names the store.
+        run_id: The run whose results of steps that every run does again are meant; without one they are not finished.
+    """
     store = open_store(settings)
     refs: dict[str, ArtifactRef] = {}
     for name, spec in STEPS.items():
         if all(source in refs for source in spec.inputs.values()):
             inputs = {key: refs[source] for key, source in spec.inputs.items()}
-            ref = store.lookup(name, step_key(spec, recipe, inputs))
+            ref = store.lookup(name, step_key(spec, recipe, inputs, run_id))
             if ref is not None:
                 refs[name] = ref
     return refs
 
 
 def plan(recipe: Recipe, settings: Settings) -> list[PlannedStep]:
-    """Say for every step whether its result exists; the key is unknown while an input is."""
+    """Say for every step whether its result exists; the key is unknown while an input or the run is."""
     done = finished_steps(recipe, settings)
     planned = []
     for name, spec in STEPS.items():
         ready = all(source in done for source in spec.inputs.values())
         inputs = {key: done[source] for key, source in spec.inputs.items()} if ready else {}
-        key = step_key(spec, recipe, inputs) if ready else None
+        key = step_key(spec, recipe, inputs) if ready and spec.reusable else None
         planned.append(PlannedStep(name=name, key=key, finished=name in done))
     return planned
 
@@ -134,29 +141,38 @@ def new_run(recipe: Recipe, settings: Settings) -> RunContext:
     return run
 
 
-@contextmanager
-def _watched(run: RunContext, recipe: Recipe, view: ProgressView) -> Iterator[RunRecord]:
-    """Draw, time and track a run from its event log, in a thread."""
-    record = RunRecord()
-    bridge = TrackingBridge(run, recipe)
-    stop = threading.Event()
+class RunWatch:
+    """Draws, times and tracks a run from its event log, in a thread, for the time of a `with` block.
 
-    def watch() -> None:
-        for event in follow(run.events_path, stop.is_set):
-            view.show(event)
-            record.add(event)
-            bridge.add(event)
+    Args:
+        run: The run.
+        recipe: Its recipe.
+        view: Draws progress.
+    """
 
-    watcher = threading.Thread(target=watch, name="run-events", daemon=True)
-    watcher.start()
-    status: Status = "FAILED"
-    try:
-        yield record
-        status = "FINISHED"
-    finally:
-        stop.set()
-        watcher.join()
-        bridge.close(status)
+    def __init__(self, run: RunContext, recipe: Recipe, view: ProgressView) -> None:
+        self.record = RunRecord()
+        self.bridge = TrackingBridge(run, recipe)
+        self._view = view
+        self._events = run.events_path
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="run-events", daemon=True)
 
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
 
-__all__ = ["PlannedStep", "Summary", "finished_steps", "new_run", "plan", "run_lifecycle", "run_until", "steps_before"]
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self.drain()
+        self.bridge.close("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+
+    def drain(self) -> None:
+        """Take the events that are still in the log; call it when nothing writes to it any more."""
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        for event in follow(self._events, self._stop.is_set):
+            self._view.show(event)
+            self.record.add(event)
+            self.bridge.add(event)

@@ -29,8 +29,8 @@ def lifecycle(recipe: str, run_id: str) -> None:
     selection = curate(**common, data=source).output
     wide = train(**common, data=source, selection=selection).output
     small = quantize(**common, model=wide).output
-    wide_scores = evaluate(**common, data=source, model=wide, form="wide").set_display_name("evaluate wide")
-    small_scores = evaluate(**common, data=source, model=small, form="quantized").set_display_name("evaluate quantized")
+    wide_scores = evaluate(**common, data=source, model=wide, form="wide")
+    small_scores = evaluate(**common, data=source, model=small, form="quantized")
     verdict = gate(**common, wide=wide_scores.output, quantized=small_scores.output)
     with dsl.If(verdict.outputs["Output"] == True, name="gate passed"):  # noqa: E712  # compiled into a condition
         version = register(**common, model=small, verdict=verdict.outputs["result"])

@@ -69,8 +69,9 @@ def _environment(env: Mapping[str, str], num_processes: int) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        # Waiting threads sleep instead of spinning: on a busy machine spinning costs several times the work itself.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # Threads that wait spin for some microseconds and then sleep. The default of milliseconds costs several times the
+        # work itself as soon as the machine is busy; not spinning at all costs half the speed when it is idle.
+        "GOMP_SPINCOUNT": "20000",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
     }
     environment = defaults | inherited | dict(env)
