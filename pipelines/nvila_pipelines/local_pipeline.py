@@ -43,7 +43,9 @@ def run_compiled(package: Path, arguments: Mapping[str, str], settings: Settings
         scratch = tempfile.TemporaryDirectory(dir=settings.workspace, prefix=".kfp-")
     error_file = Path(scratch.name) / "error.json"
     environment = settings.to_env() | {ERROR_FILE: str(error_file), RUNNER_PID: str(os.getpid())} | _TASK_ENVIRONMENT
-    # kfp leaves a folder of every task behind in the system's temporary one.
+    # kfp leaves a folder of every task behind in the system's temporary one. This process keeps its own, which Python
+    # looks up once: the scratch folder is gone when the run has ended.
+    tempfile.gettempdir()
     environment |= {"TMPDIR": scratch.name}
     with log, scratch, _environment(environment), contextlib.redirect_stdout(log):
         from kfp import components, local

@@ -92,7 +92,8 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         if name not in getattr(type(self._target), "model_fields", {}):
             member = getattr(type(self._target), name)
-            return member.fget(self) if isinstance(member, property) else member.__get__(self)
+            getter = member.fget if isinstance(member, property) else None
+            return getter(self) if getter is not None else member.__get__(self)
         # The section `register` is a field of another name: pydantic has a method of this one.
         plain = "register" if name == "registration" else name
         field = f"{self._path}.{plain}" if self._path else plain
@@ -150,3 +151,9 @@ def data_dir(micro: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data set of the micro recipe, made once."""
     root = tmp_path_factory.mktemp("data")
     return Bench(micro, Settings.load(root, {}), root).run("data")[1]
+
+
+@pytest.fixture(scope="session")
+def bench_class() -> type[Bench]:
+    """The class of `bench`, for fixtures that live longer than one test."""
+    return Bench

@@ -1,0 +1,169 @@
+"""Curate, train, quantize and evaluate, really run on a few images: what they leave, and that it is always the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvila.data.dataset import load_samples
+from nvila.data.records import read_jsonl
+from nvila.errors import DataError
+from nvila_pipelines.recipe import Recipe
+from nvila_pipelines.steps.curate import scorer_subset
+from nvila_platform.artifacts import file_sha256
+from nvila_platform.settings import Settings
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every output; hidden files are scratch."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    relative = {path.relative_to(directory): path for path in files}
+    return {str(name): file_sha256(path) for name, path in relative.items() if not str(name).startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def module_bench(request: pytest.FixtureRequest, micro: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("steps")
+    # The class comes from the fixture's module: tests import nothing from each other.
+    made = request.getfixturevalue("bench_class")
+    return made(micro, Settings.load(root / "ws", {}), root / "bench")
+
+
+@pytest.fixture(scope="module")
+def curated(module_bench: Any, data_dir: Path) -> tuple[dict[str, float], Path]:
+    found: tuple[dict[str, float], Path] = module_bench.run("curate", {"data": data_dir})
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(module_bench: Any, data_dir: Path, curated: tuple[dict[str, float], Path]) -> tuple[dict[str, float], Path]:
+    found: tuple[dict[str, float], Path] = module_bench.run("train", {"data": data_dir, "selection": curated[1]})
+    return found
+
+
+@pytest.fixture(scope="module")
+def quantized(module_bench: Any, trained: tuple[dict[str, float], Path]) -> tuple[dict[str, float], Path]:
+    found: tuple[dict[str, float], Path] = module_bench.run("quantize", {"model": trained[1]})
+    return found
+
+
+def test_curation_keeps_the_share_of_every_source(curated: tuple[dict[str, float], Path], data_dir: Path) -> None:
+    import pyarrow.parquet as pq
+
+    metrics, out = curated
+    samples = load_samples(data_dir, "train")
+    table = pq.read_table(out / "selection.parquet").to_pydict()
+    assert table["id"] == [sample.id for sample in samples]
+    for source in set(table["source"]):
+        rows = [kept for name, kept in zip(table["source"], table["kept"], strict=True) if name == source]
+        assert abs(sum(rows) - len(rows) / 2) <= 1, source
+    kept = [name for name, keep in zip(table["id"], table["kept"], strict=True) if keep]
+    assert [sample.id for sample in read_jsonl(out / "selected.jsonl")] == kept
+    assert (metrics["scored"], metrics["kept"]) == (len(samples), len(kept))
+    scores = pq.read_table(out / "scores.parquet").to_pydict()
+    assert scores["delta"] == table["delta"]
+
+
+def test_scorers_learn_from_all_questions_of_a_share_of_the_images(data_dir: Path) -> None:
+    samples = load_samples(data_dir, "train")
+    part = scorer_subset(samples, 0.25, seed=0)
+    images = {sample.images for sample in part}
+    assert len(images) == 8
+    assert part == [sample for sample in samples if sample.images in images]
+    assert scorer_subset(samples, 0.25, seed=0) == part
+    assert scorer_subset(samples, 0.25, seed=1) != part
+    assert len({sample.images for sample in scorer_subset(samples, 1e-9, seed=0)}) == 1
+
+
+def test_curation_is_the_same_every_time(curated: tuple[dict[str, float], Path], bench: Any, data_dir: Path) -> None:
+    assert hashes(bench.run("curate", {"data": data_dir})[1]) == hashes(curated[1])
+
+
+def test_training_leaves_every_stage_and_the_model(trained: tuple[dict[str, float], Path]) -> None:
+    metrics, out = trained
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert names == {"1-base", "2-align", "3-vision", "4-instruct", "model", "metrics.jsonl"}
+    assert hashes(out / "model") == hashes(out / "4-instruct")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["stage"] for line in lines if line["step"] == 0] == ["base", "align", "vision", "instruct"]
+    assert metrics["loss_instruct"] == lines[-1]["loss_smooth"]
+    assert metrics["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_training_is_the_same_every_time(
+    trained: tuple[dict[str, float], Path], curated: tuple[dict[str, float], Path], bench: Any, data_dir: Path
+) -> None:
+    again = bench.run("train", {"data": data_dir, "selection": curated[1]})[1]
+    assert hashes(again) == hashes(trained[1])
+
+
+def test_training_on_broken_data_raises_the_error_of_the_training_process(
+    curated: tuple[dict[str, float], Path], bench: Any, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "images.parquet").write_bytes(b"no table")
+    for split in ("captions", "text"):
+        (broken / f"{split}.jsonl").write_text("{broken\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"captions.jsonl") as failed:
+        bench.run("train", {"data": broken, "selection": curated[1]})
+    assert "\n" not in str(failed.value)
+
+
+def test_quantization_makes_the_towers_smaller(quantized: tuple[dict[str, float], Path]) -> None:
+    metrics, out = quantized
+    sizes = json.loads((out / "sizes.json").read_text(encoding="utf-8"))
+    for part in ("vision", "language", "total"):
+        assert sizes["quantized"][part] < sizes["wide"][part]
+    assert sizes["quantized"]["projector"] == sizes["wide"]["projector"]
+    assert metrics["quantized_bytes"] == sizes["quantized"]["total"]
+    assert metrics["quantized_layers"] > 0
+
+
+def test_quantization_is_the_same_every_time_and_starts_over(
+    quantized: tuple[dict[str, float], Path], trained: tuple[dict[str, float], Path], bench: Any
+) -> None:
+    left_behind = bench.root / "quantize" / "model" / "of-an-earlier-try.safetensors"
+    left_behind.parent.mkdir(parents=True)
+    left_behind.write_bytes(b"half")
+    assert hashes(bench.run("quantize", {"model": trained[1]})[1]) == hashes(quantized[1])
+
+
+@pytest.mark.parametrize("form", ["wide", "quantized"])
+def test_evaluation_answers_every_question_the_same_way(
+    form: str,
+    bench: Any,
+    data_dir: Path,
+    trained: tuple[dict[str, float], Path],
+    quantized: tuple[dict[str, float], Path],
+) -> None:
+    inputs = {"data": data_dir, "model": {"wide": trained, "quantized": quantized}[form][1]}
+    metrics, out = bench.run(f"evaluate-{form}", inputs)
+    first = hashes(out)
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    samples = load_samples(data_dir, "test")
+    assert [line["id"] for line in lines] == [sample.id for sample in samples]
+    assert results["model"] == form
+    assert results["accuracy"] == metrics["accuracy"] == sum(line["correct"] for line in lines) / len(lines)
+    assert sum(tally["total"] for tally in results["by_source"].values()) == results["num_samples"] == len(lines)
+    assert 0 < results["baselines"]["majority"] <= results["baselines"]["text_majority"] < 1
+    # No speed among the results: equal answers have an equal digest.
+    bench.run(f"evaluate-{form}", inputs)
+    assert hashes(out) == first
+    assert metrics["samples_per_second"] > 0
+
+
+def test_evaluation_takes_the_split_of_the_recipe(
+    bench: Any, data_dir: Path, trained: tuple[dict[str, float], Path], change: Callable[..., Recipe]
+) -> None:
+    bench.recipe = change("evaluate.split=validation")
+    _, out = bench.run("evaluate-wide", {"data": data_dir, "model": trained[1]})
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["split"] == "validation"
+    assert results["num_samples"] == len(load_samples(data_dir, "validation"))

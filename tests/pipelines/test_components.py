@@ -1,0 +1,203 @@
+"""The Kubeflow components: their form, file by file, and what their bodies do."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nvila
+from nvila.errors import DataError
+from nvila_pipelines import components
+from nvila_pipelines.components.image import IMAGE
+from nvila_pipelines.recipe import Recipe
+from nvila_pipelines.steps.component import run_component
+from nvila_pipelines.steps.context import StepContext
+from nvila_pipelines.steps.table import STEPS, StepSpec
+from nvila_platform.launch.outcome import left_error
+from nvila_platform.settings import Settings
+from nvila_platform.store import ArtifactRef
+
+FOLDER = Path(components.__file__).parent
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "image"))
+OTHERS = {"recipe", "run_id", "result", "form"}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def function(path: Path) -> ast.FunctionDef:
+    (found,) = [node for node in parsed(path).body if isinstance(node, ast.FunctionDef)]
+    return found
+
+
+def test_every_step_has_a_component() -> None:
+    assert {spec.module for spec in STEPS.values()} == {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_form_of_a_component_file(path: Path) -> None:
+    imports = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)]
+    # kfp reads the annotations when the file is imported.
+    assert not [node for node in imports if node.module == "__future__"]
+    made = function(path)
+    assert made.name == path.stem
+    names = [argument.arg for argument in made.args.args]
+    assert 2 <= len(names) <= 8
+    assert names[:2] == ["recipe", "run_id"]
+    assert names[-1] == "result"
+    (decorator,) = made.decorator_list
+    assert isinstance(decorator, ast.Call)
+    assert ast.unparse(decorator) == "dsl.component(base_image=IMAGE, install_kfp_package=False)"
+    assert ast.get_docstring(made)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_component_takes_the_inputs_of_its_step(path: Path) -> None:
+    names = {argument.arg for argument in function(path).args.args} - OTHERS
+    for spec in STEPS.values():
+        if spec.module == path.stem:
+            assert names == set(spec.inputs)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_component_is_built_on_the_pinned_image(path: Path) -> None:
+    made = getattr(importlib.import_module(f"nvila_pipelines.components.{path.stem}"), path.stem)
+    assert made.component_spec.implementation.container.image == IMAGE
+
+
+def test_the_image_is_pinned_to_the_version() -> None:
+    name, _, tag = IMAGE.rpartition(":")
+    assert tag == nvila.__version__
+    # kfp's local runner warns about images whose name does not say that they hold Python.
+    assert "python" in name
+
+
+class Result:
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.metadata: dict[str, Any] = {}
+
+
+@pytest.fixture
+def task(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """This process, as a task of a run; its parent is not watched."""
+    for name, value in settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("nvila_pipelines.steps.component.die_with_parent", lambda *_: None)
+    return settings
+
+
+def work(context: StepContext) -> dict[str, float]:
+    (context.out_dir / "out.txt").write_text(" ".join(sorted(context.inputs)), encoding="utf-8")
+    return {}
+
+
+def test_references_go_in_and_out(
+    task: Settings, micro: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepSpec, "load", lambda self: work)
+    data, curated = Result(tmp_path / "a" / "data"), Result(tmp_path / "b" / "curated")
+    run_component("data", micro.to_json(), "run-1", {}, data)
+    directory = run_component("curate", micro.to_json(), "run-1", {"data": data.path}, curated)
+    ref = ArtifactRef.from_json(Path(curated.path).read_text(encoding="utf-8"))
+    assert ref.step == "curate"
+    assert curated.metadata == json.loads(ref.to_json())
+    assert directory == Path(task.store_uri) / "curate" / ref.key[:16]
+    assert (directory / "out.txt").read_text(encoding="utf-8") == "data"
+
+
+def test_a_typed_error_is_left_for_the_run(
+    task: Settings, micro: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(context: StepContext) -> dict[str, float]:
+        raise DataError("line 3 is broken", "mend it")
+
+    error_file = tmp_path / "error.json"
+    monkeypatch.setenv("NVILA_ERROR_FILE", str(error_file))
+    monkeypatch.setattr(StepSpec, "load", lambda self: fails)
+    result = Result(tmp_path / "data")
+    with pytest.raises(SystemExit) as stopped:
+        run_component("data", micro.to_json(), "run-1", {}, result)
+    assert stopped.value.code == 1
+    left = left_error(error_file)
+    assert left is not None
+    assert isinstance(left[0], DataError)
+    assert (left[0].message, left[0].hint) == ("line 3 is broken", "mend it")
+    assert not Path(result.path).exists()
+    assert "DataError: line 3 is broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reference", "code", "message"),
+    [("{}", None, 2, "recipe field name is missing"), (None, "nonsense", 1, "not an artifact reference")],
+    ids=["recipe", "reference"],
+)
+def test_unusable_arguments_are_left_as_typed_errors_too(
+    recipe: str | None,
+    reference: str | None,
+    code: int,
+    message: str,
+    task: Settings,
+    micro: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error_file = tmp_path / "error.json"
+    monkeypatch.setenv("NVILA_ERROR_FILE", str(error_file))
+    inputs = {}
+    if reference is not None:
+        (tmp_path / "ref").write_text(reference, encoding="utf-8")
+        inputs["data"] = str(tmp_path / "ref")
+    with pytest.raises(SystemExit) as stopped:
+        run_component("curate", recipe or micro.to_json(), "run-1", inputs, Result(tmp_path / "result"))
+    assert stopped.value.code == code
+    left = left_error(error_file)
+    assert left is not None
+    assert message in left[0].message
+
+
+_TASK = """
+import sys, time
+from nvila_platform.launch.child import die_with
+die_with(int(sys.argv[1]))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_task_ends_with_the_run_although_a_shell_is_between() -> None:
+    run = subprocess.Popen(["sleep", "60"])
+    task = subprocess.Popen(
+        ["sh", "-c", f"{sys.executable} -c '{_TASK}' {run.pid}\n"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert task.stdout is not None
+        assert task.stdout.readline() == "ready\n"
+        assert task.poll() is None
+        run.kill()
+        run.wait()
+        began = time.monotonic()
+        assert task.wait(20) != 0
+        assert time.monotonic() - began < 10
+    finally:
+        run.kill()
+        task.kill()
+        task.communicate()
+
+
+def test_a_task_whose_run_is_gone_ends_at_once() -> None:
+    run = subprocess.Popen(["true"])
+    run.wait()
+    done = subprocess.run([sys.executable, "-c", _TASK, str(run.pid)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"the process {run.pid} is gone" in done.stderr
+    assert "ready" not in done.stdout
