@@ -58,7 +58,7 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
         run_compiled(package, arguments, settings, settings.workspace / "logs" / f"{run.run_id}.log")
         watch.drain()
         store = open_store(settings)
-        refs = finished_steps(recipe, settings, run.run_id)
+        refs = run.results()
         artifacts = {name: store.fetch(ref) for name, ref in refs.items()}
         summary = summarize(run, recipe, artifacts, watch.record.seconds, time.monotonic() - started)
         # The step that finished last was made of all the others.

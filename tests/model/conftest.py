@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from nvila.configuration import NVILAConfig
     from nvila.data.conversation import ConversationEncoder
-    from nvila.data.dataset import PixelCache
     from nvila.data.media import ImageTable
+    from nvila.data.tensors import PixelCache
     from nvila.modeling import NVILAForConditionalGeneration
     from nvila.processing import NVILAProcessor
     from nvila.training.config import ModelConfig
@@ -128,7 +128,7 @@ def image_table(pictures: dict[str, Image.Image], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def tiles(image_table: ImageTable, processor: NVILAProcessor) -> PixelCache:
-    from nvila.data.dataset import PixelCache
+    from nvila.data.tensors import PixelCache
 
     return PixelCache.build(image_table, list(image_table.keys()), processor)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nvila.data.collation import Batch, collate, pair_mask, shared_prefix_length
 from nvila.data.conversation import ConversationEncoder, Encoded
-from nvila.data.dataset import PixelCache
 from nvila.data.records import Message, Part, Sample, vqa_sample
+from nvila.data.tensors import PixelCache
 from nvila.modeling import NVILAForConditionalGeneration
 
 Content = Sequence[str]

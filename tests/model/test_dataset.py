@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from nvila.data.conversation import ConversationEncoder
-from nvila.data.dataset import PixelCache, encode_groups, load_samples
+from nvila.data.dataset import load_samples
 from nvila.data.media import ImageTable
 from nvila.data.records import vqa_sample, write_jsonl
+from nvila.data.tensors import PixelCache, encode_groups
 from nvila.errors import DataError
 from nvila.processing import NVILAProcessor
 

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from nvila.data.conversation import ConversationEncoder
-from nvila.data.dataset import PixelCache
 from nvila.data.records import vqa_sample
+from nvila.data.tensors import PixelCache
 from nvila.errors import DataError
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor

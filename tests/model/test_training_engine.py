@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nvila.data.collation import Batch, collate
 from nvila.data.conversation import ConversationEncoder
-from nvila.data.dataset import PixelCache
 from nvila.data.records import vqa_sample
+from nvila.data.tensors import PixelCache
 from nvila.errors import CapabilityError
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.training.config import ModelConfig, PartName, StageConfig, TrainConfig

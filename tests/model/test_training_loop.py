@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nvila.data.collation import collate
 from nvila.data.conversation import ConversationEncoder, Encoded
-from nvila.data.dataset import PixelCache
 from nvila.data.records import vqa_sample
+from nvila.data.tensors import PixelCache
 from nvila.errors import NvilaError
 from nvila.modeling import NVILAForConditionalGeneration, NVILAOutput
 from nvila.training.augmentation import random_shift

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nvila.data.collation import collate
 from nvila.data.conversation import ConversationEncoder, Encoded
-from nvila.data.dataset import PixelCache
 from nvila.data.records import Sample, group_by_images
+from nvila.data.tensors import PixelCache
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.progress import SILENT, Reporter
 

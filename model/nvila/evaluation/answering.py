@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nvila.data.dataset import PixelCache
 from nvila.data.records import Sample
+from nvila.data.tensors import PixelCache
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 from nvila.progress import SILENT, Reporter

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from nvila.assembly import build_model, build_processor, load_model, save_model
 from nvila.configuration import NVILAConfig
 from nvila.data.conversation import ConversationEncoder, Encoded
-from nvila.data.dataset import PixelCache, encode_groups
 from nvila.data.media import ImageTable
 from nvila.data.records import Sample
 from nvila.data.sampling import GroupSampler
+from nvila.data.tensors import PixelCache, encode_groups
 from nvila.errors import ConfigError, nearest
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor

@@ -57,7 +57,8 @@ def _score(context: StepContext, scorer: Scorer, samples: list[Sample], images: 
     from nvila.assembly import load_model
     from nvila.curation.scoring import score_answers
     from nvila.data.conversation import ConversationEncoder
-    from nvila.data.dataset import PixelCache, load_samples
+    from nvila.data.dataset import load_samples
+    from nvila.data.tensors import PixelCache
     from nvila.data.tokenizers import build_word_tokenizer
     from nvila.progress import PrefixedReporter
     from nvila.training.run import train

@@ -19,8 +19,9 @@ def run(context: StepContext) -> dict[str, float]:
     Outputs: `results.json`, `predictions.jsonl`.
     """
     from nvila.assembly import load_model
-    from nvila.data.dataset import IMAGES_FILE, PixelCache, load_samples
+    from nvila.data.dataset import IMAGES_FILE, load_samples
     from nvila.data.media import ImageTable
+    from nvila.data.tensors import PixelCache
     from nvila.evaluation.answering import answer_questions
     from nvila.evaluation.scores import exact_match
 

@@ -12,8 +12,15 @@ from typing import Any
 
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.context import StepContext
-from nvila_pipelines.steps.table import StepSpec, step_spec
-from nvila_platform.artifacts import code_version, content_key, storage_errors, utc_now, write_manifest
+from nvila_pipelines.steps.table import STEPS, StepSpec, step_spec
+from nvila_platform.artifacts import (
+    code_version,
+    content_key,
+    storage_errors,
+    utc_now,
+    write_atomically,
+    write_manifest,
+)
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, ArtifactStore, open_store, reuse
 from nvila_platform.telemetry import EventLog
@@ -21,6 +28,7 @@ from nvila_platform.telemetry import EventLog
 EVENTS_FILE = "events.jsonl"
 TRACKING_RUN_FILE = "mlflow-run-id"
 REUSED, FINISHED = "reused", "finished"
+_RESULTS = "results"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +51,22 @@ class RunContext:
     def log_path(self, step: str) -> Path:
         """File for what child processes of a step print."""
         return self.settings.workspace / "logs" / f"{self.run_id}-{step}.log"
+
+    def record(self, ref: ArtifactRef) -> None:
+        """Leave the reference to a step's result in the run's folder."""
+        path = self.directory / _RESULTS / f"{ref.step}.json"
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, ref.to_json())
+
+    def results(self) -> dict[str, ArtifactRef]:
+        """Return the results of the run so far, by step in the order of the table."""
+        paths = {name: self.directory / _RESULTS / f"{name}.json" for name in STEPS}
+        return {
+            name: ArtifactRef.from_json(path.read_text(encoding="utf-8"))
+            for name, path in paths.items()
+            if path.is_file()
+        }
 
     def tracking_run(self) -> str | None:
         """Return the MLflow run of the pipeline, once the tracker has created it."""
@@ -92,12 +116,11 @@ def run_step(name: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: 
     # Without the run's id: two runs that register one model do so one after the other.
     alone = step_key(spec, recipe, inputs)
     with EventLog(run.events_path, step=name) as events, store.lock(name, alone, events):
-        ref = reuse(store, name, key, events)
-        if ref is not None:
-            events.progress(REUSED, 1, 1, store.manifest(ref).metrics)
-            return ref
-        ref = _work(spec, recipe, inputs, run, store, key, events)
-        events.progress(FINISHED, 1, 1, store.manifest(ref).metrics)
+        ref, phase = reuse(store, name, key, events), REUSED
+        if ref is None:
+            ref, phase = _work(spec, recipe, inputs, run, store, key, events), FINISHED
+        run.record(ref)
+        events.progress(phase, 1, 1, store.manifest(ref).metrics)
         return ref
 
 

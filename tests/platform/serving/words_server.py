@@ -17,10 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nvila.inference.engine import Delta, SamplingParams, Usage
-
 from nvila.data.records import Message
 from nvila.errors import CheckpointError, DataError
+from nvila.inference.engine import Delta, SamplingParams, Usage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
