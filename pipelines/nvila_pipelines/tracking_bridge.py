@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,10 @@ from nvila_platform.telemetry import Event
 from nvila_platform.tracking import Tracker, open_tracker
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+# For all trackers together, and for each when that is used up.
+_CLOSE_S = 30.0
+_LEAST_CLOSE_S = 0.5
 
 
 class TrackingBridge:
@@ -31,7 +35,7 @@ class TrackingBridge:
         self._parent = open_tracker(run.settings, run.run_id, tags={"nvila.run_id": run.run_id})
         self._parent.log_params({"recipe": recipe.name, "seed": recipe.seed})
         self._steps: dict[str, Tracker] = {}
-        self._closing: list[threading.Thread] = []
+        self._finished: list[Tracker] = []
         self._known = False
 
     def add(self, event: Event) -> None:
@@ -46,7 +50,9 @@ class TrackingBridge:
         if event.phase == FINISHED:
             tracker.log_metrics(metrics)
             self._parent.log_metrics({f"{event.step}/{name}": value for name, value in metrics.items()})
-            self._close_in_background(self._steps.pop(event.step))
+            # Not closed yet: that waits for MLflow, which may still be starting.
+            tracker.finish("FINISHED")
+            self._finished.append(self._steps.pop(event.step))
         elif metrics:
             tracker.log_metrics({f"{event.phase}/{name}": value for name, value in metrics.items()}, step=event.done)
 
@@ -55,12 +61,10 @@ class TrackingBridge:
         self._parent.log_artifact(path)
 
     def close(self, status: Status) -> None:
-        """End the runs that are still open."""
-        for tracker in self._steps.values():
-            tracker.close(status)
-        self._parent.close(status)
-        for thread in self._closing:
-            thread.join()
+        """End the runs that are still open and give MLflow some time to take what is left."""
+        deadline = time.monotonic() + _CLOSE_S
+        for tracker in (*self._finished, *self._steps.values(), self._parent):
+            tracker.close(status, timeout_s=max(_LEAST_CLOSE_S, deadline - time.monotonic()))
 
     def _open(self, step: str) -> Tracker:
         tracker = open_tracker(
@@ -69,12 +73,6 @@ class TrackingBridge:
         if step in STEPS:
             tracker.log_params(step_config(STEPS[step], self._recipe))
         return tracker
-
-    def _close_in_background(self, tracker: Tracker) -> None:
-        # Closing waits for MLflow, which may still be starting; the events of the next step must not wait with it.
-        thread = threading.Thread(target=tracker.close, name="tracking-close", daemon=True)
-        thread.start()
-        self._closing.append(thread)
 
     def _publish_run_id(self) -> None:
         """Leave the parent's id where the register step finds it, once MLflow has given one."""

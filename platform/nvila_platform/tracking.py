@@ -128,15 +128,23 @@ class Tracker:
         """Set tags of the run, replacing earlier values."""
         self._put(Event(kind="tags", values={str(name): str(value) for name, value in tags.items()}))
 
+    def finish(self, status: Status = "FINISHED") -> None:
+        """End the run now, without waiting until MLflow knows; `close` must still follow.
+
+        Args:
+            status: How the run ended.
+        """
+        self._outbox.put(Event(kind="close", values={"status": status}))
+        self._outbox.finish()
+
     def close(self, status: Status = "FINISHED", timeout_s: float = _CLOSE_S) -> None:
         """End the run and send what is left; what cannot be sent in time is kept for the next tracker.
 
         Args:
-            status: How the run ended.
+            status: How the run ended, unless `finish` said so already.
             timeout_s: How long to wait for MLflow.
         """
-        self._outbox.put(Event(kind="close", values={"status": status}))
-        self._outbox.finish()
+        self.finish(status)
         self._thread.join(timeout_s)
         with self._buffer_lock:
             left = self._outbox.abandon()

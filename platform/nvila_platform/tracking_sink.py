@@ -29,7 +29,8 @@ PENDING = "pending:"
 _LOCAL_ID_TAG = "nvila.local_id"
 _PARENT_TAG = "mlflow.parentRunId"
 _MISSING_PARENT_TAG = "nvila.missing_parent"
-_PARENT_WAIT_S = 5.0
+# The parent's thread may be creating the database; only this run's own thread waits.
+_PARENT_WAIT_S = 30.0
 
 # MLflow's limits for one request and one value.
 _MAX_METRICS = 1000
