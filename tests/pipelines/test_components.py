@@ -22,7 +22,7 @@ from nvila_pipelines.steps.component import run_component
 from nvila_pipelines.steps.context import StepContext
 from nvila_pipelines.steps.table import STEPS, StepSpec
 from nvila_platform.launch.outcome import left_error
-from nvila_platform.settings import Settings
+from nvila_platform.settings import Settings, runner_pid
 from nvila_platform.store import ArtifactRef
 
 FOLDER = Path(components.__file__).parent
@@ -201,3 +201,12 @@ def test_a_task_whose_run_is_gone_ends_at_once() -> None:
     assert done.returncode == 1
     assert f"the process {run.pid} is gone" in done.stderr
     assert "ready" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [({}, None), ({"NVILA_RUNNER_PID": ""}, None), ({"NVILA_RUNNER_PID": "-1"}, None), ({"NVILA_RUNNER_PID": "7"}, 7)],
+    ids=["in-a-pod", "empty", "no-process-id", "local"],
+)
+def test_the_run_of_a_task_is_known_on_this_machine_only(environ: dict[str, str], expected: int | None) -> None:
+    assert runner_pid(environ) == expected
