@@ -206,6 +206,10 @@ class CurateSection(Section):
 
     keep_rate: Share
     normalize: Literal["none", "token"]
+    # Compare a sample with all of its source, or with those of the same question and answer.
+    centre: Literal["none", "answer"]
+    # Differences of delta below this many nats are ties.
+    resolution: Annotated[float, Field(ge=0)]
     # Share of the training images that the scorers learn from.
     fraction: Share
     small: ScorerSection

@@ -130,7 +130,7 @@ def image_table(pictures: dict[str, Image.Image], tmp_path_factory: pytest.TempP
 def tiles(image_table: ImageTable, processor: NVILAProcessor) -> PixelCache:
     from nvila.data.tensors import PixelCache
 
-    return PixelCache.build(image_table, list(image_table.keys()), processor)
+    return PixelCache.build(image_table, list(image_table.keys()), processor.image_processor.size["height"])
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,14 @@ source the top ceil(rate * n) are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
 from nvila.curation.scoring import AnswerScore
 from nvila.errors import ConfigError
 
 Normalize = Literal["none", "token"]
+Centre = Literal["none", "answer"]
 
 
 def delta_losses(
@@ -30,6 +31,38 @@ def delta_losses(
     if normalize == "token":
         return [s.nll / s.num_tokens - b.nll / b.num_tokens for s, b in zip(small, large, strict=True)]
     return [s.nll - b.nll for s, b in zip(small, large, strict=True)]
+
+
+def centre(deltas: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
+    """Subtract from every delta the mean of its group.
+
+    Not in the paper. Where a scorer answers from habit, delta is the same number for all samples with one question
+    and one answer, and the top half of a source is then made of some answers and none of the others: a model trained
+    on it learns the selection instead of the images. Centred by question and answer, delta compares images only and
+    the kept part has the answers of the whole.
+
+    Args:
+        deltas: Score of every sample.
+        groups: What each sample is compared within, such as its question and answer.
+    """
+    members: dict[Hashable, list[float]] = {}
+    for delta, group in zip(deltas, groups, strict=True):
+        members.setdefault(group, []).append(delta)
+    means = {group: math.fsum(values) / len(values) for group, values in members.items()}
+    return [delta - means[group] for delta, group in zip(deltas, groups, strict=True)]
+
+
+def round_to(deltas: Sequence[float], resolution: float) -> list[float]:
+    """Round deltas to multiples of a resolution in nats, so that smaller differences are ties.
+
+    Not in the paper. Differences below what the scorers' own training noise makes of them are no evidence, but they
+    follow properties of the image and would remove whole kinds of images from a question.
+
+    Args:
+        deltas: Score of every sample.
+        resolution: Smallest difference that counts; 0 leaves the scores as they are.
+    """
+    return list(deltas) if resolution == 0 else [round(delta / resolution) * resolution for delta in deltas]
 
 
 def select_top(deltas: Sequence[float], sources: Sequence[str], rates: Mapping[str, float] | float) -> list[bool]:

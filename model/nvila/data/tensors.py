@@ -11,7 +11,7 @@ from torch import Tensor
 from nvila.data.conversation import ConversationEncoder, Encoded
 from nvila.data.media import ImageTable
 from nvila.data.records import Sample, group_by_images
-from nvila.processing import NVILAProcessor
+from nvila.processing import pixel_levels
 
 
 def encode_groups(samples: Sequence[Sample], encoder: ConversationEncoder) -> list[list[Encoded]]:
@@ -31,17 +31,15 @@ class PixelCache:
     tiles: Mapping[str, Tensor]
 
     @classmethod
-    def build(cls, images: ImageTable, keys: Sequence[str], processor: NVILAProcessor, chunk: int = 512) -> PixelCache:
-        """Decode and resize the images of `keys` once."""
-        tiles: dict[str, Tensor] = {}
-        unique = list(dict.fromkeys(keys))
-        for start in range(0, len(unique), chunk):
-            part = unique[start : start + chunk]
-            pixels = processor.pixel_values([images.image(key) for key in part])
-            # Back to the 256 levels the pixels came from: a quarter of the memory, and exact.
-            levels = pixels.add(1).mul(127.5).round_().to(torch.uint8)
-            tiles.update(zip(part, levels.unbind(0), strict=True))
-        return cls(tiles)
+    def build(cls, images: ImageTable, keys: Sequence[str], image_size: int) -> PixelCache:
+        """Decode and resize the images of `keys` once.
+
+        Args:
+            images: Where the images are.
+            keys: Images to hold; repeated keys count once.
+            image_size: Side of a tile in pixels.
+        """
+        return cls({key: pixel_levels(images.image(key), image_size) for key in dict.fromkeys(keys)})
 
     def __call__(self, keys: tuple[str, ...]) -> Tensor:
         """Return normalised tiles (T, 3, h, w) in the order of `keys`; a batch of text alone has none."""

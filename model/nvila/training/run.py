@@ -73,7 +73,7 @@ def train(
         if directory.is_dir():
             reporter.notice(f"stage {stage.name} is already trained; going on from it")
         else:
-            pixels = pixels or PixelCache.build(images, _image_keys(datasets), processor)
+            pixels = pixels or PixelCache.build(images, _image_keys(datasets), config.model.vision["image_size"])
             _drop_lines(log.path, stage.name)
             _train_stage(model, groups[stage.data], pixels, stage, config, number, log, reporter)
             if _rank() == 0:

@@ -24,7 +24,7 @@ def run(context: StepContext) -> dict[str, float]:
 
     Outputs: `scores.parquet`, `selection.parquet`, `selected.jsonl`.
     """
-    from nvila.curation.selection import delta_losses, select_top
+    from nvila.curation.selection import centre, delta_losses, round_to, select_top
     from nvila.data.dataset import IMAGES_FILE, load_samples
     from nvila.data.media import ImageTable
     from nvila.data.records import write_jsonl
@@ -34,8 +34,12 @@ def run(context: StepContext) -> dict[str, float]:
     images = ImageTable.open(data / IMAGES_FILE)
     scores = {scorer: _score(context, scorer, samples, images) for scorer in SCORERS}
     deltas = delta_losses(scores["small"], scores["large"], config.normalize)
-    kept = select_top(deltas, [sample.source for sample in samples], config.keep_rate)
-    _write_tables(context.out_dir, samples, scores, deltas, kept)
+    ranks = deltas
+    if config.centre == "answer":
+        ranks = centre(deltas, [(sample.source, sample.question, sample.answer) for sample in samples])
+    ranks = round_to(ranks, config.resolution)
+    kept = select_top(ranks, [sample.source for sample in samples], config.keep_rate)
+    _write_tables(context.out_dir, samples, scores, deltas, ranks, kept)
     selected = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     write_jsonl(context.out_dir / "selected.jsonl", selected)
     return {
@@ -79,7 +83,9 @@ def _score(context: StepContext, scorer: Scorer, samples: list[Sample], images: 
         train(config, datasets, images, tokenizer, folder, PrefixedReporter(context.reporter, scorer))
     )
     encoder = ConversationEncoder(tokenizer, processor.num_image_tokens, config.model.max_length)
-    pixels = PixelCache.build(images, [key for sample in samples for key in sample.images], processor)
+    pixels = PixelCache.build(
+        images, [key for sample in samples for key in sample.images], config.model.vision["image_size"]
+    )
     return score_answers(model, encoder, samples, pixels, reporter=context.reporter, phase=f"{scorer} score")
 
 
@@ -93,6 +99,7 @@ def _write_tables(
     samples: Sequence[Sample],
     scores: dict[Scorer, list[AnswerScore]],
     deltas: Sequence[float],
+    ranks: Sequence[float],
     kept: Sequence[bool],
 ) -> None:
     import pyarrow as pa
@@ -107,4 +114,4 @@ def _write_tables(
         "num_answer_tokens": [score.num_tokens for score in scores["large"]],
     }
     pq.write_table(pa.table(table), out / "scores.parquet")
-    pq.write_table(pa.table({**identity, "delta": list(deltas), "kept": list(kept)}), out / "selection.parquet")
+    pq.write_table(pa.table({**identity, "delta": list(ranks), "kept": list(kept)}), out / "selection.parquet")

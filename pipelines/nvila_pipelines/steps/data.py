@@ -28,6 +28,8 @@ def run(context: StepContext) -> dict[str, float]:
         _questions("train", chosen["train"]), config.validation_images, easy_vqa.SPLIT_SEED
     )
     captions = list(easy_vqa.captions(train))
+    # In the package all questions of an image follow each other; shuffled, ties that go by position favour no image.
+    random.Random(easy_vqa.SPLIT_SEED).shuffle(train)
     counts = {
         "train": write_jsonl(out / "train.jsonl", train),
         "validation": write_jsonl(out / "validation.jsonl", validation),

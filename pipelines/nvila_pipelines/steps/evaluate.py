@@ -29,7 +29,7 @@ def run(context: StepContext) -> dict[str, float]:
     samples = load_samples(data, config.split)
     model, processor = load_model(context.inputs["model"] / "model")
     keys = [key for sample in samples for key in sample.images]
-    pixels = PixelCache.build(ImageTable.open(data / IMAGES_FILE), keys, processor)
+    pixels = PixelCache.build(ImageTable.open(data / IMAGES_FILE), keys, model.config.vision_config.image_size)
     started = time.monotonic()
     predictions = answer_questions(
         model, processor, samples, pixels, batch_size=config.batch_size, reporter=context.reporter
