@@ -110,6 +110,7 @@ class Recipe(schema.Section):
             backend=backend,
             # Plain torch has none: reading it would make curation depend on it.
             zero_stage=self.train.zero_stage if backend == "deepspeed" else 0,
+            attention=self.train.attention,
             betas=self.train.betas,
             weight_decay=self.train.weight_decay,
             max_grad_norm=self.train.max_grad_norm,

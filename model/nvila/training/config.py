@@ -12,6 +12,7 @@ PartName = Literal["vision", "projector", "language"]
 PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
 Precision = Literal["fp32", "bf16", "fp8"]
 Schedule = Literal["cosine", "linear"]
+Attention = Literal["eager", "sdpa"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,7 @@ class TrainConfig:
         precision: Precision of the language model's linear layers.
         backend: `deepspeed`, or `torch` for a single process without it.
         zero_stage: DeepSpeed ZeRO stage.
+        attention: Attention implementation of both towers; on CPU `eager` is the faster one for short sequences.
         betas: AdamW moments.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Clipping threshold of the global gradient norm.
@@ -101,6 +103,7 @@ class TrainConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 1
+    attention: Attention = "sdpa"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

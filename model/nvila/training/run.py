@@ -115,6 +115,7 @@ def _train_stage(
     log: MetricsLog,
     reporter: Reporter,
 ) -> None:
+    model.set_attn_implementation(config.attention)
     parameter_groups = trained_parts(model, stage)
     converted = apply_precision(model.model.language_model, config.precision)
     if config.precision.name == "fp8" and not converted:

@@ -50,7 +50,7 @@ _ROWS = (
     StepSpec(
         name="curate",
         module="curate",
-        sections=("seed", "curate", "train.betas", "train.weight_decay", "train.max_grad_norm"),
+        sections=("seed", "curate", "train.betas", "train.weight_decay", "train.max_grad_norm", "train.attention"),
         inputs={"data": "data"},
     ),
     StepSpec(
