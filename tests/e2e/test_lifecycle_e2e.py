@@ -21,7 +21,7 @@ from nvila_platform.settings import Settings
 pytestmark = pytest.mark.timeout(600)
 
 Make = Callable[[], Any]
-LONG = "train.stages.instruct.steps=150"
+LONG = "train.stages.instruct.steps=100"
 
 
 @pytest.fixture(scope="module")

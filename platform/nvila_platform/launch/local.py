@@ -69,8 +69,8 @@ def _environment(env: Mapping[str, str], num_processes: int) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        # Threads that wait spin for some microseconds and then sleep. The default of milliseconds costs several times the
-        # work itself as soon as the machine is busy; not spinning at all costs half the speed when it is idle.
+        # Threads that wait spin for some microseconds and then sleep. The default of milliseconds costs several
+        # times the work itself as soon as the machine is busy; never spinning costs half the speed when it is idle.
         "GOMP_SPINCOUNT": "20000",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
     }
