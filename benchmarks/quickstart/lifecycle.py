@@ -33,13 +33,18 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     recipe, seeds = ("fast", args.seeds[:1]) if args.quick else ("quickstart", args.seeds)
-    runs = [run_once(recipe, seed) for seed in seeds]
-    for run in runs:
+    runs: list[dict[str, Any]] = []
+    for seed in seeds:
+        run = run_once(recipe, seed)
+        runs.append(run)
         print(
-            f"seed {run['seed']}: {run['seconds']:.0f} s, wide {run['accuracy']['wide']:.4f}, "
-            f"quantized {run['accuracy']['quantized']:.4f}, peak {run['peak_gib']:.2f} GiB"
+            f"seed {seed}: {run['seconds']:.0f} s, wide {run['accuracy']['wide']:.4f}, "
+            f"quantized {run['accuracy']['quantized']:.4f}, peak {run['peak_gib']:.2f} GiB",
+            flush=True,
         )
-    path = write_result(f"quickstart-{'fast' if args.quick else 'lifecycle'}", claims(runs, args.quick), {"runs": runs})
+        # After every run, so that an interrupted benchmark leaves what it measured.
+        name = "quickstart-fast" if args.quick else "quickstart-lifecycle"
+        path = write_result(name, claims(runs, args.quick), {"runs": runs})
     print(f"written: {path}")
     return 0
 
