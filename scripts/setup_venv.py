@@ -154,8 +154,8 @@ def _install(root: Path, venv: Path) -> None:
     log = venv / "install.log"
     _say("installing into .venv; the first time takes some minutes and 2-3 GB")
     command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    # Compiling 190 packages to bytecode is 40% of the install's time; Python does it anyway for the modules it imports.
-    command += ["--no-compile", "-c", str(root / "constraints.txt"), "-e", f"{root}[{EXTRAS}]"]
+    # pip compiles to bytecode: a minute now, or 20 s at every start of every step where Python may not write it later.
+    command += ["-c", str(root / "constraints.txt"), "-e", f"{root}[{EXTRAS}]"]
     with (
         log.open("w", encoding="utf-8") as out,
         subprocess.Popen(
