@@ -209,9 +209,9 @@ def test_two_runs_at_once_finish_and_share_the_work(make_workspace: Make) -> Non
     for step in STEPS:
         both = sorted(found[step] for found in phases)
         assert both == (["finished", "finished"] if step == "register" else ["finished", "reused"]), step
-    versions = {json.loads(path.read_text())["version"] for path in workspace.path.glob("artifacts/register/*/*.json")}
     assert len(list(workspace.path.glob("artifacts/train/*/manifest.json"))) == 1
-    assert 1 in versions
+    registrations = list(workspace.path.glob("artifacts/register/*/registered.json"))
+    assert [json.loads(path.read_text())["version"] for path in registrations] == [1, 1]
 
 
 @pytest.mark.slow
@@ -219,13 +219,17 @@ def test_without_mlflow_everything_runs_but_the_registration_fails_loudly(home: 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    command = home.start("run", "evaluate.batch_size=128", NVILA_TRACKING_URI=address)
+    command = home.start("run", "train.stages.instruct.steps=4", NVILA_TRACKING_URI=address)
     assert command.finish() == 75
     assert re.match(r"error: registering 'micro' failed: ", command.error[0])
     assert address in command.error[1]
     runs = sorted(home.path.glob("runs/*"), key=lambda path: path.stat().st_ctime)
     phases = home.phases(runs[-1].name)
-    assert phases["evaluate-wide"] == phases["evaluate-quantized"] == phases["gate"] == "finished"
+    assert (
+        phases["train"] == phases["quantize"] == phases["evaluate-wide"] == phases["evaluate-quantized"] == "finished"
+    )
+    # Of an untrained model's answers the gate may have seen the same before.
+    assert phases["gate"] in ("finished", "reused")
     assert "serve" not in phases
     assert list((home.path / "tracking-buffer").iterdir())
 
