@@ -28,7 +28,7 @@ def test_every_built_in_recipe_loads_and_makes_its_configurations(name: str) -> 
     recipe = load_recipe(name)
     assert recipe.name == name
     config = recipe.train_config()
-    assert [stage.name for stage in config.stages] == ["align", "vision", "language", "instruct"]
+    assert [stage.name for stage in config.stages] == ["base", "align", "vision", "language", "instruct"]
     assert TrainConfig.from_dict(config.to_dict()) == config
     assert recipe.quantization_config().group_size == recipe.quantize.group_size
     for scorer in ("small", "large"):
@@ -42,11 +42,11 @@ def test_scorers_are_known_by_size() -> None:
 
 
 def test_train_config_takes_over_what_the_recipe_says() -> None:
-    recipe = load_recipe("quickstart", ["seed=7", "train.precision=bf16", "train.stages.vision.lr={language: null}"])
+    recipe = load_recipe("quickstart", ["seed=7", "train.precision=bf16", "train.stages.instruct.lr={language: null}"])
     config = recipe.train_config()
     assert (config.seed, config.precision.name) == (7, "bf16")
     assert config.precision.fp8_min_features == recipe.train.fp8_min_features
-    assert set(config.stages[1].lr) == {"vision", "projector"}
+    assert set(config.stages[-1].lr) == {"vision", "projector"}
     assert config.model.vision["hidden_size"] == recipe.model.vision.hidden_size
     assert config.betas == recipe.train.betas
 
@@ -120,7 +120,7 @@ def test_own_file_extends_a_file_beside_it(tmp_path: Path) -> None:
 
 def test_null_takes_a_stage_out(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, "extends: quickstart\ntrain: {stages: {vision: null}}\n"))
-    assert list(recipe.train.stages) == ["align", "language", "instruct"]
+    assert list(recipe.train.stages) == ["base", "align", "language", "instruct"]
     assert load_recipe("quickstart", ["train.stages.vision=null"]).train == recipe.train
 
 
@@ -221,7 +221,7 @@ def test_later_override_wins_over_the_file(tmp_path: Path) -> None:
         ("seed.x=1", r"unknown recipe field seed.x: seed is a value, not a section"),
         (
             "train.stages=3",
-            r"train.stages=3 would replace a whole section \(set one of its fields: train.stages.align",
+            r"train.stages=3 would replace a whole section \(set one of its fields: train.stages.base",
         ),
         ("model=null", "recipe field model is missing"),
         ("seed=x", r"recipe field seed is 'x' \(expected a valid integer\)"),
@@ -240,7 +240,7 @@ def test_later_override_wins_over_the_file(tmp_path: Path) -> None:
         ("train.stages.align.lr.projector=-1e-3", "greater than 0"),
         ("curate.keep_rate=1.5", "less than or equal to 1"),
         ("train.stages={A B: {steps: 1}}", "recipe field train.stages.A B is 'A B'"),
-        ("train.stages={align: null, vision: null, language: null, instruct: null}", "at least one entry"),
+        ("train.stages={base: null, align: null, vision: null, language: null, instruct: null}", "at least one entry"),
         ("name=" + "x" * 200, r"is 'x{56}\.\.\."),
     ],
 )

@@ -84,6 +84,7 @@ def test_a_finished_step_has_a_manifest_with_its_origin(
         "curate",
         "train.betas",
         "train.weight_decay",
+        "train.attention",
         "train.max_grad_norm",
     }
     assert manifest.metrics == {"loss": 0.5}
