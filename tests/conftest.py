@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 GoldenCheck = Callable[[str, str], None]
+
+
+def pytest_configure() -> None:
+    """Undo an ignored SIGINT, which shells give to background jobs and every child process inherits."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
