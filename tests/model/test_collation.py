@@ -75,7 +75,7 @@ def inputs_of(batch: Batch, tiles: PixelCache) -> dict[str, Any]:
 
 
 def likelihoods(model: NVILAForConditionalGeneration, batch: Batch, tiles: PixelCache) -> Tensor:
-    hidden, _ = model.model(**inputs_of(batch, tiles))
+    hidden = model.model(**inputs_of(batch, tiles)).last_hidden_state
     return model.supervised_nll(hidden, batch.labels)[0]
 
 

@@ -66,13 +66,13 @@ def _score_batch(
     model: NVILAForConditionalGeneration, groups: list[list[Encoded]], pixels: PixelCache
 ) -> list[AnswerScore]:
     batch = collate(groups, model.config.text_config.pad_token_id)
-    hidden_BLH, _ = model.model(
+    outputs = model.model(
         input_ids=batch.input_ids,
         pixel_values=pixels(batch.images) if batch.images else None,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
     )
-    nll, mask_BL = model.supervised_nll(hidden_BLH, batch.labels)
+    nll, mask_BL = model.supervised_nll(outputs.last_hidden_state, batch.labels)
     sizes = torch.tensor([len(group) for group in groups])
     first_of_row_B1 = (sizes.cumsum(0) - sizes).unsqueeze(1)
     # Segments count samples of a row from 1; with the row's offset they number the samples of the batch from 0.
