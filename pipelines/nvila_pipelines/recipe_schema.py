@@ -24,7 +24,16 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
 # The names of nvila.vision.projectors.PROJECTORS, which only torch can read; a test holds the two together.
-Projector = Literal["mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix", "mlp2x_gelu"]
+Projector = Literal[
+    "identity",
+    "linear",
+    "mlp2x_gelu",
+    "mlp_downsample",
+    "mlp_downsample_2x2_fix",
+    "mlp_downsample_3x3_fix",
+    "mlp_downsample_3x3_s2",
+    "mlp_downsample_3x3_s2_new",
+]
 
 
 def rule(field: str, problem: str, fix: str) -> PydanticCustomError:

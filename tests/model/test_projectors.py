@@ -91,7 +91,20 @@ def test_parameter_counts_are_those_of_released_checkpoints(
     [
         ("mlp_downsample_2x2_fix", {1: (16,), 2: (6, 16), 4: (6, 6)}),
         ("mlp_downsample_3x3_fix", {1: (36,), 2: (12, 36), 4: (12,), 5: (6, 12), 7: (6, 6)}),
+        (
+            "mlp_downsample_3x3_s2",
+            {1: (36,), 2: (12, 36), 4: (12,), 5: (4, 12), 7: (4,), 8: (1, 4), 10: (1,), 11: (6, 1), 13: (6, 6)},
+        ),
+        (
+            "mlp_downsample_3x3_s2_new",
+            {
+                **{1: (36,), 2: (16, 36), 4: (16,), 5: (8, 16), 7: (8,), 8: (4, 8)},
+                **{10: (4,), 11: (1, 4), 13: (1,), 14: (6, 1), 16: (6, 6)},
+            },
+        ),
+        ("mlp1x_gelu", {0: (6, 4)}),
         ("mlp2x_gelu", {0: (6, 4), 2: (6, 6)}),
+        ("mlp4x_gelu", {0: (6, 4), 2: (6, 6), 4: (6, 6), 6: (6, 6)}),
     ],
 )
 def test_parameter_names_and_shapes_are_those_of_released_checkpoints(
@@ -108,14 +121,46 @@ def test_parameter_names_and_shapes_are_those_of_released_checkpoints(
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_projector_gives_the_number_of_tokens_it_announces(name: str) -> None:
     for grid in (3, 4, 6):
-        projector = MultimodalProjector(name, 4, 6)
-        assert projector(torch.randn(2, grid * grid, 4)).shape == (2, num_output_tokens(name, grid), 6)
+        projector = MultimodalProjector(name, 6, 6)
+        assert projector(torch.randn(2, grid * grid, 6)).shape == (2, num_output_tokens(name, grid), 6)
+
+
+def test_linear_projector_has_no_index_in_its_names() -> None:
+    state = MultimodalProjector("linear", 4, 6).state_dict()
+    assert {key: tuple(value.shape) for key, value in state.items()} == {"layers.weight": (6, 4), "layers.bias": (6,)}
+
+
+def test_identity_has_no_parameters_and_needs_equal_widths() -> None:
+    projector = MultimodalProjector("identity", 4, 4)
+    x = torch.randn(1, 9, 4)
+    assert not projector.state_dict()
+    assert projector(x) is x
+    with pytest.raises(ConfigError, match="cannot turn 4 channels into the 6"):
+        MultimodalProjector("identity", 4, 6)
+
+
+@pytest.mark.parametrize("name", ["mlp_downsample_3x3_s2", "mlp_downsample_3x3_s2_new"])
+def test_three_scale_projectors_announce_the_tokens_they_leave(name: str) -> None:
+    assert num_output_tokens(name, 32) == 121
+
+
+def test_depth_of_a_plain_mlp_is_read_from_its_name() -> None:
+    assert num_output_tokens("mlp3x_gelu", 32) == 1024
+    for name in ("mlp0x_gelu", "mlp100x_gelu", "mlpx_gelu", "mlp2x_gelu "):
+        with pytest.raises(ConfigError, match=f"unknown projector '{name}'"):
+            num_output_tokens(name, 32)
+
+
+def test_features_may_lie_in_memory_in_any_order() -> None:
+    x = torch.randn(2, 3, 16).transpose(1, 2)
+    assert torch.equal(space_to_channel(x, 2), space_to_channel(x.contiguous(), 2))
 
 
 def test_activation_is_the_exact_gelu_and_norms_use_the_usual_epsilon() -> None:
-    for module in MultimodalProjector("mlp_downsample_3x3_fix", 4, 6).modules():
-        assert not isinstance(module, nn.GELU) or module.approximate == "none"
-        assert not isinstance(module, nn.LayerNorm) or module.eps == 1e-5
+    for name in PROJECTORS:
+        for module in MultimodalProjector(name, 6, 6).modules():
+            assert not isinstance(module, nn.GELU) or module.approximate == "none"
+            assert not isinstance(module, nn.LayerNorm) or module.eps == 1e-5
 
 
 def test_unknown_projector_names_the_nearest() -> None:
