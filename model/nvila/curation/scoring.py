@@ -50,6 +50,8 @@ def score_answers(
         One score a sample, in the order of `samples`.
     """
     groups = group_by_images(samples)
+    # Rows of like size share a batch, so that little of it is padding.
+    groups.sort(key=len)
     scores: list[AnswerScore | None] = [None] * len(samples)
     done = 0
     for start in range(0, len(groups), images_per_batch):

@@ -76,8 +76,9 @@ def captions(samples: list[Sample]) -> Iterator[Sample]:
 
 
 def text_only(samples: list[Sample]) -> Iterator[Sample]:
-    """Drop the images: the words alone, from which a language model learns how questions and answers go."""
-    for sample in samples:
+    """Drop the images: every distinct pair of question and answer once, to learn how language goes here."""
+    first = {(sample.question, sample.answer): sample for sample in reversed(samples)}
+    for sample in sorted(first.values(), key=lambda sample: sample.id):
         yield vqa_sample(
             id=f"text-{sample.id}", source="text", image=None, question=sample.question, answer=sample.answer
         )

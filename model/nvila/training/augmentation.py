@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def random_shift(tiles_T3HW: Tensor, max_pixels: int, noise: torch.Generator) -> Tensor:
@@ -15,12 +15,11 @@ def random_shift(tiles_T3HW: Tensor, max_pixels: int, noise: torch.Generator) ->
     if max_pixels == 0 or not len(tiles_T3HW):
         return tiles_T3HW
     t, channels, height, width = tiles_T3HW.shape
-    padded = nn.functional.pad(tiles_T3HW, (max_pixels,) * 4, mode="replicate")
-    top, left = torch.randint(0, 2 * max_pixels + 1, (2, t), generator=noise)
-    rows_TH = top.unsqueeze(1) + torch.arange(height)
-    columns_TW = left.unsqueeze(1) + torch.arange(width)
+    top, left = torch.randint(0, 2 * max_pixels + 1, (2, t), generator=noise) - max_pixels
+    rows_TH = (top.unsqueeze(1) + torch.arange(height)).clamp_(0, height - 1)
+    columns_TW = (left.unsqueeze(1) + torch.arange(width)).clamp_(0, width - 1)
     tile, channel = torch.arange(t), torch.arange(channels)
-    return padded[
+    return tiles_T3HW[
         tile[:, None, None, None],
         channel[None, :, None, None],
         rows_TH[:, None, :, None],

@@ -38,6 +38,8 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     out_dir: Path,
     reporter: Reporter = SILENT,
+    *,
+    pixels: PixelCache | None = None,
 ) -> Path:
     """Run all stages and return the folder of the final model.
 
@@ -51,6 +53,7 @@ def train(
         tokenizer: Tokenizer of the language model.
         out_dir: Where stages and `metrics.jsonl` go.
         reporter: Receives progress.
+        pixels: Tiles of all images, for a caller that has decoded them already.
 
     Raises:
         ConfigError: A stage names data that does not exist, or the data is empty.
@@ -64,7 +67,6 @@ def train(
     processor = build_processor(cast("NVILAConfig", model.config), tokenizer)
     encoder = ConversationEncoder(tokenizer, model.config.num_image_tokens, config.model.max_length)
     groups = {name: encode_groups(samples, encoder) for name, samples in datasets.items()}
-    pixels: PixelCache | None = None
     # One process speaks for all; they run in step and would only repeat it.
     log = MetricsLog(out_dir / "metrics.jsonl" if _rank() == 0 else Path(os.devnull))
     reporter = reporter if _rank() == 0 else SILENT

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from nvila.errors import NvilaError
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import RunContext, run_step
-from nvila_platform.launch.child import die_with, die_with_parent
+from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
 from nvila_platform.settings import Settings, runner_pid
 from nvila_platform.store import ArtifactRef, open_store
@@ -50,6 +50,7 @@ def run_component(step: str, recipe: str, run_id: str, inputs: Mapping[str, str]
     die_with_parent(signal.SIGKILL, os.getppid())
     if (runner := runner_pid()) is not None:
         die_with(runner)
+    collect_rarely()
     settings = Settings.load()
     configure_logging(settings.log_format, context={"run_id": run_id, "step": step})
     try:

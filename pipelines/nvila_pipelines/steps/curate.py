@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nvila.curation.scoring import AnswerScore
     from nvila.data.media import ImageTable
     from nvila.data.records import Sample
+    from nvila.data.tensors import PixelCache
 
 SCORERS: tuple[Scorer, ...] = ("small", "large")
 
@@ -28,11 +29,18 @@ def run(context: StepContext) -> dict[str, float]:
     from nvila.data.dataset import IMAGES_FILE, load_samples
     from nvila.data.media import ImageTable
     from nvila.data.records import write_jsonl
+    from nvila.data.tensors import PixelCache
 
     config, data = context.recipe.curate, context.inputs["data"]
     samples = load_samples(data, "train")
     images = ImageTable.open(data / IMAGES_FILE)
-    scores = {scorer: _score(context, scorer, samples, images) for scorer in SCORERS}
+    keys = [key for sample in samples for key in sample.images]
+    scores: dict[Scorer, list[AnswerScore]] = {}
+    caches: dict[int, PixelCache] = {}
+    for scorer in SCORERS:
+        size = context.recipe.scorer_config(scorer).model.vision["image_size"]
+        caches[size] = caches.get(size) or PixelCache.build(images, keys, size)
+        scores[scorer] = _score(context, scorer, samples, images, caches[size])
     deltas = delta_losses(scores["small"], scores["large"], config.normalize)
     ranks = deltas
     if config.centre == "answer":
@@ -56,13 +64,14 @@ def scorer_subset(samples: Sequence[Sample], fraction: float, seed: int) -> list
     return [sample for sample in samples if sample.images in chosen]
 
 
-def _score(context: StepContext, scorer: Scorer, samples: list[Sample], images: ImageTable) -> list[AnswerScore]:
+def _score(
+    context: StepContext, scorer: Scorer, samples: list[Sample], images: ImageTable, pixels: PixelCache
+) -> list[AnswerScore]:
     """Train one scorer and score all samples with it."""
     from nvila.assembly import load_model
     from nvila.curation.scoring import score_answers
     from nvila.data.conversation import ConversationEncoder
     from nvila.data.dataset import load_samples
-    from nvila.data.tensors import PixelCache
     from nvila.data.tokenizers import build_word_tokenizer
     from nvila.progress import PrefixedReporter
     from nvila.training.run import train
@@ -80,12 +89,9 @@ def _score(context: StepContext, scorer: Scorer, samples: list[Sample], images: 
     folder = context.out_dir / ".scorers" / scorer
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(
-        train(config, datasets, images, tokenizer, folder, PrefixedReporter(context.reporter, scorer))
+        train(config, datasets, images, tokenizer, folder, PrefixedReporter(context.reporter, scorer), pixels=pixels)
     )
     encoder = ConversationEncoder(tokenizer, processor.num_image_tokens, config.model.max_length)
-    pixels = PixelCache.build(
-        images, [key for sample in samples for key in sample.images], config.model.vision["image_size"]
-    )
     return score_answers(model, encoder, samples, pixels, reporter=context.reporter, phase=f"{scorer} score")
 
 
