@@ -114,3 +114,12 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(CapabilityError, match=r"easy-vqa is not installed.*nvila\[quickstart\]"):
         list(easy_vqa.questions("train"))
+
+
+def test_text_holds_every_pair_of_question_and_answer_once_without_images(train: list[Sample]) -> None:
+    texts = list(easy_vqa.text_only(train))
+    pairs = [(text.question, text.answer) for text in texts]
+    assert len(pairs) == len(set(pairs)) < 1000
+    assert set(pairs) == {(sample.question, sample.answer) for sample in train}
+    assert not any(text.images for text in texts)
+    assert len({text.id for text in texts}) == len(texts)

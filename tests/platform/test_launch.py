@@ -65,6 +65,10 @@ def test_the_child_loads_the_settings_of_its_parent(launch: Launch, tmp_path: Pa
     assert launch(source, env=settings.to_env()).strip() == repr(settings)
 
 
+def test_the_child_collects_garbage_rarely(launch: Launch) -> None:
+    assert launch("import gc\nprint(gc.get_threshold())").strip() == "(100000, 20, 100)"
+
+
 def test_the_log_is_appended(launch: Launch) -> None:
     launch("print('first run')")
     assert launch("print('second run')") == "first run\nsecond run\n"
