@@ -229,12 +229,13 @@ def test_damaged_bytes_give_an_image_or_a_data_error(format: str) -> None:
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for source, message in [
+    cases: list[tuple[str | Path, str]] = [
         (tmp_path / "absent.png", "does not exist"),
         (tmp_path, "is not a regular file"),
         (tmp_path / "pipe", "is not a regular file"),
         ("/dev/zero", "is not a regular file"),
-    ]:
+    ]
+    for source, message in cases:
         with pytest.raises(DataError, match=message):
             load_image(source)
     with pytest.raises(DataError, match="download it first"):
