@@ -56,6 +56,11 @@ GROUPS: dict[str, list[list[Sample]]] = {
         [conversation(["@c", "is there a circle?"], "yes"), conversation(["@c", "is there a red circle?"], "no")],
     ],
     "no images": [[conversation(["is there a circle?"], "yes"), conversation(["is the circle red?"], "no no")]],
+    "one sample a row": [
+        [conversation(["@a", "what?"], "red")],
+        [conversation(["@b", "is there a red circle?"], "no", "what?", "blue")],
+        [conversation(["what shape is in the image?"], "circle")],
+    ],
     "answers in a prefix": [
         [
             conversation(["@a", "what?"], "red", "is there a circle?", "yes"),
@@ -158,7 +163,7 @@ def test_a_sample_alone_is_not_split(encoder: ConversationEncoder) -> None:
     assert batch.input_ids.tolist() == [list(encoded.ids)]
     assert batch.labels.tolist() == [list(encoded.labels)]
     assert batch.position_ids.tolist() == [list(range(len(encoded.ids)))]
-    assert bool(torch.equal(batch.attention_mask[0, 0], torch.ones(len(encoded.ids), len(encoded.ids)).tril().bool()))
+    assert batch.attention_mask.tolist() == [[True] * len(encoded.ids)]
 
 
 def test_padding_is_behind_and_unsupervised(encoder: ConversationEncoder) -> None:
@@ -169,6 +174,12 @@ def test_padding_is_behind_and_unsupervised(encoder: ConversationEncoder) -> Non
     assert batch.input_ids[1, -padded:].tolist() == [7] * padded
     assert batch.labels[1, -padded:].tolist() == [-100] * padded
     assert batch.num_tokens == len(long.ids) + len(short.ids)
+    # Rows of one sample each get by without a mask of pairs, however long they are.
+    assert batch.attention_mask.tolist() == [
+        [True] * len(long.ids),
+        [True] * len(short.ids) + [False] * padded,
+    ]
+    assert collate([[long, short], [short]], pad_token_id=7).attention_mask.dim() == 4
 
 
 def allowed(segments: list[int], query: int, key: int) -> bool:
@@ -203,3 +214,16 @@ def test_the_prefix_ends_before_the_token_that_predicts_the_first_answer(
     first_label = next(index for index, label in enumerate(group[0].labels) if label != -100)
     assert shared == first_label - 1
     assert collate([group], pad_token_id=0).segments.tolist() == [[0] * shared + [1] * 3 + [2] * 3]
+
+
+def test_samples_about_other_videos_share_nothing() -> None:
+    def about(video: str, label: int) -> Encoded:
+        return Encoded(
+            ids=(1, 9, 9, 2, 3, label), labels=(-100,) * 5 + (label,), images=("a",), media_end=3, videos=(video,)
+        )
+
+    assert shared_prefix_length([about("x", 5), about("x", 6)]) == 4
+    assert shared_prefix_length([about("x", 5), about("y", 6)]) == 0
+    assert collate([[about("x", 5), about("x", 6)]], pad_token_id=0).videos == ("x",)
+    apart = collate([[about("x", 5), about("y", 6)]], pad_token_id=0)
+    assert (apart.videos, apart.images) == (("x", "y"), ("a", "a"))

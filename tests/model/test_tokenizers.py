@@ -7,14 +7,17 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nvila.data.tokenizers import (
+    CHAT_TEMPLATE,
     IMAGE_TOKEN,
     PAD_TOKEN,
+    RELEASED_CHAT_TEMPLATE,
     TURN_END,
     TURN_START,
     VIDEO_TOKEN,
     build_word_tokenizer,
     token_id,
 )
+from nvila.errors import ConfigError
 
 
 def tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
@@ -69,6 +72,34 @@ def test_template_renders_media_parts_in_place(tokenizer: PreTrainedTokenizerFas
     )
     opened = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
     assert text == f"{opened}red<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "system"),
+    [
+        ({"role": "user", "content": "what?"}, "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"),
+        ({"role": "system", "content": "be brief"}, ""),
+        ({"role": "system", "content": ""}, ""),
+    ],
+)
+def test_released_models_have_a_system_turn_unless_one_is_given(
+    first: dict[str, str], system: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    messages: list[Any] = [first, {"role": "user", "content": [{"type": "image"}]}]
+    plain, released = (
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        for template in (CHAT_TEMPLATE, RELEASED_CHAT_TEMPLATE)
+    )
+    assert released == system + str(plain)
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_a_missing_token_is_named(unknown: str | None) -> None:
+    tokenizer = build_word_tokenizer(["red"], model_max_length=8)
+    assert token_id(tokenizer, "<unk>") == tokenizer.unk_token_id
+    tokenizer.unk_token = unknown
+    with pytest.raises(ConfigError, match="tokenizer has no token '<t7>'"):
+        token_id(tokenizer, "<t7>")
 
 
 @pytest.mark.parametrize("text", ["is there a red circle?", "yes", f"{IMAGE_TOKEN}\nwhat shape{TURN_END}"])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nvila.data.conversation import Encoded
-from nvila.modeling import IGNORE_INDEX
+from nvila.losses import IGNORE_INDEX
 
 PREFIX_SEGMENT = 0
 PADDING_SEGMENT = -1
@@ -29,7 +29,8 @@ class Batch:
     """Tensors of one forward pass.
 
     `segments` (B, L) tells which sample of its row a position belongs to, counted from 1; 0 is the shared prefix and
-    -1 padding. `images` are the keys of the tiles in the order of their placeholders.
+    -1 padding. `attention_mask` follows from it: see `attention_mask`. `images` and `videos` are the keys of the media
+    in the order of their placeholders.
     """
 
     input_ids: Tensor
@@ -39,6 +40,7 @@ class Batch:
     attention_mask: Tensor
     images: tuple[str, ...]
     num_samples: int
+    videos: tuple[str, ...] = ()
 
     @property
     def num_supervised(self) -> int:
@@ -59,7 +61,7 @@ def collate(groups: Sequence[Sequence[Encoded]], pad_token_id: int) -> Batch:
         pad_token_id: Id written at padded positions.
 
     Returns:
-        The batch; `attention_mask` is the boolean (B, 1, L, L) mask of allowed pairs.
+        The batch, with the mask that `attention_mask` makes.
     """
     rows = [_row(group) for group in groups]
     width = max(len(ids) for ids, *_ in rows)
@@ -68,15 +70,27 @@ def collate(groups: Sequence[Sequence[Encoded]], pad_token_id: int) -> Batch:
         return torch.tensor([row[column] + [fill] * (width - len(row[column])) for row in rows])
 
     segments_BL = padded(3, PADDING_SEGMENT)
+    shown = [sample for group in groups for sample in _with_media(group)]
     return Batch(
         input_ids=padded(0, pad_token_id),
         labels=padded(1, IGNORE_INDEX),
         position_ids=padded(2, 0),
         segments=segments_BL,
-        attention_mask=pair_mask(segments_BL),
-        images=tuple(key for group in groups for sample in _with_images(group) for key in sample.images),
+        attention_mask=attention_mask(segments_BL),
+        images=tuple(key for sample in shown for key in sample.images),
+        videos=tuple(key for sample in shown for key in sample.videos),
         num_samples=sum(len(group) for group in groups),
     )
+
+
+def attention_mask(segments_BL: Tensor) -> Tensor:
+    """Return the boolean mask that keeps samples apart: (B, 1, L, L) of allowed pairs, or (B, L) of what is no padding.
+
+    Rows of one sample each need no pairs. Their mask is linear in tokens, and attention is free to use its causal
+    kernels.
+    """
+    padding_or_only = (segments_BL == PADDING_SEGMENT) | (segments_BL == 1)
+    return segments_BL != PADDING_SEGMENT if bool(padding_or_only.all()) else pair_mask(segments_BL)
 
 
 def pair_mask(segments_BL: Tensor) -> Tensor:
@@ -94,17 +108,17 @@ def shared_prefix_length(group: Sequence[Encoded]) -> int:
     At least one unsupervised token stays with every sample, because a sample's first token is not predicted by the
     position before it in the row.
     """
-    if len(group) == 1:
+    if len(group) == 1 or len({(sample.images, sample.videos) for sample in group}) > 1:
         return 0
     columns = zip(*(sample.ids for sample in group), strict=False)
     common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     first_label = min(_first_supervised(sample.labels) for sample in group)
     shared = max(0, min(common, first_label - 1))
-    # Images behind the common part belong to single samples; then nothing is shared.
+    # Media behind the common part belong to single samples; then nothing is shared.
     return shared if shared >= group[0].media_end else 0
 
 
-def _with_images(group: Sequence[Encoded]) -> Sequence[Encoded]:
+def _with_media(group: Sequence[Encoded]) -> Sequence[Encoded]:
     return group[:1] if shared_prefix_length(group) else group
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nvila.errors import ConfigError
+
 IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<vila/video>"
 PAD_TOKEN = "<|endoftext|>"
@@ -26,6 +28,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+# The released models saw this system turn (without a full stop) before every conversation that had none of its own;
+# an explicit turn, also an empty one, takes its place.
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant"
+RELEASED_CHAT_TEMPLATE = (
+    "{% if messages and messages[0]['role'] != 'system' %}"
+    f"{{{{ '<|im_start|>system\n{DEFAULT_SYSTEM_PROMPT}<|im_end|>\n' }}}}"
+    "{% endif %}"
+) + CHAT_TEMPLATE
 
 
 def build_word_tokenizer(texts: Iterable[str], *, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -62,7 +73,13 @@ def build_word_tokenizer(texts: Iterable[str], *, model_max_length: int) -> PreT
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Look up the id of a token; ids are never written down, as they differ between checkpoints."""
+    """Look up the id of a token; ids are never written down, as they differ between checkpoints.
+
+    Raises:
+        ConfigError: The tokenizer lacks the token.
+    """
     found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int)
+    # A tokenizer answers with the id of "unknown" for words it lacks, which would then stand for images.
+    if not isinstance(found, int) or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        raise ConfigError(f"the tokenizer has no token '{token}'", "add it, and resize the model's embeddings")
     return found
