@@ -7,6 +7,7 @@ rounded operands. Neither time nor memory is saved; the point is that FP8 numeri
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -43,22 +44,40 @@ def round_to_grid(y: Tensor, dtype: torch.dtype) -> Tensor:
     return (y + anchor).sub_(anchor)
 
 
+class _LastRounded:
+    """Rounds to E4M3 and remembers the last result, for as long as that tensor lives unchanged."""
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == x._version:
+            return last[2]
+        x8 = round_to_fp8(x.detach(), E4M3)
+        self._last = (weakref.ref(x), x._version, x8)
+        return x8
+
+
+# Query, key and value take one input, gate and up another: each is rounded once.
+_rounded_input = _LastRounded()
+
+
 class _Fp8Product(torch.autograd.Function):
     """`x @ weight.T` with all three products of training on FP8-rounded operands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x8, weight8 = round_to_fp8(x, E4M3), round_to_fp8(weight, E4M3)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, x8: Tensor, weight8: Tensor) -> Tensor:
         ctx.save_for_backward(x8, weight8)
         return x8 @ weight8.t()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x8, weight8 = ctx.saved_tensors
         grad8 = round_to_fp8(grads[0], E5M2)
         grad_x = grad8 @ weight8 if ctx.needs_input_grad[0] else None
         grad_weight = grad8.flatten(0, -2).t() @ x8.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+        return grad_x, grad_weight, None, None
 
 
 class Fp8Linear(nn.Linear):
@@ -67,19 +86,25 @@ class Fp8Linear(nn.Linear):
     Parameters keep their names and wide values, so checkpoints are those of `nn.Linear`.
     """
 
+    _rounded_frozen: _LastRounded
+
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Fp8Linear:
         """Build a layer that shares the parameters of `linear`."""
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, bias=linear._parameters["bias"] is not None)
         layer.weight, layer.bias = linear.weight, linear.bias
+        layer._rounded_frozen = _LastRounded()
         return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         if not self.training:
             return super().forward(input)
-        y = cast("Tensor", _Fp8Product.apply(input, self.weight))
+        # Only a frozen weight is remembered: optimizers may write through `.data`, which leaves no new version.
+        trained = self.weight.requires_grad
+        weight8 = round_to_fp8(self.weight.detach(), E4M3) if trained else self._rounded_frozen(self.weight)
+        y = cast("Tensor", _Fp8Product.apply(input, self.weight, _rounded_input(input), weight8))
         return y if self._parameters["bias"] is None else y + self.bias
 
 
