@@ -179,6 +179,14 @@ def _target_logits(logits_cV: Tensor, targets_c: Tensor, soft: SoftTargets | Non
     return torch.where(rows_cK.sum(1) > 0, (rows_cK * logits_cV[:, soft.ids]).sum(1), hard_c)
 
 
+def _softmax_(logits_cV: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into probabilities in place; return them and the logarithms of their normalisers (c,)."""
+    largest_c1 = logits_cV.amax(1, keepdim=True)
+    exponentials_cV = logits_cV.sub_(largest_c1).exp_()
+    sums_c1 = exponentials_cV.sum(1, keepdim=True)
+    return exponentials_cV.div_(sums_c1), (largest_c1 + sums_c1.log()).squeeze(1)
+
+
 def _subtract_targets_(probabilities_cV: Tensor, targets_c: Tensor, soft: SoftTargets | None) -> None:
     """Turn probabilities into the gradient of the likelihoods by the logits, in place."""
     hard_c = torch.ones(len(targets_c), dtype=torch.float32, device=targets_c.device)
@@ -234,10 +242,10 @@ class _ScalarNll(torch.autograd.Function):
         with _no_autocast(hidden_MH):
             for rows in _chunks(len(targets_M), chunk):
                 logits_cV = (hidden_MH[rows] @ weight_VH.T).float()
-                normaliser_c = logits_cV.logsumexp(1)
-                total += (normaliser_c - _target_logits(logits_cV, targets_M[rows], soft)).sum()
+                total -= _target_logits(logits_cV, targets_M[rows], soft).sum()
+                probabilities_cV, normaliser_c = _softmax_(logits_cV)
+                total += normaliser_c.sum()
                 if any(needed):
-                    probabilities_cV = logits_cV.sub_(normaliser_c.unsqueeze(1)).exp_()
                     _subtract_targets_(probabilities_cV, targets_M[rows], soft)
                     gradients.add(rows, hidden_MH[rows], probabilities_cV.mul_(scale))
         ctx.save_for_backward(*gradients.result())
@@ -264,7 +272,9 @@ class _RecomputedNll(torch.autograd.Function):
         nll = torch.empty(len(targets_M), dtype=torch.float32, device=hidden_MH.device)
         with _no_autocast(hidden_MH):
             for rows in _chunks(len(targets_M), chunk):
-                nll[rows] = token_nll(hidden_MH[rows] @ weight_VH.T, targets_M[rows], soft)
+                logits_cV = (hidden_MH[rows] @ weight_VH.T).float()
+                nll[rows] = -_target_logits(logits_cV, targets_M[rows], soft)
+                nll[rows] += _softmax_(logits_cV)[1]
         return nll
 
     @staticmethod
@@ -274,7 +284,7 @@ class _RecomputedNll(torch.autograd.Function):
         gradients = _Gradients(hidden_MH, weight_VH, ctx.needs_input_grad[:2])
         with _no_autocast(hidden_MH):
             for rows in _chunks(len(targets_M), ctx.chunk):
-                by_logits_cV = (hidden_MH[rows] @ weight_VH.T).float().softmax(1)
+                by_logits_cV, _ = _softmax_((hidden_MH[rows] @ weight_VH.T).float())
                 _subtract_targets_(by_logits_cV, targets_M[rows], ctx.soft)
                 gradients.add(rows, hidden_MH[rows], by_logits_cV.mul_(by_nll_M[rows].unsqueeze(1)))
         return (*gradients.result(), None, None, None)

@@ -96,10 +96,12 @@ def attention_mask(segments_BL: Tensor) -> Tensor:
 def pair_mask(segments_BL: Tensor) -> Tensor:
     """Return which position may look at which: earlier ones of the same sample or of the prefix, and itself."""
     query_BL1, key_B1L = segments_BL.unsqueeze(2), segments_BL.unsqueeze(1)
-    length = segments_BL.shape[1]
-    causal_LL = torch.ones(length, length, dtype=torch.bool).tril()
-    allowed = ((key_B1L == query_BL1) | (key_B1L == PREFIX_SEGMENT)) & causal_LL
-    return allowed.unsqueeze(1)
+    # In place, because the mask is the largest tensor of a batch.
+    allowed = key_B1L == query_BL1
+    prefix_B1L = key_B1L == PREFIX_SEGMENT
+    if bool(prefix_B1L.any()):
+        allowed |= prefix_B1L
+    return allowed.tril_().unsqueeze(1)
 
 
 def shared_prefix_length(group: Sequence[Encoded]) -> int:
