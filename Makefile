@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# A file's tests stay in one process, which shares its fixtures. One process: make test PARALLEL=
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 BIN := .venv/bin
 HELM := PATH="$(CURDIR)/.tools/bin:$$PATH" helm
 
@@ -25,10 +27,10 @@ demo: setup ## Run the whole lifecycle on this machine: data to a served model
 	@$(BIN)/nvila run $(ARGS)
 
 test: setup ## Run the tests that need neither a GPU nor a cluster
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 test-all: setup ## Run also the slow tests
-	@$(BIN)/pytest --slow $(ARGS)
+	@$(BIN)/pytest --slow $(PARALLEL) $(ARGS)
 
 check: lint types imports charts docs-check ## Run every check that is not a test; CI runs this
 

@@ -18,6 +18,9 @@ def pytest_configure() -> None:
     """Undo an ignored SIGINT, which shells give to background jobs and every child process inherits."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the cores; threads of several fighting for them are slower than one thread each.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
