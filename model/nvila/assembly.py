@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from nvila.configuration import NVILAConfig
-from nvila.data.tokenizers import IMAGE_TOKEN, token_id
+from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from nvila.errors import CheckpointError
+from nvila.image_processing import NVILAImageProcessor
 from nvila.modeling import NVILAForConditionalGeneration
-from nvila.processing import NVILAProcessor, build_image_processor
+from nvila.processing import NVILAProcessor
 from nvila.training.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -21,10 +29,11 @@ REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def register_auto_classes() -> None:
-    """Make `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor` know NVILA."""
+    """Make `AutoConfig`, `AutoModelForImageTextToText`, `AutoProcessor` and `AutoImageProcessor` know NVILA."""
     AutoConfig.register("nvila", NVILAConfig, exist_ok=True)
     AutoModelForImageTextToText.register(NVILAConfig, NVILAForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(NVILAConfig, NVILAProcessor, exist_ok=True)
+    AutoImageProcessor.register(NVILAConfig, image_processor_classes={"pil": NVILAImageProcessor}, exist_ok=True)
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVILAForConditionalGeneration:
@@ -42,6 +51,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVIL
         mm_projector_type=config.projector,
         mm_vision_select_layer=config.select_layer,
         image_token_id=token_id(tokenizer, IMAGE_TOKEN),
+        video_token_id=token_id(tokenizer, VIDEO_TOKEN),
         image_end_token_id=tokenizer("\n", add_special_tokens=False)["input_ids"][0],
     )
     return NVILAForConditionalGeneration(nvila)
@@ -49,11 +59,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVIL
 
 def build_processor(model_config: NVILAConfig, tokenizer: PreTrainedTokenizerBase) -> NVILAProcessor:
     """Build the processor that belongs to a model."""
-    return NVILAProcessor(
-        build_image_processor(model_config.vision_config.image_size),
-        tokenizer,
-        num_image_tokens=model_config.num_image_tokens,
-    )
+    return NVILAProcessor.from_config(model_config, tokenizer)
 
 
 def save_model(model: NVILAForConditionalGeneration, processor: NVILAProcessor, directory: Path) -> None:
@@ -62,8 +68,13 @@ def save_model(model: NVILAForConditionalGeneration, processor: NVILAProcessor, 
     processor.save_pretrained(directory)
 
 
-def load_model(directory: Path) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
+def load_model(directory: Path, **options: Any) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
     """Load a folder that `save_model` wrote; a quantized folder comes back with its quantized layers.
+
+    Args:
+        directory: The folder.
+        **options: Arguments of `from_pretrained`, such as `dtype`, `device_map` and `attn_implementation`; not for
+            quantized folders.
 
     Raises:
         CheckpointError: The folder is not a complete model, or holds files that could execute code.
@@ -75,7 +86,7 @@ def load_model(directory: Path) -> tuple[NVILAForConditionalGeneration, NVILAPro
     check_model_files(directory)
     register_auto_classes()
     try:
-        model = load_quantized(directory) if is_quantized(directory) else _load_wide(directory)
+        model = load_quantized(directory) if is_quantized(directory) else _load_wide(directory, options)
         processor = NVILAProcessor.from_pretrained(directory)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise CheckpointError(f"cannot load a model from {directory}: {e}", "make the model artifact again") from e
@@ -101,10 +112,10 @@ def check_model_files(directory: Path) -> None:
         raise CheckpointError(f"{directory} holds no safetensors weights", "save the model with save_pretrained")
 
 
-def _load_wide(directory: Path) -> NVILAForConditionalGeneration:
+def _load_wide(directory: Path, options: Mapping[str, Any]) -> NVILAForConditionalGeneration:
     """Load unquantized weights; what would be a warning of transformers (new random weights!) is an error here."""
     loaded: Any = NVILAForConditionalGeneration.from_pretrained(
-        directory, output_loading_info=True, ignore_mismatched_sizes=True
+        directory, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     model, report = cast("tuple[NVILAForConditionalGeneration, dict[str, Any]]", loaded)
     mismatched = [name for name, *_ in report["mismatched_keys"]]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from nvila.errors import ConfigError, nearest
+from nvila.time_tokens import TIME_TOKEN_FORMAT
 from nvila.vision.projectors import PROJECTORS, num_output_tokens, projector_spec
 from nvila.vision.temporal import checked_pool_sizes
 from nvila.vision.tiling import TILINGS, TilingConfig
@@ -72,7 +73,7 @@ class NVILAConfig(PreTrainedConfig):
         fps: float = 0.0,
         video_pool_sizes: Sequence[Sequence[int]] = ((1, 1, 1),),
         num_time_tokens: int = 0,
-        time_token_format: str = "<t{t}>",
+        time_token_format: str = TIME_TOKEN_FORMAT,
         time_token_ids: Sequence[int] = (),
         soft_ce_std: float = 1.0,
         **kwargs: Any,

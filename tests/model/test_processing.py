@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nvila.data.records import Message, Part
 from nvila.errors import DataError
-from nvila.processing import NVILAProcessor, build_image_processor
+from nvila.image_processing import NVILAImageProcessor
+from nvila.processing import NVILAProcessor
 
 
 def test_images_are_resized_to_a_square_and_scaled_to_one(processor: NVILAProcessor) -> None:
@@ -35,7 +36,8 @@ def test_other_image_modes_become_rgb(mode: str, processor: NVILAProcessor) -> N
 
 
 def test_tile_size_follows_the_tower() -> None:
-    out = build_image_processor(48)(images=[Image.new("RGB", (9, 9))], return_tensors="pt")
+    processor = NVILAImageProcessor(size={"height": 48, "width": 48})
+    out = processor(images=[Image.new("RGB", (9, 9))], return_tensors="pt")
     assert out["pixel_values"].shape == (1, 3, 48, 48)
 
 

@@ -1,0 +1,90 @@
+"""Tells transformers about NVILA as soon as somebody asks it for an Auto class, and not before.
+
+`import nvila` has to stay cheap: no torch, no transformers. The Auto classes have to know NVILA after it all the same,
+whatever was imported first. So the first access to `transformers.Auto...` or `transformers.pipeline` registers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+_HEAVY = ("nvila.configuration", "nvila.modeling", "nvila.processing", "nvila.assembly")
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+def install() -> None:
+    """Arrange for the registration; once and again does no harm."""
+    if _AUTO in sys.modules:  # somebody may hold an Auto class already
+        _register()
+    elif "transformers" in sys.modules:
+        _watch(sys.modules["transformers"])
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    from nvila.assembly import register_auto_classes
+
+    register_auto_classes()
+
+
+def _watch(transformers: ModuleType) -> None:
+    """Give the module a class that registers before it hands out an Auto class for the first time."""
+    plain = type(transformers)
+
+    def getattr_registering(module: Any, name: str) -> Any:
+        asked = name.startswith("Auto") or name == "pipeline"
+        if asked and not _importing():
+            module.__class__ = plain
+            _register()
+        value = plain.__getattr__(module, name)  # type: ignore[attr-defined]  # transformers' lazy module has it
+        if asked and type(module) is not plain:
+            # The lazy module keeps what it has found once, and we would not be asked again.
+            vars(module).pop(name, None)
+        return value
+
+    transformers.__class__ = type(plain.__name__, (plain,), {"__getattr__": getattr_registering})
+
+
+def _importing() -> bool:
+    """Whether a module of ours asks, on its own way in; it cannot be registered before it is there."""
+    modules = (sys.modules.get(name) for name in _HEAVY)
+    return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in modules)
+
+
+class _Finder(MetaPathFinder):
+    """Sees transformers being imported, and steps aside."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find transformers as every other finder would, with a loader that watches it."""
+        if fullname != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        # transformers puts a lazy module in the place of the one that was executed.
+        _watch(sys.modules["transformers"])
