@@ -95,20 +95,14 @@ def steps_before(step: str) -> list[str]:
     return [name for name in STEPS if name in needed]
 
 
-def finished_steps(recipe: Recipe, settings: Settings, run_id: str = "") -> dict[str, ArtifactRef]:
-    """Return the finished results of a recipe in the workspace, by step.
-
-    Args:
-        recipe: Resolved recipe.
-        settings: Names the store.
-        run_id: The run whose results of steps that every run does again are meant; without one they are not finished.
-    """
+def finished_steps(recipe: Recipe, settings: Settings) -> dict[str, ArtifactRef]:
+    """Return the finished results of a recipe in the workspace, by step; steps that every run does again have none."""
     store = open_store(settings)
     refs: dict[str, ArtifactRef] = {}
     for name, spec in STEPS.items():
         if all(source in refs for source in spec.inputs.values()):
             inputs = {key: refs[source] for key, source in spec.inputs.items()}
-            ref = store.lookup(name, step_key(spec, recipe, inputs, run_id))
+            ref = store.lookup(name, step_key(spec, recipe, inputs))
             if ref is not None:
                 refs[name] = ref
     return refs

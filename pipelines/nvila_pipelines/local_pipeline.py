@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +15,8 @@ from nvila_platform.artifacts import storage_errors
 from nvila_platform.launch.outcome import left_error
 from nvila_platform.settings import ERROR_FILE, RUNNER_PID, Settings
 
+# The machine is part of the name: process ids of another one that shares the workspace mean nothing here.
+_SCRATCH = f".kfp-{socket.gethostname()}-"
 _TASK_ENVIRONMENT = {
     # The working folder is not a place to import from: a folder named docker/ would shadow the SDK.
     "PYTHONSAFEPATH": "1",
@@ -40,7 +44,8 @@ def run_compiled(package: Path, arguments: Mapping[str, str], settings: Settings
     with storage_errors(log_path):
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log = log_path.open("a", encoding="utf-8")
-        scratch = tempfile.TemporaryDirectory(dir=settings.workspace, prefix=".kfp-")
+        _remove_leftovers(settings.workspace)
+        scratch = tempfile.TemporaryDirectory(dir=settings.workspace, prefix=f"{_SCRATCH}{os.getpid()}-")
     error_file = Path(scratch.name) / "error.json"
     environment = settings.to_env() | {ERROR_FILE: str(error_file), RUNNER_PID: str(os.getpid())} | _TASK_ENVIRONMENT
     # kfp leaves a folder of every task behind in the system's temporary one. This process keeps its own, which Python
@@ -65,6 +70,24 @@ def run_compiled(package: Path, arguments: Mapping[str, str], settings: Settings
             if error is not None:
                 raise error[0] from e
             raise NvilaError(f"the pipeline stopped: {e}", f"see {log_path}") from e
+
+
+def _remove_leftovers(workspace: Path) -> None:
+    """Remove the scratch folders of runs that were killed; their names tell the process."""
+    for folder in workspace.glob(f"{_SCRATCH}*"):
+        pid = folder.name.removeprefix(_SCRATCH).split("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextlib.contextmanager

@@ -143,8 +143,12 @@ def test_steps_are_reported_and_use_the_schedule(
     assert all(metrics["tokens_per_second"] > 0 for metrics in events.metrics)
 
 
-def test_tiles_are_shifted_by_the_seed_of_the_run(
-    groups: list[list[Encoded]], tiles: PixelCache, model_config: ModelConfig, tmp_path: Path
+def test_tiles_are_shifted_by_the_seed_of_the_run_and_differently_by_every_rank(
+    groups: list[list[Encoded]],
+    tiles: PixelCache,
+    model_config: ModelConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def seen(seed: int, shift: int) -> list[Tensor]:
         engine = ScriptedEngine([1.0] * 5)
@@ -159,6 +163,9 @@ def test_tiles_are_shifted_by_the_seed_of_the_run(
     noise = torch.Generator().manual_seed(7)
     for pixels in seen(7, 3):
         assert torch.equal(pixels, random_shift(plain, 3, noise))
+    first = seen(7, 3)
+    monkeypatch.setenv("RANK", "1")
+    assert not all(torch.equal(one, other) for one, other in zip(first, seen(7, 3), strict=True))
 
 
 def test_weight_of_a_single_process_is_one(groups: list[list[Encoded]]) -> None:

@@ -6,6 +6,8 @@ import importlib.util
 import io
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -294,3 +296,15 @@ def test_the_environment_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -
         assert (os.environ["KEPT"], os.environ["NEW"]) == ("inside", "inside")
     assert os.environ["KEPT"] == "before"
     assert "NEW" not in os.environ
+
+
+def test_scratch_folders_of_killed_runs_are_removed_and_those_of_running_ones_stay(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    names = {"dead": ended.pid, "alive": os.getpid(), "init": 1}
+    folders = {name: tmp_path / f"{local_pipeline._SCRATCH}{pid}-x" for name, pid in names.items()}
+    folders["other machine"] = tmp_path / f".kfp-elsewhere-{ended.pid}-x"
+    for folder in folders.values():
+        (folder / "root").mkdir(parents=True)
+    local_pipeline._remove_leftovers(tmp_path)
+    assert {name for name, folder in folders.items() if not folder.exists()} == {"dead"}

@@ -83,7 +83,8 @@ def run_stage(
     """
     engine.module.train()
     log.start()
-    noise = torch.Generator().manual_seed(config.seed)
+    # Ranks see different images and move them differently.
+    noise = torch.Generator().manual_seed(config.seed + 1_000_003 * int(os.environ.get("RANK", "0")))
     started, tokens = time.monotonic(), 0
     for step in range(stage.steps):
         batch = collate(next(batches), pad_token_id)
