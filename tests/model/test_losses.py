@@ -152,6 +152,10 @@ def test_no_supervised_row_is_a_loss_of_zero_with_gradients_of_zero(batch: tuple
     assert not by_hidden.any()
     assert not by_weight.any()
     assert chunked_cross_entropy(*batch[:2], ignored, reduction="none").tolist() == [0.0] * 23
+    head, hidden = nn.Linear(16, 50), batch[0].clone().requires_grad_()
+    head_cross_entropy(head, hidden, ignored).backward()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
 
 
 def test_another_ignore_index_is_honoured(batch: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -189,6 +193,20 @@ def _hooked() -> nn.Linear:
     return head
 
 
+def _fed() -> nn.Linear:
+    head = nn.Linear(16, 50, bias=False)
+    head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    return head
+
+
+def _offloaded() -> nn.Linear:
+    """A head as accelerate leaves it: its own forward, and a mark."""
+    head = nn.Linear(16, 50, bias=False)
+    head._hf_hook = object()  # type: ignore[assignment]  # not a module, as there
+    head.forward = lambda hidden: 2 * F.linear(hidden, head.weight)  # type: ignore[assignment, method-assign]  # as there
+    return head
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -196,9 +214,11 @@ def _hooked() -> nn.Linear:
         lambda: nn.Linear(16, 50),
         lambda: _Scaled(16, 50, bias=False),
         _hooked,
+        _fed,
+        _offloaded,
         lambda: nn.Sequential(nn.Linear(16, 50)),
     ],
-    ids=["plain", "bias", "subclass", "hook", "no weight"],
+    ids=["plain", "bias", "subclass", "hook behind", "hook before", "offloaded", "no weight"],
 )
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_any_head_gives_the_loss_of_its_own_logits(
