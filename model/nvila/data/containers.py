@@ -166,21 +166,24 @@ class VideoFile:
         def stream(start: int | None) -> Iterator[tuple[int, VideoFrame]]:
             return self.frames(start, ordinal=timeline.ordinal, wanted=None if timeline.ordinal else chosen)
 
-        frames = stream(None)
+        # Going back is cheaper than opening again, which decodes some frames to learn about the stream.
+        frames = stream(timeline.keys[0] if seek and timeline.keys else None)
+        jumped = seek
         current: tuple[int, VideoFrame] | None = None
         for target in wanted:
             key_index = bisect_right(timeline.keys, target) - 1
             position = current[0] if current else timeline.labels[0]
             if seek and key_index >= 0 and timeline.keys[key_index] > position:
-                frames = stream(timeline.keys[key_index])
-                current = next(frames, None)
-                if current is not None and current[0] > target:
-                    # The container's seek is inexact (MPEG-TS): go on without it.
-                    seek, frames, current = False, stream(None), None
+                frames, current, jumped = stream(timeline.keys[key_index]), None, True
             while current is None or current[0] < target:
-                current = next(frames, None)
-                if current is None:
+                following = next(frames, None)
+                if jumped and following is not None and following[0] > target:
+                    # The container jumps inexactly (MPEG-TS): go on without it.
+                    seek, jumped, frames = False, False, stream(None)
+                    continue
+                if following is None:
                     return
+                current, jumped = following, False
             yield current
 
     @property
