@@ -14,7 +14,7 @@ import pytest
 from nvila_pipelines.cli import build_parser, main
 
 HEAVY = {"torch", "transformers", "numpy", "mlflow", "kfp", "kserve", "fastapi", "pydantic", "rich", "PIL", "pyarrow"}
-VERBS = ["run", "curate", "train", "quantize", "evaluate", "serve", "ui", "doctor", "version"]
+VERBS = ["run", "curate", "train", "quantize", "evaluate", "convert", "inspect", "serve", "ui", "doctor", "version"]
 
 
 def verb_parsers() -> dict[str, argparse.ArgumentParser]:
@@ -58,7 +58,8 @@ def test_without_a_verb_the_help_is_shown_as_an_error(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_takes_the_common_options(verb: str) -> None:
-    words = [verb, "--workspace", "w", "--json", "--log-format", "json", "--debug"]
+    needed = {"convert": ["a", "b", "--to", "hf"], "inspect": ["m"]}.get(verb, [])
+    words = [verb, *needed, "--workspace", "w", "--json", "--log-format", "json", "--debug"]
     args = build_parser().parse_args(words)
     assert (args.workspace, args.json, args.log_format, args.debug) == (Path("w"), True, "json", True)
 
