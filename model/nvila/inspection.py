@@ -311,8 +311,9 @@ def _videos(config: NVILAConfig) -> str:
     side = isqrt(config.num_image_tokens)
     rate = f"{config.fps:g} a second, at most {config.num_video_frames}" if config.fps else str(config.num_video_frames)
     pools = " and ".join(f"{t} frames x {h} x {w} tokens" for t, h, w in config.video_pool_sizes)
+    pooled = f", averaged over {pools}" if config.video_pool_sizes != [[1, 1, 1]] else ""
     times = f", {config.num_time_tokens} time tokens" if config.num_time_tokens else ""
-    return f"{rate} frames of {side}x{side} tokens, averaged over blocks of {pools}{times}"
+    return f"{rate} frames of {side}x{side} tokens{pooled}{times}"
 
 
 def _count(parameters: Iterable[Any]) -> int:

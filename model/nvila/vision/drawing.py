@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from nvila.vision.tiling import Grid, TilePlan
+from nvila.vision.tiling import Grid, TilePlan, TilingConfig, cut_tiles
 
 _PANEL = 360
 _GAP = 24
@@ -16,19 +17,19 @@ _INK = (32, 33, 36)
 _LINE = (255, 196, 0)
 
 
-def draw_tilings(images: Sequence[Image.Image], plans: Sequence[TilePlan], tile_size: int) -> Image.Image:
+def draw_tilings(images: Sequence[Image.Image], plans: Sequence[TilePlan], config: TilingConfig) -> Image.Image:
     """Draw the tilings of RGB images below each other.
 
     Args:
         images: The images.
         plans: The plan of each.
-        tile_size: Side of a tile in pixels, for the captions.
+        config: The tiling that made the plans.
 
     Returns:
-        An RGB picture: a row for each image, which shows it as it is and then warped to each grid of its plan, with
-        the tiles numbered in the order in which the vision tower gets them.
+        An RGB picture: a row for each image, which shows it as it is and then the tiles of each grid of its plan,
+        numbered in the order in which the vision tower gets them.
     """
-    rows = [_row(image, plan, tile_size) for image, plan in zip(images, plans, strict=True)]
+    rows = [_row(image, plan, config) for image, plan in zip(images, plans, strict=True)]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), _PAPER)
     top = 0
     for row in rows:
@@ -37,11 +38,13 @@ def draw_tilings(images: Sequence[Image.Image], plans: Sequence[TilePlan], tile_
     return sheet
 
 
-def _row(image: Image.Image, plan: TilePlan, tile_size: int) -> Image.Image:
+def _row(image: Image.Image, plan: TilePlan, config: TilingConfig) -> Image.Image:
     panels = [(_fitted(image, *image.size), f"{image.width} x {image.height} pixels")]
+    tiles_T3HW = cut_tiles(image, plan, config)
     first = 1
     for grid in plan.grids:
-        panels.append((_gridded(image, grid, first), _caption(grid, first, tile_size)))
+        tiles = tiles_T3HW[first - 1 : first - 1 + grid.num_tiles]
+        panels.append((_gridded(_joined(tiles, grid), grid, first), _caption(grid, first, config.tile_size)))
         first += grid.num_tiles
     widths = [max(panel.width, 7 * len(caption)) for panel, caption in panels]
     height = max(panel.height for panel, _ in panels)
@@ -62,8 +65,16 @@ def _caption(grid: Grid, first: int, tile_size: int) -> str:
     return f"tiles {first}-{last}: {grid.columns} x {grid.rows} of {tile_size}"
 
 
+def _joined(tiles_T3HW: Tensor, grid: Grid) -> Image.Image:
+    """Put the tiles of a grid side by side again."""
+    size = tiles_T3HW.shape[-1]
+    # (rows, columns, 3, size, size) -> (rows, size, columns, size, 3)
+    cells = tiles_T3HW.view(grid.rows, grid.columns, 3, size, size).permute(0, 3, 1, 4, 2)
+    return Image.fromarray(cells.reshape(grid.rows * size, grid.columns * size, 3).numpy())
+
+
 def _gridded(image: Image.Image, grid: Grid, first: int) -> Image.Image:
-    """Warp an image to a grid, as cutting does, and draw the tiles; narrow grids keep readable tiles."""
+    """Scale joined tiles to a panel and draw their borders and numbers."""
     panel = _fitted(image, *grid)
     draw = ImageDraw.Draw(panel)
     for number in range(grid.num_tiles):

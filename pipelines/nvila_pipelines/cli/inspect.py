@@ -33,6 +33,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     if args.tiling_png and not args.image:
         raise ConfigError("--tiling-png has no image to draw", "name one with --image")
     from nvila.inspection import DEFAULT_TEXT, inspect_model, inspect_prompt, load_processor
+    from nvila.presets import PRESETS
 
     model = inspect_model(args.model)
     prompt = None
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     if prompt:
         for line in _prompt_lines(prompt):
             emit(line)
+        if args.model in PRESETS:
+            emit("  (text is counted in bytes: a preset has no vocabulary)")
     if args.tiling_png:
         emit(f"\ntiling drawn to {args.tiling_png}")
     return 0
@@ -61,7 +64,7 @@ def _draw(processor: NVILAProcessor, images: list[str], path: Path) -> None:
     from nvila.vision.drawing import draw_tilings
 
     pictures = [processor.image_processor.load(image) for image in images]
-    sheet = draw_tilings(pictures, prompt_plans(processor, pictures), processor.image_processor.tile_size)
+    sheet = draw_tilings(pictures, prompt_plans(processor, pictures), processor.image_processor.tiling)
     try:
         sheet.save(path, "PNG")
     except OSError as e:
