@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_HEAVY = ("nvila.configuration", "nvila.modeling", "nvila.processing", "nvila.assembly")
 _AUTO = "transformers.models.auto.configuration_auto"
 
 
@@ -23,7 +22,7 @@ def install() -> None:
     if _AUTO in sys.modules:  # somebody may hold an Auto class already
         _register()
     elif "transformers" in sys.modules:
-        _watch(sys.modules["transformers"])
+        _watch()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -34,28 +33,32 @@ def _register() -> None:
     register_auto_classes()
 
 
-def _watch(transformers: ModuleType) -> None:
-    """Give the module a class that registers before it hands out an Auto class for the first time."""
-    plain = type(transformers)
+def _watch() -> None:
+    """Have the lazy modules of transformers register before they hand out an Auto class for the first time.
 
-    def getattr_registering(module: Any, name: str) -> Any:
-        asked = name.startswith("Auto") or name == "pipeline"
+    The class and not the module, because transformers makes its module anew while it is being imported.
+    """
+    lazy: Any = type(sys.modules["transformers"])
+    plain = lazy.__getattr__
+
+    def getattr_registering(module: ModuleType, name: str) -> Any:
+        asked = module.__name__ == "transformers" and (name.startswith("Auto") or name == "pipeline")
         if asked and not _importing():
-            module.__class__ = plain
-            _register()
-        value = plain.__getattr__(module, name)  # type: ignore[attr-defined]  # transformers' lazy module has it
-        if asked and type(module) is not plain:
+            _register()  # when it fails, in the middle of some import, the next one who asks tries again
+            lazy.__getattr__ = plain
+        value = plain(module, name)
+        if asked and lazy.__getattr__ is not plain:
             # The lazy module keeps what it has found once, and we would not be asked again.
             vars(module).pop(name, None)
         return value
 
-    transformers.__class__ = type(plain.__name__, (plain,), {"__getattr__": getattr_registering})
+    lazy.__getattr__ = getattr_registering
 
 
 def _importing() -> bool:
     """Whether a module of ours asks, on its own way in; it cannot be registered before it is there."""
-    modules = (sys.modules.get(name) for name in _HEAVY)
-    return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in modules)
+    ours = [module for name, module in sys.modules.items() if name.startswith("nvila.")]
+    return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in ours)
 
 
 class _Finder(MetaPathFinder):
@@ -87,4 +90,4 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         # transformers puts a lazy module in the place of the one that was executed.
-        _watch(sys.modules["transformers"])
+        _watch()

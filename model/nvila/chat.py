@@ -169,8 +169,9 @@ def as_messages(content: Content) -> list[dict[str, Any]]:
         raise DataError("there is nothing to answer", "give a text, or a list of media and texts")
     if isinstance(content, str):
         return [{"role": "user", "content": [_part(content)]}]
-    if isinstance(content[0], Mapping) and "role" in content[0]:
-        return [dict(message) | {"content": _parts(message["content"])} for message in content]
+    parts: Sequence[Any] = content
+    if isinstance(parts[0], Mapping) and "role" in parts[0]:
+        return [dict(message) | {"content": _parts(message["content"])} for message in parts]
     return [{"role": "user", "content": _parts(content)}]
 
 

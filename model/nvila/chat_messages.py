@@ -50,7 +50,7 @@ class Conversation:
             if (role := message.get("role")) not in _ROLES:
                 raise DataError(f"message {number} has the role {role!r}", f"use one of {', '.join(_ROLES)}")
             parts = tuple(parsed._parts(message.get("content"), f"of message {number}"))
-            parsed.messages.append(Message(role=role, content=parts))
+            parsed.messages.append(Message(role=cast("Role", role), content=parts))
         return parsed
 
     def of_kind(self, kind: MediaKind) -> list[Any]:

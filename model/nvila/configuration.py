@@ -174,8 +174,7 @@ class NVILAConfig(PreTrainedConfig):
             raise ConfigError(
                 f"unknown image_aspect_ratio '{self.image_aspect_ratio}'", nearest(self.image_aspect_ratio, TILINGS)
             )
-        assert self.tiling  # checks tiles and scales
-        count, index = len(self.s2_scales), self.s2_resize_output_to_scale_idx
+        count, index = len(self.tiling.scales), self.s2_resize_output_to_scale_idx
         if self.uses_s2 and not -count <= index < count:
             raise ConfigError(f"s2_resize_output_to_scale_idx is {index}, but there are {count} scales", "-1 is usual")
         checked_pool_sizes(self.video_pool_sizes)

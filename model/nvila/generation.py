@@ -35,13 +35,14 @@ class MediaGenerationMixin(GenerationMixin):
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> Any:
         """Repeat every row `expand_size` times; a tile is no row, so the media are encoded and repeated by rows."""
         repeated: dict[str, Tensor] = {}
         if expand_size > 1 and input_ids is not None:
             media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
             repeated = self._repeat_media(input_ids, expand_size, **media)
-        ids, expanded = super()._expand_inputs_for_generation(  # type: ignore[misc]  # mixin
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]  # mixin
+        ids, expanded = expand(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         return ids, expanded | repeated

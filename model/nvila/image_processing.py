@@ -65,7 +65,7 @@ class NVILAImageProcessor(BaseImageProcessor):
         self.s2_scales = list(s2_scales)
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.max_pixels = max_pixels
-        assert self.tiling  # checks the values
+        self.plan(1, 1)  # checks the values
 
     @classmethod
     def from_config(cls, config: NVILAConfig) -> NVILAImageProcessor:

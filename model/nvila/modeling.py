@@ -197,7 +197,7 @@ class NVILAForConditionalGeneration(NVILAPreTrainedModel, MediaGenerationMixin):
         """Where the decoder keeps its token embedding; families name it differently."""
         decoder = self.model.language_model
         embedding = decoder.get_input_embeddings()
-        return next(name for name, module in decoder.named_modules() if module is embedding)
+        return str(next(name for name, module in decoder.named_modules() if module is embedding))
 
 
 __all__ = ["IGNORE_INDEX", "NVILAConfig", "NVILAForConditionalGeneration", "NVILAModel", "NVILAOutput"]

@@ -121,8 +121,9 @@ def check_head(causal: PreTrainedModel) -> None:
     """
     from nvila.language_head import build_head
 
-    name, given = causal.config.model_type, causal.get_output_embeddings()
-    if not isinstance(given, nn.Linear) or given.bias is not None:
+    name = causal.config.model_type
+    given: Any = causal.get_output_embeddings()
+    if not isinstance(given, nn.Linear) or getattr(given, "bias", None) is not None:
         raise CapabilityError(f"the head of '{name}' is no plain linear layer", "use another language model")
     with torch.device("meta"):
         head = build_head(causal.config)
@@ -156,9 +157,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, num_time_tokens: int =
 
 def resize_rows(causal: PreTrainedModel, num_words: int, size: int) -> None:
     """Resize both embeddings to `size` rows; rows beyond the `num_words` that had a token become their mean."""
-    embedding, head = causal.get_input_embeddings(), cast("nn.Linear", causal.get_output_embeddings())
+    embedding = cast("nn.Embedding", causal.get_input_embeddings())
+    head = cast("nn.Linear", causal.get_output_embeddings())
     tied = head.weight is embedding.weight
-    embedding.weight = _resized(cast("Tensor", embedding.weight), num_words, size)
+    embedding.weight = _resized(embedding.weight, num_words, size)
     embedding.num_embeddings = size
     if embedding.padding_idx is not None and embedding.padding_idx >= size:
         embedding.padding_idx = None
@@ -183,7 +185,8 @@ def join(config: NVILAConfig, tower: PreTrainedModel, causal: PreTrainedModel) -
     model.model.language_model = causal.base_model
     model.lm_head.weight = head.weight
     model.tie_weights()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def byte_tokenizer(config: NVILAConfig) -> PreTrainedTokenizerFast:

@@ -120,7 +120,8 @@ class NVILAProcessor(ProcessorMixin):
                 f"{pretrained_model_name_or_path} has no processor_config.json with an image processor",
                 "save the processor beside the model",
             )
-        return [None, *super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)]
+        load: Any = super()._get_arguments_from_pretrained
+        return [None, *load(pretrained_model_name_or_path, processor_dict, **kwargs)]
 
     @classmethod
     def from_config(cls, config: NVILAConfig, tokenizer: PreTrainedTokenizerBase) -> NVILAProcessor:

@@ -21,7 +21,7 @@ from nvila.modeling import NVILAForConditionalGeneration
 from nvila.parts import byte_tokenizer
 from nvila.processing import NVILAProcessor
 
-VISION = {
+VISION: dict[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 12,
     "intermediate_size": 24,
@@ -30,7 +30,7 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
-LANGUAGE = {
+LANGUAGE: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 16,
     "intermediate_size": 24,

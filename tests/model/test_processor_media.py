@@ -254,7 +254,7 @@ def test_broken_messages_are_refused(
         ({"text": "what", "colour": 1}, "no argument 'colour'"),
         ({"text": ["what", "what is"], "padding": False}, "rows of different length"),
         ({"text": "what<image>", "images": picture(), "truncation": True, "max_length": 3}, "loses 2 visual tokens"),
-        ({"text": "<image>", "images": np.full((4, 4, 3), np.nan, np.float32)}, "NaN"),
+        ({"text": "<image>", "images": np.full((4, 4, 3), np.nan, np.float32)}, "that are no numbers"),
     ],
 )
 def test_broken_calls_are_refused(kwargs: dict[str, Any], message: str, words: PreTrainedTokenizerFast) -> None:

@@ -36,7 +36,11 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-S2 = {"image_aspect_ratio": "dynamic_s2", "mm_projector_type": "mlp_downsample", "s2_scales": "16,32,48"}
+S2: dict[str, Any] = {
+    "image_aspect_ratio": "dynamic_s2",
+    "mm_projector_type": "mlp_downsample",
+    "s2_scales": "16,32,48",
+}
 
 
 def build(text: dict[str, Any] | None = None, **kwargs: Any) -> NVILAForConditionalGeneration:
@@ -49,7 +53,9 @@ def build(text: dict[str, Any] | None = None, **kwargs: Any) -> NVILAForConditio
         image_end_token_id=LF,
         **kwargs,
     )
-    return NVILAForConditionalGeneration(config).eval()
+    model = NVILAForConditionalGeneration(config)
+    model.eval()
+    return model
 
 
 def tiles(count: int, seed: int = 0) -> Tensor:
@@ -71,7 +77,7 @@ def row(*parts: list[int]) -> list[int]:
     return [token for part in parts for token in part]
 
 
-DECODERS = {
+DECODERS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 8},
     "llama": {"model_type": "llama"},
