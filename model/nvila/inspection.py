@@ -6,7 +6,6 @@ prepared by the model's own processor and its ids are then told apart: nothing i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -120,6 +119,7 @@ def load_config(source: str) -> NVILAConfig:
         ConfigError: It is neither.
         CheckpointError: The folder holds a model of another layout, or none.
     """
+    from nvila.checkpoints.layouts import NVILA, detect_layout
     from nvila.configuration import NVILAConfig
 
     if source in PRESETS:
@@ -127,13 +127,14 @@ def load_config(source: str) -> NVILAConfig:
     folder = Path(source)
     if not folder.is_dir():
         raise ConfigError(f"'{source}' is no folder and no preset", nearest(source, PRESETS))
-    raw = _read_json(folder / "config.json")
-    if raw.get("model_type") != NVILAConfig.model_type:
+    layout = detect_layout(folder)
+    if layout != NVILA:
+        # The flat layout has the same model type, but keeps its tiling and projector in code.
         raise CheckpointError(
-            f"{folder} holds a model of type {raw.get('model_type')!r}",
-            f"convert a released checkpoint first: nvila convert {folder} DST --to nvila",
+            f"{folder} is a released checkpoint of layout '{layout}'",
+            f"convert it first: nvila convert {folder} DST --to {NVILA}",
         )
-    return NVILAConfig.from_dict(raw)
+    return NVILAConfig.from_pretrained(folder)
 
 
 def load_processor(source: str) -> NVILAProcessor:
@@ -318,17 +319,3 @@ def _videos(config: NVILAConfig) -> str:
 
 def _count(parameters: Iterable[Any]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} is not a model folder: {path.name} is missing", "check the path"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"cannot read {path}: {e}", "restore the file") from e
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is not a JSON object", "restore the file")
-    return raw

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from nvila.configuration import NVILAConfig
 from nvila.errors import CheckpointError, ConfigError
@@ -130,16 +132,23 @@ def test_saved_folder_is_read_like_a_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "config.json is missing"),
-        ("{", "cannot read .*config.json"),
-        ("[]", "is not a JSON object"),
-        (json.dumps({"model_type": "llava_llama"}), r"type 'llava_llama'.*nvila convert .* --to nvila"),
+        (None, "config.json"),
+        ("{", "config.json"),
+        (json.dumps({"model_type": "llama"}), "model_type 'llama' is not an NVILA model"),
+        (json.dumps({"model_type": "llava_llama"}), r"layout 'vila'.*nvila convert .* --to nvila"),
     ],
 )
 def test_folder_without_our_model_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
+        load_config(str(tmp_path))
+
+
+def test_flat_checkpoint_is_not_taken_for_ours(tmp_path: Path) -> None:
+    NVILAConfig.from_preset("tiny-nvila").save_pretrained(tmp_path)
+    save_file({"llm.model.norm.weight": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layout 'hf'.*nvila convert"):
         load_config(str(tmp_path))
 
 

@@ -45,13 +45,7 @@ def merge_scales(
         ConfigError: The scales do not fit the tile, or `output_index` names none of them.
         DataError: The tiles are not those that `blocks` describe, or are not square.
     """
-    check_scales(tuple(scales), tile_size)
-    if not -len(scales) <= output_index < len(scales):
-        raise ConfigError(
-            f"s2_resize_output_to_scale_idx {output_index} does not exist among {len(scales)} scales", "use -1"
-        )
-    fixed = [Grid(scale // tile_size, scale // tile_size) for scale in scales[:-1]]
-    laid = [None if block is None else (*fixed, block) for block in blocks]
+    laid = _lay_out(blocks, scales, tile_size, output_index)
     counts = [1 if grids is None else sum(grid.num_tiles for grid in grids) for grids in laid]
     if sum(counts) != len(features_TNC):
         raise DataError(
@@ -66,6 +60,8 @@ def merge_scales(
         members = [index for index, other in enumerate(laid) if other == grids]
         group = _gather(features_TNC, [starts[i] for i in members], counts[members[0]])
         merged = group.repeat(1, 1, 1, len(scales)) if grids is None else _merge_group(group, grids, output_index)
+        if len(members) == len(blocks):
+            return merged.flatten(0, 1), out_grids
         parts.update(zip(members, merged.unbind(0), strict=True))
     if not parts:
         return features_TNC.repeat(1, 1, len(scales)), []
@@ -116,6 +112,19 @@ def split_tiles(map_BYXC: Tensor, grid: Grid) -> Tensor:
     n_y, n_x = y // grid.rows, x // grid.columns
     cells = map_BYXC.reshape(b, grid.rows, n_y, grid.columns, n_x, c).transpose(2, 3)
     return cells.reshape(b, grid.num_tiles, n_y * n_x, c)
+
+
+def _lay_out(
+    blocks: Sequence[Grid | None], scales: Sequence[int], tile_size: int, output_index: int
+) -> list[tuple[Grid, ...] | None]:
+    """Return the grids of all scales of each image; None for a single tile."""
+    check_scales(tuple(scales), tile_size)
+    if not -len(scales) <= output_index < len(scales):
+        raise ConfigError(
+            f"s2_resize_output_to_scale_idx {output_index} does not exist among {len(scales)} scales", "use -1"
+        )
+    fixed = [Grid(scale // tile_size, scale // tile_size) for scale in scales[:-1]]
+    return [None if block is None else (*fixed, block) for block in blocks]
 
 
 def _merge_group(group_BTNC: Tensor, grids: tuple[Grid, ...], output_index: int) -> Tensor:
