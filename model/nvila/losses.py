@@ -166,6 +166,8 @@ def token_nll(logits_MV: Tensor, targets_M: Tensor, soft: SoftTargets | None = N
         (M,) in fp32.
     """
     logits_MV = logits_MV.float()
+    if soft is None:
+        return nn.functional.cross_entropy(logits_MV, targets_M, reduction="none")
     return logits_MV.logsumexp(1) - _target_logits(logits_MV, targets_M, soft)
 
 
