@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from nvila.assembly import load_model, save_model
-from nvila.checkpoints import convert, detect_layout
+from nvila.checkpoints import LAYOUTS, convert, detect_layout
+from nvila.checkpoints.expected import expected_shapes
+from nvila.checkpoints.layouts import from_ours, to_ours
 from nvila.checkpoints.shards import INDEX_FILE
+from nvila.configuration import NVILAConfig
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 
@@ -219,3 +222,15 @@ def test_what_savers_of_the_past_left_is_tolerated(tiny: Tiny, tmp_path: Path) -
     assert not list((tmp_path / "ours").rglob("*.py"))
     assert "evil" not in (tmp_path / "ours" / "config.json").read_text(encoding="utf-8")
     assert (tmp_path / "ours" / "LICENSE").read_text(encoding="utf-8") == "theirs"
+
+
+def test_names_and_shapes_at_the_published_size() -> None:
+    """437 tensors of the tower, and the projector's shapes, as in the files of NVILA-8B."""
+    shapes = expected_shapes(NVILAConfig.from_preset("nvila-8b"))
+    original = {from_ours("vila", name): shape for name, shape in shapes.items()}
+    assert sum(name.startswith("vision_tower/vision_model.") for name in original) == 437
+    assert original["mm_projector/layers.2.weight"] == (3584, 13824)
+    assert original["llm/model.layers.27.self_attn.k_proj.bias"] == (512,)
+    assert original["llm/lm_head.weight"] == original["llm/model.embed_tokens.weight"]
+    for layout in LAYOUTS:
+        assert all(to_ours(layout, from_ours(layout, name)) == name for name in shapes)
