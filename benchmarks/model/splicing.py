@@ -2,7 +2,7 @@
 
 Ten times the images are tried in two ways: ten times the rows, and rows with ten times the images in them.
 
-python benchmarks/model/splicing.py            # 12 and 120 images of 256 tokens, nine repeats
+python benchmarks/model/splicing.py            # 12 and 120 images of 256 tokens (48 and 480 to collate), nine repeats
 python benchmarks/model/splicing.py --quick    # the same, three repeats
 """
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from nvila.data.conversation import Encoded
 
-_IMAGES = 12  # two packed rows of six
+# Enough that also the smaller case asks the system for memory anew each time, as the larger one must.
+_COLLATED, _SPLICED = 48, 12
 _TOKENS_PER_IMAGE = 256
 _TEXT_TOKENS = 64
 _WIDTH = 3584  # of the 8B models; much less would fit into caches and heaps for some images, but not for ten times
@@ -39,7 +40,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three repeats")
     args = parser.parse_args()
     repeats = 3 if args.quick else 9
-    small, large = steps(_IMAGES), steps(_IMAGES * _TIMES)
+    small, large = steps(1), steps(_TIMES)
     runs = {name: compare(small[name], large[name], repeats) for name in small}
     for name, run in runs.items():
         few, many = min(run["few_ms"]), min(run["many_ms"])
@@ -47,21 +48,27 @@ def main() -> int:
     path = write_result(
         "model-splicing-quick" if args.quick else "model-splicing",
         claims(runs),
-        {"images": _IMAGES, "times": _TIMES, "tokens_per_image": _TOKENS_PER_IMAGE, "runs": runs},
+        {
+            "collated": _COLLATED,
+            "spliced": _SPLICED,
+            "times": _TIMES,
+            "tokens_per_image": _TOKENS_PER_IMAGE,
+            "runs": runs,
+        },
     )
     print(f"written: {path}")
     return 0
 
 
-def steps(images: int) -> dict[str, Step]:
-    """Return what is timed, with its inputs made."""
+def steps(times: int) -> dict[str, Step]:
+    """Return what is timed on so many times the images, with its inputs made."""
     from nvila.data.collation import collate
     from nvila.data.packing import collate_packed, pack
 
-    alone = [sample(1, key) for key in range(images)]
-    together = [sample(images // 4, key) for key in range(4)]
-    rows = collate([[one] for one in alone], pad_token_id=0)
-    wide = collate([[one] for one in together], pad_token_id=0)
+    alone = [sample(1, key) for key in range(_COLLATED * times)]
+    together = [sample(_COLLATED * times // 4, key) for key in range(4)]
+    rows = collate([[one] for one in alone[: _SPLICED * times]], pad_token_id=0)
+    wide = collate([[sample(_SPLICED * times // 4, key)] for key in range(4)], pad_token_id=0)
     return {
         "collate, more rows": lambda: collate([[one] for one in alone], pad_token_id=0),
         "collate, longer rows": lambda: collate([[one] for one in together], pad_token_id=0),
