@@ -45,7 +45,9 @@ def test_import_is_cheap() -> None:
     run(CHEAP)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", ["nvila-first", *(pytest.param(name, marks=pytest.mark.slow) for name in list(ORDERS)[1:])]
+)
 def test_auto_classes_know_nvila_after_one_import(order: str, saved_model: Path) -> None:
     first, second = ORDERS[order]
     run(ONE_IMPORT.format(first=first, second=second), str(saved_model))
