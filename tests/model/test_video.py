@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from PIL import Image
 from nvila.data.containers import VideoFile
 from nvila.data.images import DEFAULT_LIMITS, ImageLimits
 from nvila.data.video import Video, load_video
-from nvila.errors import ConfigError, DataError
+from nvila.errors import CapabilityError, ConfigError, DataError
 
 SIZE = (64, 48)
 STEP = 5  # levels from one frame to the next: codecs are lossy, these steps are not lost
@@ -367,3 +369,25 @@ def test_stream_without_clock_counts_frames_at_its_rate(tmp_path: Path) -> None:
         timeline = file.scan()
     assert timeline.ordinal
     assert list(timeline.labels) == list(range(40))
+
+
+@pytest.mark.parametrize("format", ["mp4", "matroska", "gif", "mpegts"])
+def test_damaged_bytes_give_a_video_or_a_data_error(format: str) -> None:
+    buffer = io.BytesIO()
+    write_video(buffer, 14, format=format, codec="gif" if format == "gif" else "libx264", size=(32, 32))
+    whole, noise = buffer.getvalue(), np.random.default_rng(4)
+    for _ in range(25):
+        data = bytearray(whole)
+        for position in noise.integers(0, len(data), 8):
+            data[position] = noise.integers(0, 256)
+        # Anything but a DataError fails the test.
+        with suppress(DataError):
+            video = load_video(bytes(data), num_frames=3, limits=ImageLimits(max_pixels=10**6))
+            assert len(video) == 3
+            assert list(video.timestamps) == sorted(video.timestamps)
+
+
+def test_missing_library_names_the_extra_to_install(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(CapabilityError, match="needs PyAV"):
+        load_video(clip)

@@ -236,7 +236,7 @@ class VideoFile:
         else:
             source.seek(0)
         try:
-            self._container = av.open(source, "r", container_options=options)
+            self._container = av.open(source, "r", container_options=options, metadata_errors="replace")
         except av.FFmpegError as e:
             raise DataError(
                 f"{self._where} is not a video that can be read: {e.strerror}",
