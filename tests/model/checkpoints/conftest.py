@@ -43,7 +43,7 @@ TEXT = {
 TOP = {
     "architectures": ["LlavaLlamaModel"],
     "model_type": "llava_llama",
-    "llm_cfg": "/root/runs/sft/llm",
+    "llm_cfg": "/data/runs/sft/llm",
     "vision_tower_cfg": {"model_type": "siglip_vision_model", "local": True},
     "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
     "resume_path": "/root/runs/sft",
