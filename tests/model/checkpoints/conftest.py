@@ -46,7 +46,7 @@ TOP = {
     "llm_cfg": "/data/runs/sft/llm",
     "vision_tower_cfg": {"model_type": "siglip_vision_model", "local": True},
     "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
-    "resume_path": "/root/runs/sft",
+    "resume_path": "/data/runs/sft",
     "image_aspect_ratio": "dynamic_s2",
     "dynamic_s2": True,
     "s2": False,
