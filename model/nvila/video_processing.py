@@ -5,7 +5,9 @@ It does not stand on the video classes of transformers, which cannot be imported
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +16,17 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from nvila.image_processing import NVILAImageProcessor
+from nvila.vision.tiling import cut_tiles
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from nvila.configuration import NVILAConfig
     from nvila.data.video import Video
+
+
+_MAX_THREADS = 8
 
 
 class NVILAVideoProcessor(BaseImageProcessor):
@@ -118,8 +127,14 @@ class NVILAVideoProcessor(BaseImageProcessor):
             image_mean=self.image_mean,
             image_std=self.image_std,
         )
-        frames = [Image.fromarray(frame) for frame in video.frames]
-        return tiles.pixel_values(frames, [tiles.plan(*frame.size) for frame in frames])
+
+        def cut(frame: NDArray[np.uint8]) -> Tensor:
+            image = Image.fromarray(frame)
+            return cut_tiles(image, tiles.plan(*image.size), tiles.tiling)
+
+        # One frame a thread at a time: Pillow releases the interpreter, and no second copy of all frames is made.
+        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+            return tiles.normalise(torch.cat(list(pool.map(cut, video.frames))))
 
 
 def as_videos(videos: Any) -> list[Any]:
