@@ -6,20 +6,18 @@ import base64
 import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
-from nvila.data.conversation import MediaLayout
+from nvila.data.media_layout import MediaKind, MediaLayout, spelling
 from nvila.data.records import Message, Part, Role
 from nvila.data.rendering import Renderer
 from nvila.errors import DataError
-from nvila.prompts import spelling
 
 _KEYS = {
     "image": ("image", "path", "url", "base64", "image_url"),
     "video": ("video", "path", "url"),
 }
 _ROLES = get_args(Role)
-MediaKind = Literal["image", "video"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,6 @@ class Conversation:
             parts = tuple(parsed._parts(message.get("content"), f"of message {number}"))
             parsed.messages.append(Message(role=cast("Role", role), content=parts))
         return parsed
-
-    def of_kind(self, kind: MediaKind) -> list[Any]:
-        """Return the sources of one kind in order."""
-        return [source for other, source in zip(self.kinds, self.sources, strict=True) if other == kind]
 
     def _parts(self, content: Any, where: str) -> list[Part]:
         parts = [content or ""] if content is None or isinstance(content, str) else content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nvila.data.conversation import MediaLayout
-from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, token_id
+from nvila.data.media_layout import MediaKind, MediaLayout, Placeholders, spelling
+from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN
 from nvila.errors import DataError
 from nvila.vision.temporal import checked_pool_sizes, num_video_tokens
 from nvila.vision.tiling import Grid, TilePlan
@@ -78,20 +78,7 @@ class MediaTokens:
         return MediaLayout(tuple(run for level in levels for run in level))
 
 
-def spelling(kinds: Sequence[str], layouts: Sequence[MediaLayout]) -> Callable[[int], str]:
-    """Return how the marker of the n-th medium is spelled before tokenising: `dynamic` has one for every tile."""
-
-    def spell(number: int) -> str:
-        if number >= len(kinds):  # a template wrote a marker of its own; the renderer counts and refuses
-            return ""
-        marker = IMAGE_TOKEN if kinds[number] == "image" else VIDEO_TOKEN
-        layout = layouts[number]
-        return (marker + layout.text_after) * len(layout.runs) if layout.text_after else marker
-
-    return spell
-
-
-def media_kinds(text: str) -> list[str]:
+def media_kinds(text: str) -> list[MediaKind]:
     """Return the kinds of the markers of a text in order."""
     return ["image" if marker == IMAGE_TOKEN else "video" for marker in _MARKER.findall(text)]
 
@@ -116,24 +103,8 @@ def encode(
     """
     bounds = pairwise([0, *cuts, len(text)])
     pieces = tokenizer([text[start:end] for start, end in bounds], add_special_tokens=False)["input_ids"]
-    marker_ids = {token_id(tokenizer, IMAGE_TOKEN), token_id(tokenizer, VIDEO_TOKEN)}
-    line_feed = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
-    runs = iter(
-        [
-            part
-            for layout in layouts
-            for part in ([(run,) for run in layout.runs] if layout.text_after else [layout.runs])
-        ]
-    )
-    ids: list[int] = []
-    for piece in pieces:
-        for token in piece:
-            if token not in marker_ids:
-                ids.append(token)
-                continue
-            for run in next(runs):
-                ids += [token] * run + line_feed
-    return ids
+    ids = [token for piece in pieces for token in piece]
+    return Placeholders(tokenizer).place(ids, ids, layouts)[0]
 
 
 def check_counts(markers: int, given: int, kind: str) -> None:

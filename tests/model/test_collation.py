@@ -14,6 +14,7 @@ from nvila.data.collation import Batch, collate, pair_mask, shared_prefix_length
 from nvila.data.conversation import ConversationEncoder, Encoded
 from nvila.data.records import Message, Part, Sample, vqa_sample
 from nvila.data.tensors import PixelCache
+from nvila.data.tokenizers import IMAGE_TOKEN, token_id
 from nvila.modeling import NVILAForConditionalGeneration
 
 Content = Sequence[str]
@@ -141,7 +142,7 @@ def test_images_are_encoded_once_where_the_row_shares_them(
     batch = collate(groups, pad_token_id=0)
     assert batch.images == tuple(images)
     assert [bool(shared_prefix_length(group)) for group in groups] == rows_shared
-    image_id = encoder._image_id
+    image_id = token_id(encoder.tokenizer, IMAGE_TOKEN)
     assert int((batch.input_ids == image_id).sum()) == 4 * len(images)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from nvila.data.labels import Token, greedy_labels, offset_labels
+from nvila.data.media_layout import MediaKind, MediaLayout, Placeholders, spelling
 from nvila.data.records import Message, Part, Sample
 from nvila.data.rendering import Renderer, chat_messages
-from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from nvila.errors import DataError
 from nvila.losses import IGNORE_INDEX
 
@@ -31,21 +31,6 @@ class Encoded:
     def num_supervised(self) -> int:
         """How many tokens the loss looks at."""
         return sum(label != IGNORE_INDEX for label in self.labels)
-
-
-@dataclass(frozen=True, slots=True)
-class MediaLayout:
-    """What one image or video becomes in a row.
-
-    Args:
-        runs: Visual tokens of every tile of an image, or pooled frame of a video; each run is closed by the line feed
-            that the model embeds. An image whose tiles are merged into one map is one run.
-        text_after: Text behind every run. `dynamic` tiling has a line feed here, which the tokenizer may merge with
-            what people wrote behind it.
-    """
-
-    runs: tuple[int, ...]
-    text_after: str = ""
 
 
 Layouts = Callable[[Sequence[Part]], Sequence[MediaLayout]]
@@ -78,16 +63,12 @@ class ConversationEncoder:
     system_prompt: str | None = field(default=None, kw_only=True)
     label_quirk: bool = field(default=False, kw_only=True)
     _renderer: Renderer = field(init=False)
-    _image_id: int = field(init=False)
-    _video_id: int = field(init=False)
-    _line_feed: list[int] = field(init=False)
+    _placeholders: Placeholders = field(init=False)
     _cache: dict[tuple[Any, ...], tuple[tuple[int, ...], tuple[int, ...]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._renderer = Renderer(self.tokenizer, self.system_prompt)
-        self._image_id = token_id(self.tokenizer, IMAGE_TOKEN)
-        self._video_id = token_id(self.tokenizer, VIDEO_TOKEN)
-        self._line_feed = list(self.tokenizer("\n", add_special_tokens=False)["input_ids"])
+        self._placeholders = Placeholders(self.tokenizer)
 
     def __call__(self, sample: Sample) -> Encoded:
         """Encode one sample.
@@ -134,10 +115,9 @@ class ConversationEncoder:
         """
         media = _media(messages)
         layouts = self._media_layouts(media)
-        text, cuts = self._renderer.prompt(messages, _spelling(media, layouts), **template)
-        tokens = self._tokenise(text, cuts)
-        ids, _ = self._place_media(tokens, [IGNORE_INDEX] * len(tokens), layouts)
-        return ids
+        text, cuts = self._renderer.prompt(messages, spelling(_kinds(media), layouts), **template)
+        tokens = [token for token, *_ in self._tokenise(text, cuts)]
+        return self._placeholders.place(tokens, tokens, layouts)[0]
 
     def _media_layouts(self, media: Sequence[Part]) -> tuple[MediaLayout, ...]:
         if self.layouts is not None:
@@ -152,7 +132,7 @@ class ConversationEncoder:
     def _encode(
         self, messages: Sequence[Message], media: Sequence[Part], layouts: Sequence[MediaLayout]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        rendered = self._renderer.conversation(messages, _spelling(media, layouts))
+        rendered = self._renderer.conversation(messages, spelling(_kinds(media), layouts))
         if self.label_quirk:
             tokens = self._tokenise(rendered.text, rendered.cuts)
             frame = [[token for token, *_ in self._tokenise(*piece)] for piece in rendered.frame]
@@ -164,7 +144,7 @@ class ConversationEncoder:
             tokens = self._tokenise(rendered.text, sorted(starts | set(rendered.cuts)))
             starts_and_ends = zip(rendered.answers, rendered.ends, strict=True)
             masked = offset_labels(tokens, [(start, end) for (start, _), end in starts_and_ends])
-        ids, labels = self._place_media(tokens, masked, layouts)
+        ids, labels = self._placeholders.place([token for token, *_ in tokens], masked, layouts)
         # Nothing after the last supervised token can influence the loss.
         length = max((index + 1 for index, label in enumerate(labels) if label != IGNORE_INDEX), default=len(ids))
         return tuple(ids[:length]), tuple(labels[:length])
@@ -180,53 +160,17 @@ class ConversationEncoder:
             for token, (start, end) in zip(ids, offsets, strict=True)
         ]
 
-    def _place_media(
-        self, tokens: Sequence[Token], masked: Sequence[int], layouts: Iterable[MediaLayout]
-    ) -> tuple[list[int], list[int]]:
-        """Put the placeholders of each medium where its markers are."""
-        runs = _runs_of_markers(layouts)
-        ids: list[int] = []
-        labels: list[int] = []
-        for (token, *_), label in zip(tokens, masked, strict=True):
-            if token not in (self._image_id, self._video_id):
-                ids.append(token)
-                labels.append(label)
-                continue
-            for run in next(runs):
-                ids += [token] * run
-                ids += self._line_feed
-            labels += [IGNORE_INDEX] * (len(ids) - len(labels))
-        return ids, labels
-
     def _media_end(self, ids: Sequence[int]) -> int:
-        last = next(index for index in range(len(ids) - 1, -1, -1) if ids[index] in (self._image_id, self._video_id))
-        return last + 1
+        markers = self._placeholders.marker_ids
+        return next(index for index in range(len(ids), 0, -1) if ids[index - 1] in markers)
 
 
 def _media(messages: Sequence[Message]) -> tuple[Part, ...]:
     return tuple(part for message in messages for part in message.content if part.type != "text")
 
 
-def _spelling(media: Sequence[Part], layouts: Sequence[MediaLayout]) -> Callable[[int], str]:
-    """Return how the marker of the n-th medium is spelled before tokenising."""
-
-    def spell(number: int) -> str:
-        if number >= len(media):  # a template wrote a marker of its own; the renderer counts and refuses
-            return ""
-        marker = IMAGE_TOKEN if media[number].type == "image" else VIDEO_TOKEN
-        layout = layouts[number]
-        return (marker + layout.text_after) * len(layout.runs) if layout.text_after else marker
-
-    return spell
-
-
-def _runs_of_markers(layouts: Iterable[MediaLayout]) -> Iterator[Sequence[int]]:
-    """Yield the runs that each marker in the text stands for."""
-    for layout in layouts:
-        if layout.text_after:
-            yield from ((run,) for run in layout.runs)
-        else:
-            yield layout.runs
+def _kinds(media: Sequence[Part]) -> list[MediaKind]:
+    return [cast("MediaKind", part.type) for part in media]
 
 
 __all__ = ["ConversationEncoder", "Encoded", "Layouts", "MediaLayout", "chat_messages"]
