@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from nvila.chat_messages import Conversation, render
-from nvila.data.conversation import MediaLayout
+from nvila.data.media_layout import MediaLayout, spelling
 from nvila.data.rendering import Renderer
 from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from nvila.errors import CheckpointError, DataError
@@ -25,7 +25,6 @@ from nvila.prompts import (
     media_kinds,
     pad_rows,
     spell_markers,
-    spelling,
 )
 from nvila.video_processing import NVILAVideoProcessor, flat_videos
 
