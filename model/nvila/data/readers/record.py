@@ -47,8 +47,9 @@ class RecordStream(Protocol):
         """Name of the data set or mixture."""
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """Yield the records with start <= index < stop; what lies before `start` is skipped as cheaply as the format
-        allows.
+        """Yield the records with start <= index < stop.
+
+        What lies before `start` is skipped as cheaply as the format allows.
 
         Raises:
             DataError: The data set itself cannot be read; one bad record is a `Record` with a problem instead.
