@@ -1,0 +1,221 @@
+"""Scoring a data set, shard by shard: what one process of any number does."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+import pyarrow as pa
+import torch
+
+from nvila.curation.encoding import Outcome
+from nvila.curation.problems import OK, Problem
+from nvila.curation.scorers import Scorer
+from nvila.curation.shards import SCHEMA, Shards
+from nvila.curation.windows import FrameSampling, Window, ahead, windows
+from nvila.data.readers.record import Record, RecordStream
+from nvila.errors import ArtifactError, DataError
+from nvila.progress import SILENT, Reporter
+
+Size = Literal["small", "large"]
+SIZES: tuple[Size, ...] = ("small", "large")
+_HALF = pa.schema([("nll", pa.float64()), ("tokens", pa.int32()), ("status", pa.string()), ("reason", pa.string())])
+
+
+@dataclass(slots=True, kw_only=True)
+class ScoringRun:
+    """One process's part of scoring.
+
+    Args:
+        stream: The data set.
+        load: Loads the small or the large checkpoint; asked when there is something to score.
+        samplings: How the two checkpoints sample videos.
+        shards: Where scores go.
+        batch_tokens: Most positions of a batch, padding included.
+        sequential: Score everything with the small model, forget it, then load the large one.
+        rank: This process.
+        world: Number of processes.
+        max_bad: Stop when more than this share of the data set cannot be scored.
+        total: Records of the data set; None when nobody knows, then this process cannot tell what share is bad.
+        reporter: Receives progress in samples.
+    """
+
+    stream: RecordStream
+    load: Callable[[Size], Scorer]
+    samplings: frozenset[FrameSampling]
+    shards: Shards
+    batch_tokens: int
+    sequential: bool = False
+    rank: int = 0
+    world: int = 1
+    max_bad: float = 1.0
+    total: int | None = None
+    reporter: Reporter = SILENT
+    _scorers: dict[Size, Scorer] = field(init=False, default_factory=dict)
+    _bad: Counter[str] = field(init=False, default_factory=Counter)
+    _first_bad: str = field(init=False, default="")
+    _done: int = field(init=False, default=0)
+
+    def run(self) -> None:
+        """Score this rank's shards; finished ones are left alone.
+
+        Raises:
+            DataError: The data set cannot be read, or too many of its records cannot be scored.
+            ConfigError: The directory holds scores of another configuration.
+        """
+        if self.sequential:
+            self._pass("small", "small", self._half)
+            self._forget()
+        self._pass("scores", "large" if self.sequential else "score", self._whole)
+
+    def _pass(self, kind: str, phase: str, score: Callable[[int, str], pa.Table]) -> None:
+        """Go over all shards once; `score` makes what is not there yet."""
+        self._done = 0
+        for number in self.shards.own(self.rank, self.world):
+            rows = self.shards.rows(number)
+            if rows is None and kind != "scores":
+                rows = self.shards.rows(number, kind)
+            if rows is None:
+                table = score(number, phase)
+                self.shards.publish(number, table, kind)
+                rows = table.num_rows
+                if kind == "scores":
+                    self._check(table)
+            else:
+                self._done += rows
+                if kind == "scores" and self.max_bad < 1:
+                    self._check(self.shards.read(number))
+            self.reporter.progress(phase, self._done, self._own_total())
+            if rows < self.shards.size:
+                return
+
+    def _whole(self, number: int, phase: str) -> pa.Table:
+        """Score a shard with both models, or with the large one where the small one's half is there."""
+        if not self.sequential:
+            rows = [
+                self._row(record, isinstance(sample, Problem), _flat(small), _flat(large))
+                for window, outcomes in self._windows(number, phase, SIZES)
+                for record, sample, small, large in zip(
+                    window.records, window.samples, outcomes["small"], outcomes["large"], strict=True
+                )
+            ]
+            return pa.Table.from_pylist(rows, schema=SCHEMA)
+        halves: list[_Flat] = self.shards.read(number, "small").to_pylist()
+        scored = [
+            (record, isinstance(sample, Problem), _flat(large))
+            for window, outcomes in self._windows(number, phase, ("large",))
+            for record, sample, large in zip(window.records, window.samples, outcomes["large"], strict=True)
+        ]
+        if len(scored) != len(halves):
+            raise ArtifactError(
+                f"{self.shards.path(number, 'small')} has {len(halves)} records, the data set now {len(scored)}",
+                f"the data changed; delete {self.shards.directory} and run again",
+            )
+        rows = [
+            self._row(record, bad, small, large) for (record, bad, large), small in zip(scored, halves, strict=True)
+        ]
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+    def _half(self, number: int, phase: str) -> pa.Table:
+        rows = [
+            _flat(outcome) for _, outcomes in self._windows(number, phase, ("small",)) for outcome in outcomes["small"]
+        ]
+        return pa.Table.from_pylist(rows, schema=_HALF)
+
+    def _windows(
+        self, number: int, phase: str, sizes: Sequence[Size]
+    ) -> Iterator[tuple[Window, dict[Size, list[Outcome]]]]:
+        """Yield the windows of a shard with what the models say."""
+        records = self.stream.records(number * self.shards.size, (number + 1) * self.shards.size)
+        for window in ahead(windows(records, self.samplings)):
+            outcomes = {size: self._scorer(size).score(window, self.batch_tokens) for size in sizes}
+            self._done += len(window.records)
+            self.reporter.progress(phase, self._done, self._own_total())
+            yield window, outcomes
+
+    def _row(self, record: Record, is_bad: bool, small: _Flat, large: _Flat) -> dict[str, object]:
+        status: str = OK
+        reason = None
+        for name, half in (("small", small), ("large", large)):
+            if status == OK and half["status"] != OK:
+                # What is wrong with the record itself is wrong under any model.
+                status, reason = half["status"], half["reason"] if is_bad else f"{name} model: {half['reason']}"
+        return {
+            "index": record.index,
+            "id": record.sample.id if record.sample is not None else "",
+            "source": record.sample.source if record.sample is not None else self.stream.name,
+            "where": record.where,
+            "nll_small": small["nll"],
+            "nll_large": large["nll"],
+            "tokens_small": small["tokens"],
+            "tokens_large": large["tokens"],
+            "status": status,
+            "reason": reason,
+        }
+
+    def _scorer(self, size: Size) -> Scorer:
+        if size not in self._scorers:
+            self._scorers[size] = self.load(size)
+        return self._scorers[size]
+
+    def _forget(self) -> None:
+        """Free the memory of the models."""
+        self._scorers.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _own_total(self) -> int:
+        """Records of this rank's shards; 0 while nobody knows."""
+        if self.total is None:
+            return 0
+        size = self.shards.size
+        return sum(min(size, self.total - start) for start in range(self.rank * size, self.total, self.world * size))
+
+    def _check(self, table: pa.Table) -> None:
+        """Stop as soon as it is certain that too many records are bad."""
+        for row in table.select(["where", "status", "reason"]).to_pylist():
+            if row["status"] != OK:
+                self._bad[row["status"]] += 1
+                self._first_bad = self._first_bad or f"{row['where']}: {row['reason']}"
+        if self.total is not None:
+            check_share(self._bad, self.total, self.max_bad, self._first_bad)
+
+
+def check_share(bad: Mapping[str, int], total: int, max_bad: float, first: str) -> None:
+    """Refuse a data set of which too much cannot be used.
+
+    Args:
+        bad: Number of unusable records by status.
+        total: Records of the data set.
+        max_bad: Largest share that is accepted.
+        first: Where the first of them is, and what is wrong with it.
+
+    Raises:
+        DataError: With a summary.
+    """
+    count = sum(bad.values())
+    if count > max_bad * total:
+        kinds = ", ".join(f"{number} {status}" for status, number in sorted(bad.items()))
+        raise DataError(
+            f"{count} of {total} records ({count / total:.1%}) cannot be used, more than {max_bad:.1%}: {kinds}; "
+            f"first: {first}",
+            "quarantine.jsonl names each; mend the data or raise --max-bad",
+        )
+
+
+class _Flat(TypedDict):
+    """One model's outcome as columns."""
+
+    nll: float | None
+    tokens: int | None
+    status: str
+    reason: str | None
+
+
+def _flat(outcome: Outcome) -> _Flat:
+    if isinstance(outcome, Problem):
+        return {"nll": None, "tokens": None, "status": outcome.status, "reason": outcome.reason}
+    return {"nll": outcome.nll, "tokens": outcome.num_tokens, "status": OK, "reason": None}
