@@ -21,6 +21,7 @@ from nvila.errors import ArtifactError, ConfigError
 
 SHARDS = "shards"
 _DIGEST = b"nvila.scoring"
+_GROUP_ROWS = 2**16
 _NAME = re.compile(r"scores-([0-9]{5,})\.parquet")
 
 SCHEMA = pa.schema(
@@ -153,17 +154,24 @@ class ParquetFile:
         self._writer: Any = None
 
     def __enter__(self) -> ParquetFile:
+        self._waiting: list[pa.Table] = []
         self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
         return self
 
     def write(self, rows: pa.Table | pa.RecordBatch) -> None:
-        """Append rows."""
-        if isinstance(rows, pa.Table):
-            self._writer.write_table(rows)
-        else:
-            self._writer.write_batch(rows)
+        """Append rows; they are gathered, because many small groups of rows make a slow file."""
+        self._waiting.append(rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows]))
+        if sum(table.num_rows for table in self._waiting) >= _GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+            self._waiting = []
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            self._flush()
         self._writer.close()
         if kind is not None:
             self._temporary.unlink(missing_ok=True)

@@ -1,13 +1,14 @@
 """From a stream of records to windows: some records with their media decoded once, in bounded memory.
 
-Media are known by what they are made of: records that show the same picture share it, whatever they call it.
+Media are known by what they are made of: records that show the same picture share it, whatever they call it. Equal
+keys of neighbours are one medium, which is read once.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -71,6 +72,19 @@ class _Decoded:
         )
 
 
+_Medium = tuple[str, "Future[_Decoded]"]
+"""The digest of a medium, and its content as soon as that is decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A record whose media are being decoded, by the key that the record has for them."""
+
+    record: Record
+    sample: Sample | Problem
+    media: Mapping[str, _Medium]
+
+
 def windows(
     records: Iterable[Record],
     samplings: frozenset[FrameSampling],
@@ -87,20 +101,20 @@ def windows(
         max_bytes: A window ends with the record whose decoded media reach this.
     """
     with ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode") as pool:
-        held: list[tuple[Record, Sample | Problem, list[str]]] = []
-        media: dict[str, Future[_Decoded]] = {}
+        held: list[_Held] = []
+        seen: set[str] = set()
         size = 0
-        for record, sample, digests, futures in _submitted(records, samplings, pool):
-            held.append((record, sample, digests))
-            for digest, future in futures.items():
-                if digest not in media:
-                    media[digest] = future
+        for one in _submitted(records, samplings, pool):
+            held.append(one)
+            for digest, future in one.media.values():
+                if digest not in seen:
+                    seen.add(digest)
                     size += future.result().num_bytes
             if len(held) >= max_records or size >= max_bytes:
-                yield _window(held, media)
-                held, media, size = [], {}, 0
+                yield _window(held)
+                held, seen, size = [], set(), 0
         if held:
-            yield _window(held, media)
+            yield _window(held)
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -114,52 +128,48 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 def _submitted(
     records: Iterable[Record], samplings: frozenset[FrameSampling], pool: ThreadPoolExecutor
-) -> Iterator[tuple[Record, Sample | Problem, list[str], dict[str, Future[_Decoded]]]]:
+) -> Iterator[_Held]:
     """Read records in order and have their media decoded some records ahead."""
-    waiting: deque[tuple[Record, Sample | Problem, list[str], dict[str, Future[_Decoded]]]] = deque()
-    recent: dict[str, Future[_Decoded]] = {}
+    waiting: deque[_Held] = deque()
     for record in records:
-        sample, encoded = _read(record)
-        futures = {}
-        for digest, (kind, data) in encoded.items():
-            if digest not in recent:
-                recent[digest] = pool.submit(_decode, digest, kind, data, samplings)
-            futures[digest] = recent[digest]
-        waiting.append((record, sample, list(encoded), futures))
+        # Questions about one picture stand together, so remembering the neighbours is enough.
+        known = {key: medium for held in waiting for key, medium in held.media.items()}
+        decoding = dict(known.values())
+        sample, encoded = _read(record, known.keys())
+        media = {key: known[key] for key in record.media if key in known}
+        for key, (kind, data) in encoded.items():
+            digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+            if digest not in decoding:
+                decoding[digest] = pool.submit(_decode, digest, kind, data, samplings)
+            media[key] = (digest, decoding[digest])
+        waiting.append(_Held(record, sample, media))
         if len(waiting) > _AHEAD:
-            # Questions about one picture stand together, so remembering the neighbours is enough.
-            recent = {digest: future for *_, known in waiting for digest, future in known.items()}
             yield waiting.popleft()
     yield from waiting
 
 
-def _read(record: Record) -> tuple[Sample | Problem, dict[str, tuple[str, bytes]]]:
-    """Read the bytes of a record's media and name them by their content."""
+def _read(record: Record, known: Container[str]) -> tuple[Sample | Problem, dict[str, tuple[str, bytes]]]:
+    """Read the bytes of a record's media by key, but for those that are known."""
     if record.sample is None:
         reason = record.problem or "the reader gave no reason"
         return Problem(status="no_answer" if reason.startswith("no answer") else "unreadable", reason=reason), {}
     if not record.sample.answer.strip():
         return Problem(status="no_answer", reason="the last turn is no answer of the assistant"), {}
     encoded: dict[str, tuple[str, bytes]] = {}
-    names: dict[tuple[str, str], str] = {}
     try:
         for part in (part for message in record.sample.messages for part in message.content if part.type != "text"):
-            if (part.type, part.value) in names:
-                continue
             if part.value not in record.media:
                 return Problem(status="bad_media", reason=f"{part.type} '{part.value}' is nowhere"), {}
-            data = record.media[part.value].read()
-            digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-            names[part.type, part.value] = digest
-            encoded[digest] = (part.type, data)
+            if part.value not in known and part.value not in encoded:
+                encoded[part.value] = (part.type, record.media[part.value].read())
     except NvilaError as e:
         return Problem(status="bad_media", reason=str(e)), {}
-    return _renamed(record.sample, names), encoded
+    return record.sample, encoded
 
 
-def _renamed(sample: Sample, names: Mapping[tuple[str, str], str]) -> Sample:
+def _renamed(sample: Sample, media: Mapping[str, _Medium]) -> Sample:
     def rename(part: Part) -> Part:
-        return part if part.type == "text" else Part(type=part.type, value=names[part.type, part.value])
+        return part if part.type == "text" else Part(type=part.type, value=media[part.value][0])
 
     return replace(
         sample,
@@ -182,16 +192,16 @@ def _decode(digest: str, kind: str, data: bytes, samplings: frozenset[FrameSampl
         return _Decoded(images={}, videos={}, problem=Problem(status="bad_media", reason=str(e)))
 
 
-def _window(
-    held: Sequence[tuple[Record, Sample | Problem, list[str]]], media: Mapping[str, Future[_Decoded]]
-) -> Window:
-    decoded = {digest: future.result() for digest, future in media.items()}
+def _window(held: Sequence[_Held]) -> Window:
+    decoded = {digest: future.result() for one in held for digest, future in one.media.values()}
     samples: list[Sample | Problem] = []
-    for _, sample, digests in held:
-        problems = (decoded[digest].problem for digest in digests)
-        samples.append(next((problem for problem in problems if problem is not None), sample))
+    for one in held:
+        problems = (decoded[digest].problem for digest, _ in one.media.values())
+        problem = next((problem for problem in problems if problem is not None), None)
+        sample = one.sample if isinstance(one.sample, Problem) else problem or _renamed(one.sample, one.media)
+        samples.append(sample)
     return Window(
-        records=[record for record, *_ in held],
+        records=[one.record for one in held],
         samples=samples,
         images={key: image for one in decoded.values() for key, image in one.images.items()},
         videos={key: video for one in decoded.values() for key, video in one.videos.items()},
