@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvila.curation.scoring import AnswerScore
@@ -67,6 +67,7 @@ def test_bad_selections_are_refused(deltas: list[float], rates: float | dict[str
         select_top(deltas, ["a"], rates)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=60), st.floats(0, 1))
 def test_no_ignored_sample_beats_a_kept_one(deltas: list[float], rate: float) -> None:
     kept = select_top(deltas, ["a"] * len(deltas), rate)

@@ -21,6 +21,7 @@ from nvila.errors import ArtifactError, DataError
 
 SCORES = "scores.parquet"
 QUARANTINE = "quarantine.jsonl"
+_MADE_OF = b"nvila.made_of"
 # A row for every record of the data set, in its order.
 SCORES_SCHEMA = pa.schema(
     [
@@ -70,22 +71,43 @@ def merge(shards: Shards, out: Path, normalize: Normalize) -> Merged:
     statuses: Counter[str] = Counter()
     first_bad: list[str] = []
 
-    def quarantined() -> Iterator[str]:
-        with ParquetFile(out / SCORES, SCORES_SCHEMA) as file:
-            for number in numbers:
-                table = _marked(shards.read(number), duplicates)
-                file.write(_scores(table, normalize))
-                for value in table["status"].to_pylist():
-                    statuses[value] += 1
-                for row in table.filter(pc.not_equal(table["status"], OK)).to_pylist():
-                    if not first_bad:
-                        first_bad.append(f"{row['where']}: {row['reason']}")
-                    yield quarantine_line(row)
+    def quarantined(file: ParquetFile) -> Iterator[str]:
+        for number in numbers:
+            table = _marked(shards.read(number), duplicates)
+            file.write(_scores(table, normalize))
+            for value in table["status"].to_pylist():
+                statuses[value] += 1
+            for row in table.filter(pc.not_equal(table["status"], OK)).to_pylist():
+                if not first_bad:
+                    first_bad.append(f"{row['where']}: {row['reason']}")
+                yield quarantine_line(row)
 
-    write_lines(out / QUARANTINE, quarantined())
-    if not statuses:
-        raise DataError("the data set has no records", "check the path")
+    made_of = {_MADE_OF: f"{shards.digest} {normalize}".encode()}
+    # The scores appear last: where they are, the quarantine is theirs.
+    with ParquetFile(out / SCORES, SCORES_SCHEMA.with_metadata(made_of)) as file:
+        write_lines(out / QUARANTINE, quarantined(file))
+        if not statuses:
+            raise DataError("the data set has no records", "check the path")
     return Merged(total=statuses.total(), statuses=dict(statuses), first_bad="".join(first_bad))
+
+
+def merged_already(digest: str, out: Path, normalize: Normalize) -> Merged | None:
+    """Return what `merge` returned when its files are there and were made of these scores; else None."""
+    try:
+        metadata = pq.read_schema(out / SCORES).metadata or {}
+        with (out / QUARANTINE).open(encoding="utf-8") as lines:
+            first = next(lines, None)
+    except (OSError, pa.ArrowException):
+        return None
+    if metadata.get(_MADE_OF) != f"{digest} {normalize}".encode():
+        return None
+    statuses: Counter[str] = Counter()
+    with pq.ParquetFile(out / SCORES) as file:
+        for batch in file.iter_batches(columns=["status"]):
+            statuses.update({row["values"]: row["counts"] for row in pc.value_counts(batch["status"]).to_pylist()})
+    row = json.loads(first) if first else None
+    first_bad = f"{row['where']}: {row['reason']}" if row else ""
+    return Merged(total=statuses.total(), statuses=dict(statuses), first_bad=first_bad)
 
 
 def write_quarantine(shards: Shards, out: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from nvila.errors import ConfigError
+from nvila.errors import ConfigError, NvilaError, ResourceError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,18 +80,41 @@ def top_of_sources(
 
     Returns:
         Whether each row of the table is chosen.
+
+    Raises:
+        ResourceError: Memory and disk do not suffice.
+        NvilaError: What `candidates` raised.
     """
+    import duckdb
     import numpy as np
 
+    failures: list[NvilaError] = []
+
+    def watched() -> Iterator[pa.RecordBatch]:
+        # The database would wrap the error of whoever makes the rows.
+        try:
+            yield from candidates
+        except NvilaError as e:
+            failures.append(e)
+            raise
+
     chosen = np.zeros(num_rows, dtype=np.bool_)
-    with database(scratch) as connection:
-        connection.register("candidates", pa.RecordBatchReader.from_batches(CANDIDATES, candidates))
-        table = pa.table({"source": list(quotas), "quota": pa.array(quotas.values(), pa.int64())})
-        connection.register("quotas", table)
-        found = connection.sql(_TOP_OF_PARTS if by_part else _TOP).to_arrow_reader(_BATCH_ROWS)
-        for batch in found:
-            chosen[batch.column(0).to_numpy()] = True
+    try:
+        with database(scratch) as connection:
+            connection.register("candidates", pa.RecordBatchReader.from_batches(CANDIDATES, watched()))
+            table = pa.table({"source": list(quotas), "quota": pa.array(quotas.values(), pa.int64())})
+            connection.register("quotas", table)
+            found = connection.sql(_TOP_OF_PARTS if by_part else _TOP).to_arrow_reader(_BATCH_ROWS)
+            for batch in found:
+                chosen[batch.column(0).to_numpy()] = True
+    except duckdb.Error as e:
+        raise (failures[0] if failures else _database_error(e)) from e
     return chosen
+
+
+def _database_error(error: Exception) -> ResourceError:
+    reason = str(error).strip().partition("\n")[0]
+    return ResourceError(f"the database cannot rank the scores: {reason}", "free disk space in the output folder")
 
 
 def quota(rate: float, count: int) -> int:

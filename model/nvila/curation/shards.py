@@ -166,7 +166,7 @@ class ParquetFile:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
+            self._writer.write_table(pa.concat_tables(self._waiting).cast(self._schema))
             self._waiting = []
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:

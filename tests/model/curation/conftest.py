@@ -96,7 +96,7 @@ def small_model(
     torch.manual_seed(23)
     model = build_model(model_config, tokenizer).eval()
     directory = tmp_path_factory.mktemp("small") / "model"
-    save_model(model, build_processor(model.config, tokenizer), directory)  # type: ignore[arg-type]  # typed by a base
+    save_model(model, build_processor(model.config, tokenizer), directory)
     return directory
 
 

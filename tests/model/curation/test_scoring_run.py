@@ -182,7 +182,7 @@ def test_a_sample_without_a_number_does_not_spoil_its_row(scoring: Any, vqa_stre
 
 
 def test_a_run_stops_as_soon_as_too_much_is_bad(scoring: Any, vqa_stream: Any) -> None:
-    bad = [(index, (None, {}, "broken JSON")) for index in (0, 5, 6)]
+    bad: Any = [(index, (None, {}, "broken JSON")) for index in (0, 5, 6)]
     stream = vqa_stream(40, *bad)
     scoring(stream, "enough", max_bad=3 / 40, total=40).run()
     run = scoring(stream, max_bad=2 / 40, total=40)
