@@ -22,6 +22,8 @@ from nvila.data.records import Part, Sample
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 
+_FEATURE_TILES = 64
+
 
 @dataclass(slots=True)
 class NvilaScorer:
@@ -70,26 +72,24 @@ class NvilaScorer:
         Returns:
             Vectors (C,) in fp32, C the width of the tower.
         """
-        found: list[Tensor | None] = []
-        for sample in window.samples:
-            pixels = [] if isinstance(sample, Problem) else self._single_tiles(window, sample)
-            if not pixels:
-                found.append(None)
-                continue
-            with torch.inference_mode():
-                features_TNC = self.model.model._tower_features(torch.cat(pixels))
-            found.append(features_TNC.float().mean((0, 1)).cpu())
-        return found
+        media = [[] if isinstance(sample, Problem) else _media(sample) for sample in window.samples]
+        wanted = dict.fromkeys(part for parts in media for part in parts)
+        images = [part for part in wanted if part.type == "image"]
+        means: dict[Part, Tensor] = {}
+        for start in range(0, len(images), _FEATURE_TILES):
+            some = images[start : start + _FEATURE_TILES]
+            pictures = [window.images[part.value] for part in some]
+            tiles = self.processor.image_processor(pictures, tile=False)["pixel_values"]
+            means |= zip(some, self._tower(tiles).mean(1), strict=True)
+        sampling = cast("FrameSampling", self.sampling)
+        for part in (part for part in wanted if part.type == "video"):
+            frames = self.processor.video_processor.pixel_values(window.videos[part.value, sampling])
+            means[part] = self._tower(frames).mean((0, 1))
+        return [torch.stack([means[part] for part in parts]).mean(0) if parts else None for parts in media]
 
-    def _single_tiles(self, window: Window, sample: Sample) -> list[Tensor]:
-        images, sampling = self.processor.image_processor, cast("FrameSampling", self.sampling)
-        parts = [part for message in sample.messages for part in message.content if part.type != "text"]
-        return [
-            images([window.images[part.value]], tile=False)["pixel_values"]
-            if part.type == "image"
-            else self.processor.video_processor.pixel_values(window.videos[part.value, sampling])
-            for part in parts
-        ]
+    @torch.inference_mode()
+    def _tower(self, pixels_TCHW: Tensor) -> Tensor:
+        return self.model.model._tower_features(pixels_TCHW).float().cpu()
 
     def _layouts(self, window: Window, media: Sequence[Part]) -> list[MediaLayout]:
         tokens, images = self.processor.media_tokens, self.processor.image_processor
@@ -113,3 +113,7 @@ class NvilaScorer:
             sampling = cast("FrameSampling", self.sampling)
             pixels |= self.processor.video_processor([window.videos[key, sampling] for key in batch.videos])
         return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in pixels.items()}
+
+
+def _media(sample: Sample) -> list[Part]:
+    return [part for message in sample.messages for part in message.content if part.type != "text"]

@@ -12,12 +12,13 @@ import pyarrow as pa
 import torch
 
 from nvila.curation.encoding import Outcome
+from nvila.curation.nvila_scorer import NvilaScorer
 from nvila.curation.problems import OK, Problem
 from nvila.curation.scorers import Scorer
 from nvila.curation.shards import SCHEMA, Shards
 from nvila.curation.windows import FrameSampling, Window, ahead, windows
 from nvila.data.readers.record import Record, RecordStream
-from nvila.errors import ArtifactError, DataError
+from nvila.errors import ArtifactError, CapabilityError, DataError
 from nvila.progress import SILENT, Reporter
 
 Size = Literal["small", "large"]
@@ -67,19 +68,29 @@ class ScoringRun:
             ConfigError: The directory holds scores of another configuration.
         """
         if self.sequential:
-            self._pass("small", "small", self._half)
+            self._pass("small", "small", self._half, instead="scores")
             self._forget()
         self._pass("scores", "large" if self.sequential else "score", self._whole)
+        self._forget()
 
-    def _pass(self, kind: str, phase: str, score: Callable[[int, str], pa.Table]) -> None:
-        """Go over all shards once; `score` makes what is not there yet."""
+    def run_features(self) -> None:
+        """Make the vision features of this rank's shards with the small model, for clusters of like images.
+
+        Raises:
+            CapabilityError: The small model has no vision tower.
+        """
+        self._pass("features", "features", self._features)
+        self._forget()
+
+    def _pass(self, kind: str, phase: str, make: Callable[[int, str], pa.Table], instead: str | None = None) -> None:
+        """Go over this rank's shards once; `make` makes what is not there, and `instead` is as good."""
         self._done = 0
         for number in self.shards.own(self.rank, self.world):
-            rows = self.shards.rows(number)
-            if rows is None and kind != "scores":
-                rows = self.shards.rows(number, kind)
+            rows = self.shards.rows(number, kind)
+            if rows is None and instead is not None:
+                rows = self.shards.rows(number, instead)
             if rows is None:
-                table = score(number, phase)
+                table = make(number, phase)
                 self.shards.publish(number, table, kind)
                 rows = table.num_rows
                 if kind == "scores":
@@ -125,16 +136,31 @@ class ScoringRun:
         ]
         return pa.Table.from_pylist(rows, schema=_HALF)
 
+    def _features(self, number: int, phase: str) -> pa.Table:
+        rows: list[list[float] | None] = []
+        for window in self._read(number, phase):
+            scorer = self._scorer("small")
+            if not isinstance(scorer, NvilaScorer):
+                raise CapabilityError(
+                    "the small model has no vision tower to find like images with", "use --method random"
+                )
+            rows += [None if one is None else one.tolist() for one in scorer.features(window)]
+        return pa.table({"features": pa.array(rows, pa.list_(pa.float32()))})
+
     def _windows(
         self, number: int, phase: str, sizes: Sequence[Size]
     ) -> Iterator[tuple[Window, dict[Size, list[Outcome]]]]:
         """Yield the windows of a shard with what the models say."""
+        for window in self._read(number, phase):
+            yield window, {size: self._scorer(size).score(window, self.batch_tokens) for size in sizes}
+
+    def _read(self, number: int, phase: str) -> Iterator[Window]:
+        """Yield the windows of a shard; one is done when the next one is asked for."""
         records = self.stream.records(number * self.shards.size, (number + 1) * self.shards.size)
         for window in ahead(windows(records, self.samplings)):
-            outcomes = {size: self._scorer(size).score(window, self.batch_tokens) for size in sizes}
+            yield window
             self._done += len(window.records)
             self.reporter.progress(phase, self._done, self._own_total())
-            yield window, outcomes
 
     def _row(self, record: Record, is_bad: bool, small: _Flat, large: _Flat) -> dict[str, object]:
         status: str = OK
@@ -202,7 +228,7 @@ def check_share(bad: Mapping[str, int], total: int, max_bad: float, first: str) 
         raise DataError(
             f"{count} of {total} records ({count / total:.1%}) cannot be used, more than {max_bad:.1%}: {kinds}; "
             f"first: {first}",
-            "quarantine.jsonl names each; mend the data or raise --max-bad",
+            "quarantine.jsonl names each; raise --max-bad, or mend the data and delete the shards to score it again",
         )
 
 

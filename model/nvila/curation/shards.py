@@ -129,6 +129,7 @@ class Shards:
         for number in self.present():
             if 0 <= last < number:
                 self.path(number).unlink()
+                self.path(number, "features").unlink(missing_ok=True)
         for path in self.directory.glob(".*.tmp"):
             path.unlink()
 
