@@ -89,7 +89,8 @@ class NvilaScorer:
 
     @torch.inference_mode()
     def _tower(self, pixels_TCHW: Tensor) -> Tensor:
-        return self.model.model._tower_features(pixels_TCHW).float().cpu()
+        features_TNC: Tensor = self.model.model._tower_features(pixels_TCHW)
+        return features_TNC.float().cpu()
 
     def _layouts(self, window: Window, media: Sequence[Part]) -> list[MediaLayout]:
         tokens, images = self.processor.media_tokens, self.processor.image_processor

@@ -15,6 +15,7 @@ from nvila.curation.text_scorer import TextScorer
 from nvila.curation.windows import FrameSampling, Window
 from nvila.errors import CheckpointError
 
+NVILA = "nvila"
 DType = Literal["fp32", "bf16"]
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -53,10 +54,32 @@ def load_scorer(folder: Path, *, dtype: DType, device: str) -> Scorer:
     from nvila.assembly import check_model_files
 
     check_model_files(folder)
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as e:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {e}", "make the model again") from e
-    if kind == "nvila":
+    if model_type(folder) == NVILA:
         return NvilaScorer.load(folder, dtype=DTYPES[dtype], device=device)
     return TextScorer.load(folder, dtype=DTYPES[dtype], device=device)
+
+
+def sampling_of(folder: Path) -> FrameSampling | None:
+    """Return how a checkpoint samples videos, without loading its weights; None for language models.
+
+    Raises:
+        CheckpointError: It is no model.
+    """
+    from nvila.inspection import load_processor
+
+    if model_type(folder) != NVILA:
+        return None
+    video = load_processor(str(folder)).video_processor
+    return FrameSampling(video.num_frames, video.fps)
+
+
+def model_type(folder: Path) -> str:
+    """Return the kind of a model folder as its configuration names it.
+
+    Raises:
+        CheckpointError: It has no configuration that can be read.
+    """
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    except (OSError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {e}", "make the model again") from e
