@@ -28,7 +28,8 @@ class Record:
         index: Position in the data set, from 0; the same on every reading.
         where: File and place in it, for messages: `llava.jsonl:12`.
         sample: The record; None when it cannot be used.
-        media: Where the bytes of each image and video of the sample are, by the key that the sample uses.
+        media: Where the bytes of each image and video of the sample are, by the key that the sample uses. Equal keys
+            mean the same medium, also between data sets.
         problem: Why there is no sample; None when there is one.
     """
 

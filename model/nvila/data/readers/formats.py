@@ -1,0 +1,118 @@
+"""The formats that are read, and how one is recognised."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from typing import Any
+
+from nvila.data.dataset import IMAGES_FILE
+from nvila.data.readers.arrow import Arrow
+from nvila.data.readers.json_array import JsonArray
+from nvila.data.readers.json_lines import JsonLines
+from nvila.data.readers.locations import Location, expand, files_below, reading
+from nvila.data.readers.parquet import Parquet
+from nvila.data.readers.rows import Format
+from nvila.data.readers.webdataset import SIZES_FILE, WebDataset
+from nvila.errors import ConfigError, DataError, nearest
+
+FORMATS: dict[str, type[Format]] = {
+    format.name: format for format in (JsonArray, JsonLines, Parquet, Arrow, WebDataset)
+}
+# What `datasets` writes beside its Arrow files.
+_STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
+_NO_DATA = (IMAGES_FILE, SIZES_FILE, _STATE_FILE, _SPLITS_FILE, "dataset_info.json", "dataset_infos.json")
+_SNIFFED_BYTES = 4096
+_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
+_BOM = b"\xef\xbb\xbf"
+
+FormattedFile = tuple[Location, type[Format]]
+
+
+def data_files(location: Location, format: str | None = None) -> list[FormattedFile]:
+    """Return the data files that a location stands for, each with its format.
+
+    Args:
+        location: A file, a folder or a pattern.
+        format: Name of the format; None recognises it from names and contents.
+
+    Raises:
+        ConfigError: The format is unknown or cannot be recognised, or a folder holds data of several.
+        DataError: Nothing is there, or nothing that can be read.
+    """
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"'{format}' is not a data format", nearest(format, FORMATS))
+    found: list[FormattedFile] = []
+    for place in expand(location):
+        if place.is_file():
+            found.append((place, FORMATS[format] if format else _recognise(place)))
+        else:
+            found += _of_folder(place, format)
+    return found
+
+
+def _of_folder(folder: Location, format: str | None) -> list[FormattedFile]:
+    if format in (None, Arrow.name):
+        if folder.below(_SPLITS_FILE).is_file():
+            splits = ", ".join(folder.below(str(name)).uri for name in _listed(folder.below(_SPLITS_FILE), "splits"))
+            raise ConfigError(f"{folder.uri} holds several splits", f"name one of them: {splits}")
+        if folder.below(_STATE_FILE).is_file():
+            entries = _listed(folder.below(_STATE_FILE), "_data_files")
+            return [(folder.below(str(entry["filename"])), Arrow) for entry in entries]
+    files = [file for file in files_below(folder) if posixpath.basename(file.path) not in _NO_DATA]
+    by_format = {
+        name: [file for file in files if file.path.lower().endswith(FORMATS[name].suffixes)]
+        for name in ([format] if format else FORMATS)
+    }
+    filled = [name for name, some in by_format.items() if some]
+    if not filled:
+        raise DataError(f"{folder.uri} holds no {format or 'data'} files", f"formats: {', '.join(FORMATS)}")
+    if len(filled) > 1:
+        raise ConfigError(f"{folder.uri} holds {' and '.join(filled)} files", "name the format, a pattern or a file")
+    return [(file, FORMATS[format] if format else _recognise(file)) for file in by_format[filled[0]]]
+
+
+def _recognise(file: Location) -> type[Format]:
+    path = file.path.lower()
+    by_name = next((kind for kind in FORMATS.values() if path.endswith(kind.suffixes)), None)
+    # Files that people call .json hold an array, or lines.
+    if by_name is not None and by_name is not JsonArray:
+        return by_name
+    with reading(file.uri), file.open() as stream:
+        head = stream.read(_SNIFFED_BYTES)
+    if head.startswith(b"PAR1"):
+        return Parquet
+    if head.startswith(b"ARROW1"):
+        return Arrow
+    if head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
+        return WebDataset
+    text = head.removeprefix(_BOM).lstrip()
+    if text.startswith(b"["):
+        return JsonArray
+    if text.startswith(b"{") and _is_line(text):
+        return JsonLines
+    if by_name is JsonArray:
+        raise DataError(f"{file.uri} holds neither an array of records nor one record a line", "write one of them")
+    raise ConfigError(f"the format of {file.uri} is not recognised", f"name it: {', '.join(FORMATS)}")
+
+
+def _is_line(text: bytes) -> bool:
+    """Tell whether the first line is a whole record, as far as can be seen."""
+    line, separator, _ = text.partition(b"\n")
+    if not separator and len(text) >= _SNIFFED_BYTES // 2:
+        return True
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _listed(file: Location, name: str) -> list[Any]:
+    try:
+        values = json.loads(file.read())[name]
+        if isinstance(values, list):
+            return values
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise DataError(f"{file.uri} has no list '{name}'", "write the data set again with save_to_disk")

@@ -1,0 +1,86 @@
+"""Parquet files, with images as bytes or as paths."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from nvila.data.readers.locations import reading
+from nvila.data.readers.packages import package
+from nvila.data.readers.rows import DataFile, Format, Rows
+from nvila.data.readers.tables import BATCH_ROWS, TableRows, wanted_columns
+from nvila.errors import DataError
+
+_BUFFER_BYTES = 2**20
+
+
+class Parquet(Format):
+    """The format `parquet`."""
+
+    name = "parquet"
+    suffixes = (".parquet", ".pq")
+
+    def open(self, file: DataFile, fields: Collection[str]) -> Rows:
+        """Open a file; only columns that mean something are read."""
+        return _ParquetRows(file, fields)
+
+    def count(self, file: DataFile) -> int | None:
+        """The footer says it."""
+        table, source = _open(file)
+        with source:
+            return int(table.metadata.num_rows)
+
+
+class _ParquetRows(TableRows):
+    def __init__(self, file: DataFile, fields: Collection[str]) -> None:
+        super().__init__()
+        self._table, self._source = _open(file)
+        self._columns = wanted_columns(self._table.schema_arrow.names, fields, file.location.uri)
+        self.count = int(self._table.metadata.num_rows)
+        self._group = 0  # the next one
+        self._batches: Iterator[Any] = iter(())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._group = self._table.num_row_groups
+        self._batches = iter(())
+        self._source.close()
+
+    def _next_batch(self) -> Any:
+        batch = next(self._batches, None)
+        while batch is None and self._group < self._table.num_row_groups:
+            self._batches = self._table.iter_batches(
+                BATCH_ROWS, row_groups=[self._group], columns=self._columns, use_threads=False
+            )
+            self._group += 1
+            batch = next(self._batches, None)
+        return batch
+
+    def _skip_undecoded(self, count: int) -> int:
+        batch = next(self._batches, None)
+        if batch is not None:  # in the middle of a group
+            self._batch = batch
+            return 0
+        skipped = 0
+        while self._group < self._table.num_row_groups:
+            rows = self._table.metadata.row_group(self._group).num_rows
+            if skipped + rows > count:
+                break
+            skipped += rows
+            self._group += 1
+        return skipped
+
+
+def _open(file: DataFile) -> tuple[Any, Any]:
+    pq, pa = package("pyarrow.parquet"), package("pyarrow")
+    source = file.location.open()
+    try:
+        with reading(file.location.uri):
+            # Pages are read as they are needed; whole column chunks of images would fill the memory.
+            return pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES), source
+    except pa.ArrowException as e:
+        source.close()
+        raise DataError(f"{file.location.uri} is no Parquet file: {e}", "replace the file") from e
+    except BaseException:
+        source.close()
+        raise

@@ -1,0 +1,105 @@
+"""What Parquet and Arrow files have in common: named columns, decoded a few rows at a time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from nvila.data.readers.packages import package
+from nvila.data.readers.rows import Row, Rows
+from nvila.data.readers.shapes import CONVERSATION_FIELDS
+from nvila.errors import DataError
+
+# Rows decoded at a time, each maybe with an image.
+BATCH_ROWS = 64
+
+
+class TableRows(Rows):
+    """The rows of an open table."""
+
+    def __init__(self) -> None:
+        self._errors = (OSError, package("pyarrow").ArrowException)
+        self._rows: Iterator[Row] = iter(())
+        self._batch: Any = None  # what of the last batch is not yet in `_rows`
+        self._damaged = False
+
+    def __next__(self) -> Row:
+        row = next(self._rows, None)
+        while row is None:
+            if self._damaged:
+                raise StopIteration
+            try:
+                batch = self._next_batch() if self._batch is None else self._batch
+            except self._errors as e:
+                return self._break_off(str(e))
+            if batch is None:
+                raise StopIteration
+            self._batch = None if batch.num_rows <= BATCH_ROWS else batch.slice(BATCH_ROWS)
+            self._rows = _decoded(batch.slice(0, BATCH_ROWS))
+            row = next(self._rows, None)
+        return row
+
+    @abstractmethod
+    def _next_batch(self) -> Any:
+        """Return the next record batch, None at the end."""
+
+    def skip(self, count: int) -> int:
+        """Drop rows; those that are not decoded yet never are."""
+        skipped = 0
+        while skipped < count and next(self._rows, None) is not None:
+            skipped += 1
+        while skipped < count and not self._damaged:
+            try:
+                if self._batch is None:
+                    skipped += self._skip_undecoded(count - skipped)
+                batch = self._next_batch() if self._batch is None else self._batch
+            except self._errors as e:
+                self._break_off(str(e))
+                return skipped + 1  # the row that says so
+            if batch is None:
+                break
+            dropped = min(batch.num_rows, count - skipped)
+            skipped += dropped
+            self._batch = batch.slice(dropped) if dropped < batch.num_rows else None
+        return skipped
+
+    def _skip_undecoded(self, count: int) -> int:
+        """Drop rows that lie before the next batch, where the file allows it; return how many."""
+        return 0
+
+    def _break_off(self, reason: str) -> Row:
+        self._damaged = True
+        return Row(problem=f"the table is damaged from here on: {reason}")
+
+
+def _decoded(batch: Any) -> Iterator[Row]:
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        yield from map(_decoded_alone, (batch.slice(index, 1) for index in range(batch.num_rows)))
+        return
+    for row in rows:
+        yield Row(fields=row)
+
+
+def _decoded_alone(batch: Any) -> Row:
+    try:
+        return Row(fields=batch.to_pylist()[0])
+    except UnicodeDecodeError as e:
+        return Row(problem=f"a text is no UTF-8: {e}")
+
+
+def wanted_columns(columns: Sequence[str], fields: Collection[str], where: str) -> list[str]:
+    """Return the columns that are read.
+
+    Raises:
+        DataError: None of them can hold a conversation.
+    """
+    wanted = [column for column in columns if column in fields]
+    if not wanted:
+        raise DataError(
+            f"{where} has no column that is known, only {', '.join(columns)}",
+            f"rename columns to {', '.join(CONVERSATION_FIELDS)}",
+        )
+    return wanted
