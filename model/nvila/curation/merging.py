@@ -101,13 +101,19 @@ def merged_already(digest: str, out: Path, normalize: Normalize) -> Merged | Non
         return None
     if metadata.get(_MADE_OF) != f"{digest} {normalize}".encode():
         return None
+    statuses = count_statuses(out)
+    row = json.loads(first) if first else None
+    first_bad = f"{row['where']}: {row['reason']}" if row else ""
+    return Merged(total=sum(statuses.values()), statuses=statuses, first_bad=first_bad)
+
+
+def count_statuses(out: Path) -> dict[str, int]:
+    """Count the records of each status in `scores.parquet`."""
     statuses: Counter[str] = Counter()
     with pq.ParquetFile(out / SCORES) as file:
         for batch in file.iter_batches(columns=["status"]):
             statuses.update({row["values"]: row["counts"] for row in pc.value_counts(batch["status"]).to_pylist()})
-    row = json.loads(first) if first else None
-    first_bad = f"{row['where']}: {row['reason']}" if row else ""
-    return Merged(total=statuses.total(), statuses=dict(statuses), first_bad=first_bad)
+    return dict(statuses)
 
 
 def write_quarantine(shards: Shards, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ def scoring_run(
     from nvila.curation.scorers import load_scorer, sampling_of
     from nvila.curation.scoring_run import ScoringRun
 
+    _hush()
     torch.set_num_threads(spec.threads)
     folders: dict[Size, Path] = {"small": Path(spec.small), "large": Path(spec.large)}
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if spec.device == "cuda" else spec.device
@@ -55,6 +57,15 @@ def scoring_run(
         total=spec.records,
         reporter=reporter,
     )
+
+
+def _hush() -> None:
+    """Keep the bars and the notes of libraries out of the progress that is shown."""
+    for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def own_rank(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
