@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from nvila.errors import DataError
+
 Status = Literal["ok", "unreadable", "no_answer", "bad_media", "too_long", "not_finite", "duplicate"]
 
 OK: Status = "ok"
@@ -27,3 +29,25 @@ class Problem:
 
     status: Status
     reason: str
+
+
+def check_share(bad: Mapping[str, int], total: int, max_bad: float, first: str) -> None:
+    """Refuse a data set of which too much cannot be used.
+
+    Args:
+        bad: Number of unusable records by status.
+        total: Records of the data set.
+        max_bad: Largest share that is accepted.
+        first: Where the first of them is, and what is wrong with it.
+
+    Raises:
+        DataError: With a summary.
+    """
+    count = sum(bad.values())
+    if count > max_bad * total:
+        kinds = ", ".join(f"{number} {status}" for status, number in sorted(bad.items()))
+        raise DataError(
+            f"{count} of {total} records ({count / total:.1%}) cannot be used, more than {max_bad:.1%}: {kinds}; "
+            f"first: {first}",
+            "quarantine.jsonl names each; raise --max-bad, or mend the data and delete the shards to score it again",
+        )

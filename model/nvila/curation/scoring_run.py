@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
@@ -13,12 +13,12 @@ import torch
 
 from nvila.curation.encoding import Outcome
 from nvila.curation.nvila_scorer import NvilaScorer
-from nvila.curation.problems import OK, Problem
+from nvila.curation.problems import OK, Problem, check_share
 from nvila.curation.scorers import Scorer
 from nvila.curation.shards import SCHEMA, Shards
 from nvila.curation.windows import FrameSampling, Window, ahead, windows
 from nvila.data.readers.record import Record, RecordStream
-from nvila.errors import ArtifactError, CapabilityError, DataError
+from nvila.errors import ArtifactError, CapabilityError
 from nvila.progress import SILENT, Reporter
 
 Size = Literal["small", "large"]
@@ -208,28 +208,6 @@ class ScoringRun:
                 self._first_bad = self._first_bad or f"{row['where']}: {row['reason']}"
         if self.total is not None:
             check_share(self._bad, self.total, self.max_bad, self._first_bad)
-
-
-def check_share(bad: Mapping[str, int], total: int, max_bad: float, first: str) -> None:
-    """Refuse a data set of which too much cannot be used.
-
-    Args:
-        bad: Number of unusable records by status.
-        total: Records of the data set.
-        max_bad: Largest share that is accepted.
-        first: Where the first of them is, and what is wrong with it.
-
-    Raises:
-        DataError: With a summary.
-    """
-    count = sum(bad.values())
-    if count > max_bad * total:
-        kinds = ", ".join(f"{number} {status}" for status, number in sorted(bad.items()))
-        raise DataError(
-            f"{count} of {total} records ({count / total:.1%}) cannot be used, more than {max_bad:.1%}: {kinds}; "
-            f"first: {first}",
-            "quarantine.jsonl names each; raise --max-bad, or mend the data and delete the shards to score it again",
-        )
 
 
 class _Flat(TypedDict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from nvila.progress import Reporter
     from nvila_platform.settings import Settings
     from nvila_platform.telemetry import ProgressView
+
+logger = logging.getLogger(__name__)
 
 STEP = "curate"
 # Beside the outputs and hidden, so that it is none.
@@ -312,8 +315,7 @@ def _wait(shards: Shards, reporter: Reporter) -> None:
 
 def _merge(request: CurationRequest, shards: Shards, reporter: Reporter) -> Merged:
     from nvila.curation.merging import merge, merged_already
-    from nvila.curation.problems import OK
-    from nvila.curation.scoring_run import check_share
+    from nvila.curation.problems import OK, check_share
 
     merged = merged_already(shards.digest, request.out, request.normalize)
     if merged is None:
@@ -346,7 +348,7 @@ def _finish(
     inputs = {"data": spec.data_digest, "small": spec.small_digest, "large": spec.large_digest}
     scored = sum(count.scored for count in result.sources.values())
     metrics = {"records": float(result.records), "scored": float(scored), "kept": float(result.kept)}
-    result = replace(result, report=None)
+    result = replace(result, report=_report(request, spec, result, settings))
     write_manifest(
         request.out,
         step=STEP,
@@ -362,13 +364,48 @@ def _finish(
     return result
 
 
+def _report(request: CurationRequest, spec: ScoringSpec, result: CurationResult, settings: Settings) -> Path | None:
+    """Write the report; data that can no longer be read costs its pictures only."""
+    from nvila_pipelines.report.curation_report import write_curation_report
+
+    try:
+        stream = open_stream(spec.data)
+    except NvilaError as e:
+        logger.warning("the report shows no samples: %s", e)
+        stream = None
+    rule = request.rule
+    rates = ", ".join([f"{rule.keep_rate:g}", *(f"{source} {rate:g}" for source, rate in rule.rates.items())])
+    limits = [
+        f"{name} {value:g}" for name, value in (("from", rule.min_delta), ("to", rule.max_delta)) if value is not None
+    ]
+    return write_curation_report(
+        request.out,
+        name=Path(spec.data.data).name if spec.data.mixtures is None else spec.data.data,
+        method=f"{rule.method}, keep {'; '.join([rates, *limits])}",
+        sources=result.sources,
+        statuses=result.statuses,
+        stream=stream,
+        made={
+            "data": spec.data.data,
+            "small model": f"{spec.small} ({spec.small_digest[:12]})",
+            "large model": f"{spec.large} ({spec.large_digest[:12]})",
+            "likelihoods": f"{spec.dtype} on {spec.device}, normalized by {request.normalize}",
+            "code": code_version(),
+        },
+        cache=settings.workspace / "cache" / "matplotlib",
+    )
+
+
 def track(settings: Settings, out: Path, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Record the run; without MLflow the events wait in the workspace."""
+    """Record the run with its report and plots; without MLflow the events wait in the workspace."""
+    from nvila_pipelines.report.curation_report import PLOTS, REPORT
     from nvila_platform.tracking import open_tracker
 
     with open_tracker(settings, f"{STEP} {out.name}", tags={"nvila.step": STEP}) as tracker:
         tracker.log_params(config)
         tracker.log_metrics(metrics)
+        for name in (REPORT, PLOTS):
+            tracker.log_artifact(out / name)
 
 
 @contextmanager
