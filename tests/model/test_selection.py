@@ -8,22 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvila.curation.scoring import AnswerScore
-from nvila.curation.selection import centre, delta_losses, round_to, select_top
+from nvila.curation.selection import centre, round_to, select_top
 from nvila.errors import ConfigError
-
-
-def scores(*rows: tuple[float, int]) -> list[AnswerScore]:
-    return [AnswerScore(nll=nll, num_tokens=tokens) for nll, tokens in rows]
-
-
-def test_delta_is_large_minus_small_log_likelihood() -> None:
-    # log p_large - log p_small = -1 - (-3)
-    assert delta_losses(scores((3.0, 2)), scores((1.0, 2))) == [2.0]
-
-
-def test_delta_by_token_divides_each_models_loss_by_its_own_tokens() -> None:
-    assert delta_losses(scores((3.0, 2)), scores((1.0, 4)), "token") == [3.0 / 2 - 1.0 / 4]
 
 
 @pytest.mark.parametrize(

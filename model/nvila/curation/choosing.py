@@ -139,7 +139,7 @@ def count_sources(out: Path, kept: NDArray[np.bool_] | None = None) -> dict[str,
 
 
 def write_selection(
-    out: Path, kept: NDArray[np.bool_] | Sequence[bool], ranks: Sequence[float] | None = None
+    out: Path, kept: NDArray[np.bool_] | Sequence[bool], ranks: Sequence[float | None] | None = None
 ) -> dict[str, SourceCount]:
     """Write `selection.parquet` and `ignore/<source>.json` beside the scores.
 

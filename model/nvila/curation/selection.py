@@ -10,31 +10,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from nvila.curation.ranking import CANDIDATES, quota, rate_of, top_of_sources
 from nvila.errors import ConfigError
 
-if TYPE_CHECKING:
-    from nvila.curation.scoring import AnswerScore
-
 Normalize = Literal["none", "token"]
 Centre = Literal["none", "answer"]
-
-
-def delta_losses(
-    small: Sequence[AnswerScore], large: Sequence[AnswerScore], normalize: Normalize = "none"
-) -> list[float]:
-    """Return delta of every sample.
-
-    Args:
-        small: Scores under the small model.
-        large: Scores under the large model, of the same samples.
-        normalize: `none` is the literal formula on whole answers; `token` divides by each model's token count.
-    """
-    if normalize == "token":
-        return [s.nll / s.num_tokens - b.nll / b.num_tokens for s, b in zip(small, large, strict=True)]
-    return [s.nll - b.nll for s, b in zip(small, large, strict=True)]
 
 
 def centre(deltas: Sequence[float], groups: Sequence[Hashable]) -> list[float]:

@@ -205,9 +205,9 @@ def _picture(key: str, images: Pictures) -> tuple[str, str]:
 
 
 def _likelihood(nll: float) -> str:
-    # The whole answer's likelihood; a loss of 0.02 says less to a reader than 98 %.
+    # The whole answer's likelihood; a loss of 0.02 says less to a reader than 98 %, but one of 20 more than 0 %.
     share = math.exp(-nll) if math.isfinite(nll) and nll >= 0 else 0.0
-    return f"{share * 100:.1f} %" if share >= 0.001 else "under 0.1 %"
+    return f"{share * 100:.1f} %" if share >= 0.001 else f"e^-{nll:.1f}"
 
 
 def _signed(delta: float) -> str:
