@@ -29,6 +29,8 @@ examples:
   nvila curate --out curated --keep-rate 0.1 --dry-run
                                      show what that would keep, write nothing
   nvila curate s3://data/shards/ --small A --large B --out curated --processes 4 --dtype bf16
+  nvila curate /data/x.jsonl --small A --large B --out /out/x --nodes 4 --gpus 8 --image IMG:TAG --claim data=/data \\
+      --claim out=/out | kubectl apply -f -
   nvila curate fast seed=1           the curation step of a recipe, with scorers trained on the fly
 
 outputs in DIR:
@@ -41,6 +43,7 @@ outputs in DIR:
 """
 _WHERE = ("out", "media_dir", "mixtures", "max_bad")
 _SCORING = ("small", "large", "dtype", "device", "sequential", "processes", "threads", "shard_size", "batch_tokens")
+_CLUSTER = ("image", "gpus", "cpu", "memory", "claim", "namespace", "job_name")
 _CHOOSING = ("normalize", "keep_rate", "min_delta", "max_delta", "method", "seed", "clusters", "dry_run")
 
 
@@ -96,10 +99,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--dry-run", action="store_true", default=None, help="show what saved scores would keep, write nothing"
     )
+    _add_cluster(parser)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    cluster = parser.add_argument_group("cluster", "With --nodes, print the manifest of a Kubeflow TrainJob instead.")
+    cluster.add_argument("--nodes", type=_count, metavar="N", help="nodes of the job; DIR must be on a shared volume")
+    cluster.add_argument("--image", help="container image with nvila")
+    cluster.add_argument(
+        "--gpus", type=_count, metavar="N", help="GPUs and processes of a node (default: one CPU process)"
+    )
+    cluster.add_argument("--cpu", metavar="N", help="cores of a node")
+    cluster.add_argument("--memory", metavar="SIZE", help="memory of a node: 64Gi")
+    cluster.add_argument(
+        "--claim", action="append", metavar="NAME=PATH", help="mount a persistent volume claim; may be repeated"
+    )
+    cluster.add_argument("--namespace", help="where the job runs")
+    cluster.add_argument("--job-name", metavar="NAME", help="default: curate-DIR")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Do the work and return the exit code."""
+    if args.nodes is None:
+        _refuse(args, _CLUSTER, "is about a job of a cluster", "say how many nodes with --nodes")
+    else:
+        return _print_job(args, settings)
     if not _given(args, (*_WHERE, *_SCORING)):
         _refuse(args, _CHOOSING, "is about a data set, but no folder is named", "name one with --out")
         return run_to("curate", args, settings)
@@ -123,6 +147,28 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         result = curate(request, settings, view=view)
     if result is not None:
         show(result, as_json=args.json)
+    return 0
+
+
+def _print_job(args: argparse.Namespace, settings: Settings) -> int:
+    """Print the manifest of the job that runs this command on several nodes."""
+    from nvila_pipelines.curation.cluster_job import curation_job
+
+    missing = [name for name in ("words", "small", "large", "out", "image") if not getattr(args, name)]
+    if missing:
+        what = "a data set" if missing[0] == "words" else f"--{missing[0]}"
+        raise ConfigError(
+            f"a job needs {what}", "nvila curate DATA --small A --large B --out DIR --nodes N --image IMG"
+        )
+    _refuse(args, ("dry_run", "processes"), "is for one machine, --nodes for several", "leave one of them out")
+    _rule(args)
+    manifest = curation_job(args, settings)
+    if args.json:
+        emit_json(manifest)
+    else:
+        import yaml
+
+        emit(yaml.safe_dump(manifest, sort_keys=False).rstrip())
     return 0
 
 

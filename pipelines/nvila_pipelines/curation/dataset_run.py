@@ -192,7 +192,8 @@ def _resolve(request: CurationRequest, reporter: Reporter, rank: int) -> Scoring
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     fresh: dict[str, Any] = {"dtype": "fp32", "shard_size": 4096, "batch_tokens": 8192}
-    fresh["threads"] = max(1, (os.cpu_count() or 1) // request.processes)
+    local = max(request.processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    fresh["threads"] = max(1, (os.cpu_count() or 1) // local)
     options = {
         name: getattr(request, name) or (getattr(earlier, name) if earlier is not None else value)
         for name, value in fresh.items()
