@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,7 +55,7 @@ class TextScorer:
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+        except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as e:
             reason = str(e).strip().partition("\n")[0]
             raise CheckpointError(f"no language model in {folder}: {reason}", "point at a saved one") from e
         model, report = loaded
