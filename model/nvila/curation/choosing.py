@@ -5,6 +5,7 @@ The scores are read in batches and never held; what grows with the data set is o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from nvila.curation.merging import SCORES, num_rows
 from nvila.curation.problems import OK
-from nvila.curation.ranking import CANDIDATES, quota, rate_of, top_of_sources
+from nvila.curation.ranking import CANDIDATES, part_quotas, quota, rate_of, top_of_parts
 from nvila.curation.shards import ParquetFile, publish_file
 from nvila.errors import ArtifactError, ConfigError, nearest
 
@@ -109,9 +110,10 @@ def choose(out: Path, rule: Rule) -> NDArray[np.bool_]:
     """
     scored = {source: count.scored for source, count in count_sources(out).items()}
     quotas = rule.quotas(scored)
-    return top_of_sources(
-        _candidates(out, rule), quotas, num_rows(out / SCORES), by_part=rule.method == "cluster", scratch=out
-    )
+    by_part = {(source, 0): count for source, count in quotas.items()}
+    if rule.method == "cluster":
+        by_part = part_quotas(_count_parts(out), quotas)
+    return top_of_parts(_candidates(out, rule), by_part, num_rows(out / SCORES), scratch=out)
 
 
 def count_sources(out: Path, kept: NDArray[np.bool_] | None = None) -> dict[str, SourceCount]:
@@ -209,6 +211,16 @@ def _candidates(out: Path, rule: Rule) -> Iterator[pa.RecordBatch]:
         }
         position += size
         yield pa.RecordBatch.from_pydict(columns, schema=CANDIDATES).filter(wanted)
+
+
+def _count_parts(out: Path) -> dict[tuple[str, int], int]:
+    """Count the records with a score in each cluster of each source."""
+    counts: Counter[tuple[str, int]] = Counter()
+    for batch in _candidates(out, Rule(method="cluster")):
+        grouped = pa.Table.from_batches([batch]).group_by(["source", "part"], use_threads=False)
+        for row in grouped.aggregate([("index", "count")]).to_pylist():
+            counts[row["source"], row["part"]] += row["index_count"]
+    return counts
 
 
 def _clusters(out: Path) -> NDArray[np.int32]:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,27 +20,14 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
     from numpy.typing import NDArray
 
-MEMORY_LIMIT = "1GB"
+MEMORY_LIMIT = "256MB"
 _BATCH_ROWS = 2**16
 # What is ranked: position, group, part of the group that gets its share, and the key, of which more is better.
 CANDIDATES = pa.schema([("index", pa.int64()), ("source", pa.string()), ("part", pa.int32()), ("key", pa.float64())])
 
-_TOP = """
-    SELECT index FROM (
-        SELECT index, source, row_number() OVER (PARTITION BY source ORDER BY key DESC, index) AS rank FROM candidates
-    ) JOIN quotas USING (source) WHERE rank <= quota
-"""
-# Every part of a source is cut at the same share: a row's place in its part, as a share of the part, is what counts.
-_TOP_OF_PARTS = """
-    SELECT index FROM (
-        SELECT index, source, row_number() OVER (PARTITION BY source ORDER BY share, part, index) AS rank FROM (
-            SELECT index, source, part,
-                (row_number() OVER (PARTITION BY source, part ORDER BY key DESC, index) - 0.5)
-                    / count(*) OVER (PARTITION BY source, part) AS share
-            FROM candidates
-        )
-    ) JOIN quotas USING (source) WHERE rank <= quota
-"""
+_ORDERED = "SELECT source, part, index FROM candidates ORDER BY source, part, key DESC, index"
+Quotas = Mapping[tuple[str, int], int]
+"""How many rows to choose of each part of each source."""
 
 
 @contextmanager
@@ -54,6 +42,8 @@ def database(scratch: Path | None) -> Iterator[DuckDBPyConnection]:
     }
     connection = duckdb.connect(":memory:", config=settings)
     try:
+        # It would be written to standard output.
+        connection.execute("SET enable_progress_bar = false")
         yield connection
     finally:
         connection.close()
@@ -61,21 +51,15 @@ def database(scratch: Path | None) -> Iterator[DuckDBPyConnection]:
             shutil.rmtree(spill, ignore_errors=True)
 
 
-def top_of_sources(
-    candidates: Iterable[pa.RecordBatch],
-    quotas: Mapping[str, int],
-    num_rows: int,
-    *,
-    by_part: bool = False,
-    scratch: Path | None = None,
+def top_of_parts(
+    candidates: Iterable[pa.RecordBatch], quotas: Quotas, num_rows: int, *, scratch: Path | None = None
 ) -> NDArray[np.bool_]:
-    """Choose the best rows of every source; ties go to the earlier row.
+    """Choose the best rows of every part of every source; ties go to the earlier row.
 
     Args:
         candidates: Rows of `CANDIDATES`.
-        quotas: How many rows to choose, by source.
+        quotas: How many rows to choose, by source and part.
         num_rows: Rows of the whole table, candidates or not.
-        by_part: Choose the same share of every part of a source.
         scratch: Where the database may spill; None for tables that fit into memory.
 
     Returns:
@@ -99,17 +83,57 @@ def top_of_sources(
             raise
 
     chosen = np.zeros(num_rows, dtype=np.bool_)
+    left = dict(quotas)
     try:
         with database(scratch) as connection:
             connection.register("candidates", pa.RecordBatchReader.from_batches(CANDIDATES, watched()))
-            table = pa.table({"source": list(quotas), "quota": pa.array(quotas.values(), pa.int64())})
-            connection.register("quotas", table)
-            found = connection.sql(_TOP_OF_PARTS if by_part else _TOP).to_arrow_reader(_BATCH_ROWS)
-            for batch in found:
-                chosen[batch.column(0).to_numpy()] = True
+            # Sorting spills to disk and comes out in order: what is kept is the beginning of every part.
+            for batch in connection.sql(_ORDERED).to_arrow_reader(_BATCH_ROWS):
+                _take(batch, left, chosen)
     except duckdb.Error as e:
         raise (failures[0] if failures else _database_error(e)) from e
     return chosen
+
+
+def part_quotas(counts: Mapping[tuple[str, int], int], quotas: Mapping[str, int]) -> dict[tuple[str, int], int]:
+    """Share the quota of every source out over its parts, in proportion to their sizes.
+
+    What does not divide goes to the parts that lost most by rounding down, of equal ones to the first.
+
+    Args:
+        counts: Rows of each part.
+        quotas: Rows to choose of each source.
+
+    Example:
+        >>> part_quotas({("a", 0): 3, ("a", 1): 1}, {"a": 2})
+        {('a', 0): 2, ('a', 1): 0}
+    """
+    totals: dict[str, int] = {}
+    for (source, _), count in counts.items():
+        totals[source] = totals.get(source, 0) + count
+    shared = {(source, part): quotas[source] * count // totals[source] for (source, part), count in counts.items()}
+    for source in totals:
+        parts = sorted(key for key in counts if key[0] == source)
+        lost = sorted(parts, key=lambda key: (-(quotas[source] * counts[key] % totals[source]), key[1]))
+        for key in lost[: quotas[source] - sum(shared[key] for key in parts)]:
+            shared[key] += 1
+    return shared
+
+
+def _take(batch: pa.RecordBatch, left: dict[tuple[str, int], int], chosen: NDArray[np.bool_]) -> None:
+    """Choose from a sorted batch, part after part, what is still wanted."""
+    import numpy as np
+
+    sources = batch.column(0).dictionary_encode()
+    parts, indices = batch.column(1).to_numpy(), batch.column(2).to_numpy()
+    codes = sources.indices.to_numpy()
+    starts = np.flatnonzero((np.diff(codes) != 0) | (np.diff(parts) != 0)) + 1
+    for start, end in pairwise([0, *starts.tolist(), len(batch)]):
+        key = (sources.dictionary[int(codes[start])].as_py(), int(parts[start]))
+        taken = min(left.get(key, 0), end - start)
+        chosen[indices[start : start + taken]] = True
+        if taken:
+            left[key] -= taken
 
 
 def _database_error(error: Exception) -> ResourceError:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
-from nvila.curation.ranking import CANDIDATES, quota, rate_of, top_of_sources
+from nvila.curation.ranking import CANDIDATES, quota, rate_of, top_of_parts
 from nvila.errors import ConfigError
 
 Normalize = Literal["none", "token"]
@@ -68,11 +68,11 @@ def select_top(deltas: Sequence[float], sources: Sequence[str], rates: Mapping[s
     import pyarrow as pa
 
     counts = Counter(sources)
-    quotas = {source: quota(rate_of(source, rates), count) for source, count in counts.items()}
+    quotas = {(source, 0): quota(rate_of(source, rates), count) for source, count in counts.items()}
     for delta, source in zip(deltas, sources, strict=True):
         if math.isnan(delta):
             raise ConfigError(f"source '{source}' has samples with a NaN score", "check the scorers' training")
     rows = {"index": range(len(deltas)), "source": sources, "part": [0] * len(deltas), "key": deltas}
     table = pa.table({name: list(rows[name]) for name in CANDIDATES.names}, schema=CANDIDATES)
-    chosen: list[bool] = top_of_sources(table.to_batches(), quotas, len(deltas)).tolist()
+    chosen: list[bool] = top_of_parts(table.to_batches(), quotas, len(deltas)).tolist()
     return chosen

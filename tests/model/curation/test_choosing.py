@@ -15,6 +15,7 @@ import pytest
 
 from nvila.curation.choosing import CLUSTERS, Rule, choose, count_sources, file_name, write_selection
 from nvila.curation.merging import merge, merged_already, write_quarantine
+from nvila.curation.ranking import part_quotas
 from nvila.curation.shards import SCHEMA, Shards
 from nvila.errors import ArtifactError, ConfigError, DataError
 
@@ -163,6 +164,17 @@ def test_clusters_are_pruned_uniformly(tmp_path: Path) -> None:
     assert np.bincount(clusters[chosen]).tolist() == [10, 5, 5]
     assert chosen != kept(out, method="cluster", seed=4)
     assert len(kept(out, method="cluster", keep_rate=0.51)) == math.ceil(0.51 * 40)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "quota", "expected"),
+    [([10, 10], 10, [5, 5]), ([3, 3, 3], 4, [2, 1, 1]), ([7, 2, 1], 5, [4, 1, 0]), ([1, 1], 0, [0, 0])],
+)
+def test_a_quota_is_shared_out_by_size(sizes: list[int], quota: int, expected: list[int]) -> None:
+    counts = {("a", part): size for part, size in enumerate(sizes)} | {("b", 0): 5}
+    found = part_quotas(counts, {"a": quota, "b": 2})
+    assert [found["a", part] for part in range(len(sizes))] == expected
+    assert found["b", 0] == 2
 
 
 def test_selection_and_ignore_lists_complement_each_other(tmp_path: Path) -> None:
