@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import posixpath
 import zlib
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 FileSystems = Mapping[str, "AbstractFileSystem"]
 
 LOCAL = "file"
+_BUFFER_BYTES = 2**20
 WILDCARDS = frozenset("*?[{")
 # What decompressors raise where a file was cut short or damaged.
 CUT_SHORT = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
@@ -71,7 +73,9 @@ class Location:
             DataError: It is missing or may not be read.
         """
         with reading(self.uri):
-            return cast("BinaryIO", self.fs.open(self.path, "rb", compression="infer"))
+            file = self.fs.open(self.path, "rb", compression="infer")
+        # Files of fsspec cannot read a line up to a length.
+        return cast("BinaryIO", file if self.scheme == LOCAL else io.BufferedReader(file, _BUFFER_BYTES))
 
     def read(self) -> bytes:
         """Return the bytes of the file as they are.

@@ -55,3 +55,14 @@ class RecordStream(Protocol):
         Raises:
             DataError: The data set itself cannot be read; one bad record is a `Record` with a problem instead.
         """
+
+
+class CountedStream(RecordStream, Protocol):
+    """A stream that can say how many records it has; all that this project opens can."""
+
+    def count(self) -> int:
+        """Return the number of records; where nothing says it, by passing all of them by once.
+
+        Raises:
+            DataError: The data set cannot be read.
+        """
