@@ -14,12 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvila.data.builtin import BUILTINS, open_builtin
 from nvila.data.mixture_expression import Term, parse_expression
+from nvila.data.readers.formats import FORMATS
 from nvila.data.readers.locations import FileSystems, Location, locate
 from nvila.data.readers.opening import DatasetSpec, open_dataset
 from nvila.data.readers.record import CountedStream, Record
 from nvila.data.selections import SelectedStream, open_selection
 from nvila.errors import ConfigError, nearest
 from nvila.yaml_text import parse_yaml
+
+_SUFFIXES = tuple(suffix for format in FORMATS.values() for suffix in format.suffixes)
 
 
 class _Entry(BaseModel):
@@ -130,7 +133,7 @@ class Registry:
             stream = opened.get(leaf.name) or self._open(leaf.name)
             opened[leaf.name] = stream
             for place in leaf.selections:
-                stream = SelectedStream(stream, open_selection(place, leaf.name))
+                stream = SelectedStream(stream, open_selection(place, stream.name))
             streams += [stream] * leaf.times
         return streams[0] if len(streams) == 1 else MixtureStream(expression, streams)
 
@@ -143,14 +146,14 @@ class Registry:
 
     def _expanded(self, expression: str, base: Location | None, chain: tuple[str, ...]) -> Iterator[Leaf]:
         """Yield the leaves of an expression; relative paths in it start from `base`."""
-        for term in self._terms(expression):
+        for term in self._terms(expression, base):
             selections = () if term.selection is None else (locate(term.selection, self._filesystems, base),)
             for leaf in self._named(term.name, base, chain):
                 yield replace(leaf, times=leaf.times * term.times, selections=leaf.selections + selections)
 
-    def _terms(self, expression: str) -> list[Term]:
+    def _terms(self, expression: str, base: Location | None) -> list[Term]:
         # A file may be called a+b.jsonl.
-        is_path = expression not in self.names and _exists(expression, self._filesystems)
+        is_path = expression not in self.names and self._is_there(expression, base)
         return [Term(expression)] if is_path else parse_expression(expression)
 
     def _named(self, name: str, base: Location | None, chain: tuple[str, ...]) -> Iterator[Leaf]:
@@ -166,13 +169,18 @@ class Registry:
             yield Leaf(self._path(name, base))
 
     def _path(self, name: str, base: Location | None) -> str:
-        looks_like_path = "/" in name or "." in name
-        place = locate(name, self._filesystems, base) if looks_like_path or "://" in name else None
-        if place is None and _exists(name, self._filesystems):
-            place = locate(name, self._filesystems)
-        if place is None:
+        """Return the address of a path; what neither looks like one nor is there is a wrong name."""
+        is_path = "/" in name or name.lower().endswith(_SUFFIXES) or self._is_there(name, base)
+        if not is_path:
             raise ConfigError(f"there is no data set '{name}'", nearest(name, self.names))
-        return place.uri
+        return locate(name, self._filesystems, base).uri
+
+    def _is_there(self, text: str, base: Location | None) -> bool:
+        try:
+            place = locate(text, self._filesystems, base)
+        except ConfigError:
+            return False
+        return bool(place.fs.exists(place.path))
 
 
 class MixtureStream:
@@ -214,14 +222,6 @@ class MixtureStream:
                 if stop is not None and base + record.index == stop - 1:
                     return
             base += stream.count()
-
-
-def _exists(text: str, filesystems: FileSystems) -> bool:
-    try:
-        place = locate(text, filesystems)
-    except ConfigError:
-        return False
-    return bool(place.fs.exists(place.path))
 
 
 def _check_name(name: Any, where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nvila.data.dataset import IMAGES_FILE
 from nvila.data.readers.arrow import Arrow
-from nvila.data.readers.json_array import JsonArray
+from nvila.data.readers.json_array import BOM, JsonArray
 from nvila.data.readers.json_lines import JsonLines
 from nvila.data.readers.locations import Location, expand, files_below, reading
 from nvila.data.readers.parquet import Parquet
@@ -24,7 +24,6 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 _NO_DATA = (IMAGES_FILE, SIZES_FILE, _STATE_FILE, _SPLITS_FILE, "dataset_info.json", "dataset_infos.json")
 _SNIFFED_BYTES = 4096
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
-_BOM = b"\xef\xbb\xbf"
 
 FormattedFile = tuple[Location, type[Format]]
 
@@ -86,7 +85,7 @@ def _recognise(file: Location) -> type[Format]:
         return Arrow
     if head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         return WebDataset
-    text = head.removeprefix(_BOM).lstrip()
+    text = head.removeprefix(BOM).lstrip()
     if text.startswith(b"["):
         return JsonArray
     if text.startswith(b"{") and _is_line(text):

@@ -9,6 +9,10 @@ from nvila.data.readers.locations import CUT_SHORT, reading
 from nvila.data.readers.packages import package
 from nvila.data.readers.problems import kind_of
 from nvila.data.readers.rows import DataFile, Format, Row, Rows
+from nvila.errors import DataError
+
+BOM = b"\xef\xbb\xbf"
+_HEAD_BYTES = 4096
 
 
 class JsonArray(Format):
@@ -27,6 +31,13 @@ class _Items(Rows):
         ijson = package("ijson")
         self._uri = file.location.uri
         self._file = file.location.open()
+        with reading(self._uri):
+            head = self._file.read(_HEAD_BYTES)
+            start = len(BOM) if head.startswith(BOM) else 0
+            self._file.seek(start)
+        if not head[start:].lstrip().startswith(b"["):
+            self._file.close()
+            raise DataError(f"{self._uri} is no JSON array", "write an array of records, or name the format jsonl")
         # Floats, since these are no bank accounts; ijson's own choice is Decimal.
         self._items: Iterator[Any] | None = ijson.items(self._file, "item", use_float=True)
         self._errors = (ijson.JSONError, *CUT_SHORT, UnicodeDecodeError, RecursionError)

@@ -131,7 +131,7 @@ def expand(location: Location) -> list[Location]:
             # In the order of the braces, since that is the order of the shards.
             found = list(package("braceexpand").braceexpand(location.path))
         elif WILDCARDS & set(location.path):
-            found = sorted(location.fs.glob(location.path))
+            found = [path for path in sorted(location.fs.glob(location.path)) if "/." not in path]
     if not found:
         raise DataError(f"{location.uri} does not exist", "check the path")
     return [location.at(path) for path in found]
