@@ -214,6 +214,24 @@ def test_parquet_columns_of_bytes_and_lists_of_them_are_images(tmp_path: Path, r
         assert [source.read() for source in record.media.values()] == media
 
 
+def test_empty_parts_of_a_table_do_not_end_it(tmp_path: Path, open_path: OpenPath) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(ROWS)
+    with (
+        pa.ipc.new_stream(tmp_path / "d.arrow", table.schema) as arrow,
+        pq.ParquetWriter(tmp_path / "d.parquet", table.schema) as parquet,
+    ):
+        for part in (table.slice(0, 0), table.slice(0, 1), table.slice(0, 0), table.slice(1)):
+            for batch in part.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
+                arrow.write_batch(batch)
+            parquet.write_table(part)
+    for name in ("d.arrow", "d.parquet"):
+        assert ids(list(open_path(tmp_path / name).records())) == ["r0", "r1", "r2"]
+        assert ids(list(open_path(tmp_path / name).records(1))) == ["r1", "r2"]
+
+
 def test_a_table_without_a_known_column_says_which_it_has(tmp_path: Path, read_path: ReadPath) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
