@@ -78,7 +78,7 @@ def _questions(number: int, digit: int) -> Iterator[tuple[str, str, str]]:
     yield "open_digit", "which digit is this?", WORDS[digit]
     others = [other for other in range(len(WORDS)) if other != digit]
     for asked in choose.sample([digit, choose.choice(others)], 2):
-        yield "yes_no_digit", f"is this a {WORDS[asked]}?", _yes(asked == digit)
+        yield "yes_no_digit", f"is it {WORDS[asked]}?", _yes(asked == digit)
     parity = choose.choice(("odd", "even"))
     yield "yes_no_parity", f"is it {parity}?", _yes((digit % 2 == 1) == (parity == "odd"))
     larger, smaller = choose.randrange(0, 9), choose.randrange(1, 10)
