@@ -92,7 +92,7 @@ class RecordParser:
         return self.source if self.force_source else _name(fields, SOURCES) or self.source
 
     def _medium(self, value: Any, what: str, key: str) -> tuple[str, MediaSource]:
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
             if not value:
                 raise RecordError(f"{what} has neither bytes nor a path")
