@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from nvila.data.readers.record import Record
-from nvila.data.readers.rows import Rows
+from nvila.data.readers.rows import DataFile, Rows
 
 if TYPE_CHECKING:
     from tests.model.readers.conftest import OpenPath, WriteLines
@@ -116,6 +116,25 @@ def test_parquet_files_before_a_range_are_not_opened(
     assert ids(list(stream.records(57, 59))) == ["r57", "r58"]
     # The third group of the third file, and nothing else, is decoded.
     assert set(groups) == {3}
+
+
+def test_what_was_counted_once_is_skipped_afterwards(
+    write_format: WriteFormat, open_path: OpenPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvila.data.readers.webdataset import WebDataset
+
+    stream = open_path(write_format("webdataset", 60))
+    assert stream.count() == 60
+    opened: list[str] = []
+    original = WebDataset.open
+
+    def spy(self: WebDataset, file: DataFile, fields: Collection[str]) -> Rows:
+        opened.append(file.name)
+        return original(self, file, fields)
+
+    monkeypatch.setattr(WebDataset, "open", spy)
+    assert ids(list(stream.records(41, 42))) == ["r41"]
+    assert opened == ["shard-2.tar"]
 
 
 def test_a_forked_child_leaves_the_parents_place_alone(write_lines: WriteLines, open_path: OpenPath) -> None:

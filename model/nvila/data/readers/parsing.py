@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,12 +111,17 @@ def _media_values(fields: Mapping[str, Any], kind: MediaKind) -> Sequence[object
     for name in (f"{kind}s", kind):
         value = fields.get(name)
         if isinstance(value, (list, tuple)):
-            value = [one for one in value if one not in (None, "")]
+            value = [one for one in value if not _is_missing(one)]
             if value:
                 return value
-        elif value not in (None, "", b""):
+        elif not _is_missing(value):
             return [value]
     return []
+
+
+def _is_missing(value: Any) -> bool:
+    """Tell whether a field holds no medium; tables that pandas wrote say so with NaN."""
+    return value in (None, "", b"") or (isinstance(value, float) and math.isnan(value))
 
 
 def _check_answers(turns: Sequence[Turn]) -> None:
