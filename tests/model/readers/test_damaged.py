@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,22 @@ def test_offsets_of_an_arrow_file_that_lead_elsewhere_cost_their_batch(tmp_path:
     assert found[:10] + found[20:] == [f"r{number}" for number in (*range(10), *range(20, 30))]
     assert all(problem.startswith("the table is damaged here: ") for problem in found[10:20])
     assert outcome(list(open_path(tmp_path / "d.arrow").records(15))) == found[15:]
+
+
+def test_lengths_in_an_arrow_file_take_no_memory_before_they_are_found_wrong(
+    tmp_path: Path, read_path: ReadPath
+) -> None:
+    data = bytearray(write_table(tmp_path / "d.arrow", "arrow"))
+    second = data.index(b"\xff\xff\xff\xff", 8)  # begins a message; its length follows
+    data[second + 4 : second + 8] = struct.pack("<i", 2**31 - 1)
+    (tmp_path / "d.arrow").write_bytes(data)
+    tracemalloc.start()
+    try:
+        [problem] = outcome(read_path(tmp_path / "d.arrow"))
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    assert problem.startswith("the table is damaged here: ")
 
 
 def test_text_of_a_table_that_is_no_utf8_is_a_problem_of_its_row(tmp_path: Path, read_path: ReadPath) -> None:

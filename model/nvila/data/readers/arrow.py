@@ -8,7 +8,7 @@ from typing import Any
 from nvila.data.readers.locations import reading
 from nvila.data.readers.packages import package
 from nvila.data.readers.rows import DataFile, Format, Rows
-from nvila.data.readers.tables import TableRows, wanted_columns
+from nvila.data.readers.tables import BoundedFile, TableRows, wanted_columns
 from nvila.errors import DataError
 
 _FILE_MAGIC = b"ARROW1"
@@ -33,7 +33,7 @@ class _ArrowRows(TableRows):
         self._file = file.location.open()
         try:
             with reading(uri):
-                self._batches = _batches(pa, self._file)
+                self._batches = _batches(pa, BoundedFile(self._file))
                 self._columns = wanted_columns(next(self._batches), fields, uri)
         except pa.ArrowException as e:
             self._file.close()

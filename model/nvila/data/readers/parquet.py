@@ -8,7 +8,7 @@ from typing import Any
 from nvila.data.readers.locations import reading
 from nvila.data.readers.packages import package
 from nvila.data.readers.rows import DataFile, Format, Rows
-from nvila.data.readers.tables import BATCH_ROWS, TableRows, wanted_columns
+from nvila.data.readers.tables import BATCH_ROWS, BoundedFile, TableRows, wanted_columns
 from nvila.errors import DataError
 
 _BUFFER_BYTES = 2**20
@@ -80,7 +80,7 @@ def _open(file: DataFile) -> tuple[Any, Any]:
     try:
         with reading(file.location.uri):
             # Pages are read as they are needed; whole column chunks of images would fill the memory.
-            return pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES), source
+            return pq.ParquetFile(BoundedFile(source), pre_buffer=False, buffer_size=_BUFFER_BYTES), source
     except pa.ArrowException as e:
         source.close()
         raise DataError(f"{file.location.uri} is no Parquet file: {e}", "replace the file") from e

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, BinaryIO
 
 from nvila.data.readers.packages import package
 from nvila.data.readers.rows import Row, Rows
@@ -92,6 +93,27 @@ def _decoded_alone(batch: Any) -> Row:
         return Row(fields=batch.to_pylist()[0])
     except UnicodeDecodeError as e:
         return Row(problem=f"a text is no UTF-8: {e}")
+
+
+class BoundedFile:
+    """A file of which never more is read than it has; a damaged length would take memory before it is found wrong.
+
+    Args:
+        file: An open file that can seek.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read up to `size` bytes, or all that are left."""
+        left = max(0, self._size - self._file.tell())
+        return self._file.read(left if size is None or size < 0 else min(size, left))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def wanted_columns(columns: Sequence[str], fields: Collection[str], where: str) -> list[str]:
