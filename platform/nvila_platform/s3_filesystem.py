@@ -68,7 +68,7 @@ class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no t
         bucket, key = self._split(path)
         if key and (found := self._stat(bucket, key)) is not None:
             return found
-        if next(self._list(bucket, f"{key}/" if key else "", limit=1), None) is None:
+        if next(self._list(bucket, f"{key}/" if key else ""), None) is None:
             raise FileNotFoundError(self._uri(path))
         return {"name": self._strip_protocol(path), "type": "directory", "size": 0}
 
@@ -156,15 +156,12 @@ class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no t
                     return None
                 raise
 
-    def _list(self, bucket: str, prefix: str, *, recursive: bool = False, limit: int | None = None) -> Iterator[Info]:
+    def _list(self, bucket: str, prefix: str, *, recursive: bool = False) -> Iterator[Info]:
+        """Yield what is below a prefix; pages of the listing are fetched as they are needed."""
         with self._errors(f"{bucket}/{prefix}"):
-            for number, item in enumerate(
-                self.client.list_objects(bucket_name=bucket, prefix=prefix, recursive=recursive), start=1
-            ):
-                if item.object_name != prefix:  # the marker of an empty folder
+            for item in self.client.list_objects(bucket_name=bucket, prefix=prefix, recursive=recursive):
+                if item.object_name != prefix:  # the marker of a folder
                     yield self._entry(item)
-                if number == limit:
-                    return
 
     def _entry(self, item: Object) -> Info:
         name = f"{item.bucket_name}/{(item.object_name or '').rstrip('/')}"

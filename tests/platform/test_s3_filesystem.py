@@ -226,6 +226,10 @@ def test_the_file_system_keeps_the_common_interface(s3: S3Service, folder: str) 
     assert fs.glob(f"{folder}/a/*.txt") == [f"{folder}/a/one.txt"]
     assert (fs.isdir(f"{folder}/a"), fs.isfile(f"{folder}/a"), fs.exists(f"{folder}/c")) == (True, False, False)
     assert fs.isdir("models")
+    s3.put(f"{prefix}/marked/", b"")
+    s3.put(f"{prefix}/marked/x.txt", b"x")
+    assert fs.ls(f"{folder}/marked", detail=False) == fs.find(f"{folder}/marked") == [f"{folder}/marked/x.txt"]
+    assert fs.cat_file(f"{folder}/a/one.txt", 5, 5) == b""
     assert fs.info(f"{folder}/a/one.txt")["size"] == 10
     assert fs.cat_file(f"{folder}/a/one.txt", 2, 5) == b"234"
     assert fs.cat_file(f"{folder}/a/one.txt", -3) == b"789"

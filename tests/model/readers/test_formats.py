@@ -68,6 +68,7 @@ def test_a_binary_file_is_recognised_by_what_it_begins_with(
 def test_a_format_can_be_named(tmp_path: Path, read_path: ReadPath) -> None:
     (tmp_path / "d.json").write_bytes(LINES)
     assert ids(read_path(tmp_path / "d.json", format="jsonl")) == ["r0", "r1", "r2"]
+    assert ids(read_path(f"file://{tmp_path}/d.json")) == ["r0", "r1", "r2"]
     with pytest.raises(DataError, match=r"d\.json is no JSON array"):
         read_path(tmp_path / "d.json", format="json")
 
@@ -92,6 +93,9 @@ def test_a_format_can_be_named(tmp_path: Path, read_path: ReadPath) -> None:
         ),
         ({"dataset_dict.json": b"{}"}, ".", DataError, "has no list 'splits'"),
         ({"state.json": b"["}, ".", DataError, "has no list '_data_files'"),
+        ({"state.json": b'{"_data_files": 7}'}, ".", DataError, "has no list '_data_files'"),
+        ({"state.json": b'{"_data_files": [7]}'}, ".", DataError, "names files that are none"),
+        ({"state.json": b'{"_data_files": [{"filename": "../x"}]}'}, ".", DataError, "names files that are none"),
         ({"a.jsonl": LINES}, "", ConfigError, "'' is no location"),
     ],
 )
@@ -107,6 +111,30 @@ def test_what_cannot_be_told_is_asked(
 def test_an_unknown_format_is_named(tmp_path: Path, read_path: ReadPath) -> None:
     with pytest.raises(ConfigError, match=r"'parquett' is not a data format .did you mean 'parquet'"):
         read_path(tmp_path, format="parquett")
+
+
+def test_a_named_format_picks_its_files_of_a_folder(tmp_path: Path, read_path: ReadPath) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.json").write_bytes(ARRAY)
+    assert [record.where for record in read_path(tmp_path, format="json")] == [f"b.json:{line}" for line in (1, 2, 3)]
+    with pytest.raises(DataError, match="holds no parquet files"):
+        read_path(tmp_path, format="parquet")
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_whatever_the_library_cannot_do_is_an_error_of_the_file(
+    format: str, write_format: Any, read_path: ReadPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def refuse(*_: object, **__: object) -> None:
+        raise pa.ArrowNotImplementedError("not in this build")
+
+    folder = write_format(format, 9)
+    monkeypatch.setattr(*((pq, "ParquetFile") if format == "parquet" else (pa.ipc, "open_stream")), refuse)
+    with pytest.raises(DataError, match=r"is no (Parquet|Arrow) file: not in this build"):
+        read_path(folder)
 
 
 def test_folders_and_patterns_are_read_in_the_order_of_names(tmp_path: Path, read_path: ReadPath) -> None:

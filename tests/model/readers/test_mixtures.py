@@ -159,6 +159,11 @@ def test_wrong_names_are_named(
         Registry.load(write_registry(**entries)).open(expression)
 
 
+def test_a_place_without_a_file_system_is_named() -> None:
+    with pytest.raises(ConfigError, match="no file system for gs://"):
+        Registry().open("gs://bucket/x")
+
+
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [

@@ -12,7 +12,7 @@ from nvila.data.mixtures import Registry
 from nvila.errors import ConfigError, DataError, NvilaError
 
 if TYPE_CHECKING:
-    from tests.model.readers.conftest import WriteLines
+    from tests.model.readers.conftest import WriteLines, WriteTar
 
 
 def write_selection(path: Path, rows: list[tuple[str, str, bool]], **columns: Any) -> None:
@@ -57,6 +57,19 @@ def test_a_list_leaves_out_by_position(data: Path, tmp_path: Path) -> None:
     assert read(f"{data}@{tmp_path}/0.5") == ["1", "-", "3", "5", "6", "7", "8"]
     assert read(f"{data}@{tmp_path}/0.5/data.json", 2, 4) == ["3", "5"]
     assert len(read(f"{data}@{tmp_path}/other.json")) == 10
+
+
+def test_records_that_a_damaged_shard_lacks_are_not_mistaken_for_others(write_tar: WriteTar, tmp_path: Path) -> None:
+    members = [(f"{number}.{suffix}", b"x") for number in range(4) for suffix in ("png", "txt")]
+    cut = write_tar(members, "set/a.tar")
+    cut.write_bytes(cut.read_bytes()[: 5 * 512])
+    write_tar(members, "set/b.tar")
+    (tmp_path / "set" / "sizes.json").write_text('{"a.tar": 4, "b.tar": 4}')
+    (tmp_path / "list.json").write_text("[0, 5]")
+    records = list(Registry().open(f"{tmp_path}/set@{tmp_path}/list.json").records())
+    assert [(record.index, record.where) for record in records] == [
+        (0, "a.tar:end"), (3, "b.tar:0"), (4, "b.tar:2"), (5, "b.tar:3"),
+    ]  # fmt: skip
 
 
 def test_selections_of_large_data_sets_are_looked_up_in_blocks(write_lines: WriteLines, tmp_path: Path) -> None:
