@@ -148,7 +148,9 @@ def test_a_forked_child_leaves_the_parents_place_alone(write_lines: WriteLines, 
     assert ids(list(stream.records(10))) == [str(number) for number in range(10, 50)]
 
 
-def test_a_stream_can_be_sent_to_another_process(write_lines: WriteLines, open_path: OpenPath) -> None:
-    stream = open_path(write_lines([{"id": number, "question": "Q", "answer": "A"} for number in range(5)]))
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_stream_can_be_sent_to_another_process(format: str, write_format: WriteFormat, open_path: OpenPath) -> None:
+    stream = open_path(write_format(format, 9))
     list(stream.records(0, 2))
-    assert ids(list(pickle.loads(pickle.dumps(stream)).records(2))) == ["2", "3", "4"]  # noqa: S301 - our own bytes
+    copy = pickle.loads(pickle.dumps(stream))  # noqa: S301 - our own bytes
+    assert ids(list(copy.records(2, 5))) == ids(list(stream.records(2, 5))) == ["r2", "r3", "r4"]
