@@ -35,8 +35,9 @@ def outcome(records: list[Any]) -> list[str]:
         (json.dumps(ROWS[:3])[:-1] + ", {]", 3),
         (json.dumps(ROWS[:3]) + "]", 3),
         (json.dumps(ROWS[:2])[:-1] + ', {"a": "\\x"}]', 2),
+        (json.dumps(ROWS[:2])[:-1] + ', {"a": ' + "1" * 5_000 + "}]", 2),
     ],
-    ids=["no-end", "in-a-record", "broken-record", "more-than-the-array", "bad-escape"],
+    ids=["no-end", "in-a-record", "broken-record", "more-than-the-array", "bad-escape", "long-number"],
 )
 def test_a_broken_array_keeps_what_came_before(text: str, usable: int, tmp_path: Path, open_path: OpenPath) -> None:
     (tmp_path / "d.json").write_text(text)

@@ -138,13 +138,25 @@ def test_whatever_the_library_cannot_do_is_an_error_of_the_file(
 
 
 def test_folders_and_patterns_are_read_in_the_order_of_names(tmp_path: Path, read_path: ReadPath) -> None:
-    for name in ("b/2.jsonl", "b/1.jsonl", "a.jsonl", ".hidden.jsonl", "b/_half_written.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    names = (
+        "b/2.jsonl",
+        "b/1.jsonl",
+        "a.jsonl",
+        ".hidden.jsonl",
+        "b/_half_written.jsonl",
+        ".cache/x.jsonl",
+        "c/_y/z.jsonl",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(json.dumps({"id": name, "question": "Q", "answer": "A"}))
     assert ids(read_path(tmp_path)) == ["a.jsonl"]
     assert ids(read_path(tmp_path / "b")) == ["b/1.jsonl", "b/2.jsonl"]
-    assert ids(read_path(tmp_path / "**" / "[!_]*.jsonl")) == ["a.jsonl", "b/1.jsonl", "b/2.jsonl"]
+    assert ids(read_path(tmp_path / "**" / "[!_z]*.jsonl")) == ["a.jsonl", "b/1.jsonl", "b/2.jsonl"]
     assert ids(read_path(tmp_path / "b" / "{2..1}.jsonl")) == ["b/2.jsonl", "b/1.jsonl"]
+    assert ids(read_path(tmp_path / "{b,c}" / "[1z]*.jsonl")) == ["b/1.jsonl"]
+    with pytest.raises(DataError, match=r"b/3\.jsonl does not exist"):
+        read_path(tmp_path / "b" / "{1..3}.jsonl")
     (tmp_path / "a.jsonl").unlink()
     assert [record.where for record in read_path(tmp_path)] == ["1.jsonl:1", "2.jsonl:1"]
 

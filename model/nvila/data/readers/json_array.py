@@ -43,7 +43,7 @@ class _Items(Rows):
         # Floats, since these are no bank accounts; ijson's own choice is Decimal.
         events = ijson.basic_parse(self._file, use_float=True)
         self._items: Iterator[Any] | None = _items(events, ijson.ObjectBuilder)
-        self._errors = (ijson.JSONError, *CUT_SHORT, UnicodeDecodeError)
+        self._errors = (ijson.JSONError, *CUT_SHORT, ValueError)
 
     def __next__(self) -> Row:
         if self._items is None:

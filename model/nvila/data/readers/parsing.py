@@ -130,7 +130,7 @@ def _check_answers(turns: Sequence[Turn]) -> None:
     if turns[-1].role != "assistant":
         raise RecordError("no answer: the last turn is not the assistant's")
     for number, turn in enumerate(turns, start=1):
-        if turn.role == "assistant" and not any(isinstance(piece, str) for piece in turn.pieces):
+        if turn.role == "assistant" and not any(isinstance(piece, str) and piece.strip() for piece in turn.pieces):
             raise RecordError(f"the answer in turn {number} is empty")
 
 

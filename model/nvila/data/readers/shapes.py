@@ -47,10 +47,17 @@ Piece: TypeAlias = "str | Medium"
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message as it was written, markers included."""
+    """One message as it was written, markers included.
+
+    Args:
+        role: Who speaks.
+        pieces: Texts and media in order.
+        in_parts: Whether it was written as parts, whose texts mean what they say.
+    """
 
     role: Role
     pieces: tuple[Piece, ...]
+    in_parts: bool = False
 
 
 def turns_of(fields: Mapping[str, Any]) -> list[Turn]:
@@ -85,8 +92,9 @@ def _message(turn: Any, number: int) -> Turn:
     content = _first(turn, ("value", "content"))
     if content is None:
         raise RecordError(f"turn {number} has no text ('value' or 'content')")
-    parts = content if isinstance(content, list) else [content]
-    return Turn(role, tuple(_part(part, f"turn {number}") for part in parts))
+    in_parts = isinstance(content, list)
+    parts = content if in_parts else [content]
+    return Turn(role, tuple(_part(part, f"turn {number}") for part in parts), in_parts)
 
 
 def _part(part: Any, where: str) -> Piece:
