@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nvila.data.readers.record import Record
+from nvila.data.records import Message, Part, PartType, Sample, write_jsonl
 
 if TYPE_CHECKING:
     from tests.model.readers.conftest import Fields, ReadPath, WriteLines
@@ -51,6 +53,7 @@ IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "What?"}
         (llava("Which?", "b", image=["a", "b"]), ["[a][b]Which?", "b"]),
         (llava("Which?", "b", images="a"), ["[a]Which?", "b"]),
         (llava("Why?", "b", images=[], image="", video=None), ["Why?", "b"]),
+        (llava("Why?", "b", image=float("nan"), videos=[None, "", float("nan")]), ["Why?", "b"]),
         (llava("<video> Why?", "b", video="v.mp4"), ["[v.mp4]Why?", "b"]),
         (llava("<vila/video>Why?", "b", videos=["v.mp4"]), ["[v.mp4]Why?", "b"]),
         (llava("<video>Why <image>?", "b", video="v", image="a"), ["[v]Why [a]?", "b"]),
@@ -115,6 +118,7 @@ def test_a_shape_is_read(fields: Fields, says: list[str], write_lines: WriteLine
         (llava("Q"), "no answer: the last turn is not the assistant's"),
         (llava("Q", "A", "And?"), "no answer: the last turn is not the assistant's"),
         (llava("Q", " \n"), "the answer in turn 2 is empty"),
+        (chat("Q", [{"type": "text", "text": " "}]), "the answer in turn 2 is empty"),
         (llava("Q", "", "Q", "A"), "the answer in turn 2 is empty"),
         ({"conversations": [{"from": "gpt", "value": "A"}]}, "no question: nothing is from a user"),
         ({"conversations": [{"from": "gpt", "value": "A"}], "image": "a"}, "no question that the media belong to"),
@@ -126,6 +130,7 @@ def test_a_shape_is_read(fields: Fields, says: list[str], write_lines: WriteLine
         (chat([{"type": "audio"}], "A"), "turn 1 has a part of the unknown type 'audio'"),
         ({"question": "Q"}, "no answer: 'answer' and 'answers' are missing"),
         ({"question": "Q", "answers": []}, "no answer: 'answers' is empty"),
+        ({"question": "Q", "answer": float("nan")}, "the answer is no text but nan"),
         ({"question": ["Q"], "answer": "A"}, "'question' is no text but an array"),
         (llava("Q", "A", image=5), "image 1 is a number instead of a path or bytes"),
         (llava("Q", "A", images=["a", {"path": None}]), "image 2 has neither bytes nor a path"),
@@ -202,3 +207,23 @@ def test_bytes_in_a_record_are_its_media(write_lines: WriteLines, read_path: Rea
     first, second = read_path(path)
     assert [source.read() for record in (first, second) for source in record.media.values()] == [b"pixels"] * 2
     assert first.media.keys().isdisjoint(second.media)
+
+
+def test_samples_of_ours_come_back_as_they_were(tmp_path: Path, read_path: ReadPath) -> None:
+    def part(kind: PartType, value: str) -> Part:
+        return Part(type=kind, value=value)
+
+    question = (part("text", "is <image> "), part("image", "b.png"), part("video", "v.mp4"), part("text", "\n<video>?"))
+    messages = (
+        Message(role="system", content=(part("text", " be brief\n"),)),
+        Message(role="user", content=question),
+        Message(role="assistant", content=(part("text", " yes"),)),
+        Message(role="user", content=(part("image", "a.png"), part("text", ""), part("text", "and this?"))),
+        Message(role="assistant", content=(part("text", "no "),)),
+    )
+    sample = Sample(id="s", source="kind", messages=messages)
+    write_jsonl(tmp_path / "d.jsonl", [sample])
+    [record] = read_path(tmp_path / "d.jsonl")
+    assert record.sample is not None
+    text = json.dumps(record.sample.to_dict()).replace(f"{tmp_path}/", "")
+    assert json.loads(text) == sample.to_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -46,3 +47,11 @@ def most_alive(stream: RecordStream) -> int:
         if record.index >= 190:
             return sum(type(thing) is Record for thing in gc.get_objects())
     return 0
+
+
+def test_what_a_shard_said_of_its_members_is_not_kept(
+    write_format: Callable[[str, int], Path], open_path: OpenPath
+) -> None:
+    for record in open_path(write_format("webdataset", 300)).records():
+        if record.index == 90:
+            assert sum(issubclass(type(thing), tarfile.TarInfo) for thing in gc.get_objects()) < 10

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from nvila.data.readers.record import Record
-from nvila.data.readers.rows import Rows
+from nvila.data.readers.rows import DataFile, Rows
 
 if TYPE_CHECKING:
     from tests.model.readers.conftest import OpenPath, WriteLines
@@ -118,6 +118,25 @@ def test_parquet_files_before_a_range_are_not_opened(
     assert set(groups) == {3}
 
 
+def test_what_was_counted_once_is_skipped_afterwards(
+    write_format: WriteFormat, open_path: OpenPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvila.data.readers.webdataset import WebDataset
+
+    stream = open_path(write_format("webdataset", 60))
+    assert stream.count() == 60
+    opened: list[str] = []
+    original = WebDataset.open
+
+    def spy(self: WebDataset, file: DataFile, fields: Collection[str]) -> Rows:
+        opened.append(file.name)
+        return original(self, file, fields)
+
+    monkeypatch.setattr(WebDataset, "open", spy)
+    assert ids(list(stream.records(41, 42))) == ["r41"]
+    assert opened == ["shard-2.tar"]
+
+
 def test_a_forked_child_leaves_the_parents_place_alone(write_lines: WriteLines, open_path: OpenPath) -> None:
     path = write_lines([{"id": number, "question": "Q" * 10_000, "answer": "A"} for number in range(50)])
     stream = open_path(path)
@@ -129,7 +148,9 @@ def test_a_forked_child_leaves_the_parents_place_alone(write_lines: WriteLines, 
     assert ids(list(stream.records(10))) == [str(number) for number in range(10, 50)]
 
 
-def test_a_stream_can_be_sent_to_another_process(write_lines: WriteLines, open_path: OpenPath) -> None:
-    stream = open_path(write_lines([{"id": number, "question": "Q", "answer": "A"} for number in range(5)]))
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_stream_can_be_sent_to_another_process(format: str, write_format: WriteFormat, open_path: OpenPath) -> None:
+    stream = open_path(write_format(format, 9))
     list(stream.records(0, 2))
-    assert ids(list(pickle.loads(pickle.dumps(stream)).records(2))) == ["2", "3", "4"]  # noqa: S301 - our own bytes
+    copy = pickle.loads(pickle.dumps(stream))  # noqa: S301 - our own bytes
+    assert ids(list(copy.records(2, 5))) == ids(list(stream.records(2, 5))) == ["r2", "r3", "r4"]

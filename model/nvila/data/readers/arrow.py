@@ -8,7 +8,7 @@ from typing import Any
 from nvila.data.readers.locations import reading
 from nvila.data.readers.packages import package
 from nvila.data.readers.rows import DataFile, Format, Rows
-from nvila.data.readers.tables import TableRows, wanted_columns
+from nvila.data.readers.tables import BoundedFile, TableRows, wanted_columns
 from nvila.errors import DataError
 
 _FILE_MAGIC = b"ARROW1"
@@ -28,11 +28,12 @@ class Arrow(Format):
 class _ArrowRows(TableRows):
     def __init__(self, file: DataFile, fields: Collection[str]) -> None:
         super().__init__()
+        self._unchecked = 0  # rows of a batch that did not pass
         pa, uri = package("pyarrow"), file.location.uri
         self._file = file.location.open()
         try:
             with reading(uri):
-                self._batches = _batches(pa, self._file)
+                self._batches = _batches(pa, BoundedFile(self._file))
                 self._columns = wanted_columns(next(self._batches), fields, uri)
         except pa.ArrowException as e:
             self._file.close()
@@ -48,7 +49,21 @@ class _ArrowRows(TableRows):
 
     def _next_batch(self) -> Any:
         batch = next(self._batches, None)
-        return None if batch is None else batch.select(self._columns)
+        if batch is None:
+            return None
+        batch = batch.select(self._columns)
+        self._unchecked = batch.num_rows
+        # Nothing else checks offsets, and wrong ones crash the process.
+        batch.validate(full=True)
+        self._unchecked = 0
+        return batch
+
+    def _num_lost(self) -> int:
+        lost, self._unchecked = self._unchecked, 0
+        if lost:
+            return lost
+        self._batches = iter(())
+        return 1  # the rest of the file; nothing says how much that is
 
 
 def _batches(pa: Any, file: Any) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nvila.data.dataset import IMAGES_FILE
 from nvila.data.readers.arrow import Arrow
-from nvila.data.readers.json_array import JsonArray
+from nvila.data.readers.json_array import BOM, JsonArray
 from nvila.data.readers.json_lines import JsonLines
 from nvila.data.readers.locations import Location, expand, files_below, reading
 from nvila.data.readers.parquet import Parquet
@@ -24,7 +24,6 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 _NO_DATA = (IMAGES_FILE, SIZES_FILE, _STATE_FILE, _SPLITS_FILE, "dataset_info.json", "dataset_infos.json")
 _SNIFFED_BYTES = 4096
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
-_BOM = b"\xef\xbb\xbf"
 
 FormattedFile = tuple[Location, type[Format]]
 
@@ -57,8 +56,7 @@ def _of_folder(folder: Location, format: str | None) -> list[FormattedFile]:
             splits = ", ".join(folder.below(str(name)).uri for name in _listed(folder.below(_SPLITS_FILE), "splits"))
             raise ConfigError(f"{folder.uri} holds several splits", f"name one of them: {splits}")
         if folder.below(_STATE_FILE).is_file():
-            entries = _listed(folder.below(_STATE_FILE), "_data_files")
-            return [(folder.below(str(entry["filename"])), Arrow) for entry in entries]
+            return [(folder.below(name), Arrow) for name in _saved_files(folder.below(_STATE_FILE))]
     files = [file for file in files_below(folder) if posixpath.basename(file.path) not in _NO_DATA]
     by_format = {
         name: [file for file in files if file.path.lower().endswith(FORMATS[name].suffixes)]
@@ -86,7 +84,7 @@ def _recognise(file: Location) -> type[Format]:
         return Arrow
     if head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         return WebDataset
-    text = head.removeprefix(_BOM).lstrip()
+    text = head.removeprefix(BOM).lstrip()
     if text.startswith(b"["):
         return JsonArray
     if text.startswith(b"{") and _is_line(text):
@@ -106,6 +104,16 @@ def _is_line(text: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _saved_files(state: Location) -> list[str]:
+    """Return the names of the Arrow files that `save_to_disk` wrote, in its order."""
+    entries = _listed(state, "_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    found = [name for name in names if isinstance(name, str) and name and "/" not in name]
+    if len(found) < len(names):
+        raise DataError(f"{state.uri} names files that are none", "write the data set again with save_to_disk")
+    return found
 
 
 def _listed(file: Location, name: str) -> list[Any]:

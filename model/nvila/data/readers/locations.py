@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import posixpath
 import zlib
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 FileSystems = Mapping[str, "AbstractFileSystem"]
 
 LOCAL = "file"
+_BUFFER_BYTES = 2**20
 WILDCARDS = frozenset("*?[{")
 # What decompressors raise where a file was cut short or damaged.
 CUT_SHORT = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
@@ -71,7 +73,9 @@ class Location:
             DataError: It is missing or may not be read.
         """
         with reading(self.uri):
-            return cast("BinaryIO", self.fs.open(self.path, "rb", compression="infer"))
+            file = self.fs.open(self.path, "rb", compression="infer")
+        # Files of fsspec cannot read a line up to a length.
+        return cast("BinaryIO", file if self.scheme == LOCAL else io.BufferedReader(file, _BUFFER_BYTES))
 
     def read(self) -> bytes:
         """Return the bytes of the file as they are.
@@ -122,12 +126,9 @@ def expand(location: Location) -> list[Location]:
     with reading(location.uri):
         if location.fs.exists(location.path):
             return [location]
-        found: list[str] = []
-        if "{" in location.path:
-            # In the order of the braces, since that is the order of the shards.
-            found = list(package("braceexpand").braceexpand(location.path))
-        elif WILDCARDS & set(location.path):
-            found = sorted(location.fs.glob(location.path))
+        # In the order of the braces, since that is the order of the shards.
+        patterns = package("braceexpand").braceexpand(location.path) if "{" in location.path else [location.path]
+        found = [path for pattern in patterns for path in _matches(location.fs, pattern)]
     if not found:
         raise DataError(f"{location.uri} does not exist", "check the path")
     return [location.at(path) for path in found]
@@ -137,12 +138,10 @@ def files_below(folder: Location) -> list[Location]:
     """Return the files of a folder in the order of their names; of its subfolders where it has none itself."""
     with reading(folder.uri):
         entries = folder.fs.ls(folder.path, detail=True)
-        paths = [entry["name"] for entry in entries if entry["type"] == "file" and not _is_hidden(entry["name"])]
-        if not paths:
-            paths = [
-                path for path in folder.fs.find(folder.path) if not _is_hidden(posixpath.relpath(path, folder.path))
-            ]
-    return [folder.at(path) for path in sorted(paths)]
+        paths = [entry["name"] for entry in entries if entry["type"] == "file"]
+        shown = [path for path in paths if not _is_hidden(path, folder.path)]
+        shown = shown or [path for path in folder.fs.find(folder.path) if not _is_hidden(path, folder.path)]
+    return [folder.at(path) for path in sorted(shown)]
 
 
 @contextmanager
@@ -166,5 +165,13 @@ def _local(path: Path) -> Location:
     return Location(fs, LOCAL, posixpath.normpath(path.expanduser().absolute().as_posix()))
 
 
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "_")) for part in posixpath.basename(path).split("/"))
+def _matches(fs: AbstractFileSystem, pattern: str) -> list[str]:
+    """Return the paths that match, in order; one without wildcards is missed by whoever opens it, with its name."""
+    if not WILDCARDS & set(pattern):
+        return [pattern]
+    return [path for path in sorted(fs.glob(pattern)) if "/." not in path]
+
+
+def _is_hidden(path: str, folder: str) -> bool:
+    """Tell whether a file, or a folder on the way to it, is hidden or being written."""
+    return any(part.startswith((".", "_")) for part in posixpath.relpath(path, folder).split("/"))

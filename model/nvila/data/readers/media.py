@@ -6,7 +6,7 @@ import posixpath
 from dataclasses import dataclass, field
 
 from nvila.data.media import ImageTable
-from nvila.data.readers.locations import Location, reading
+from nvila.data.readers.locations import LOCAL, Location, reading
 from nvila.data.readers.packages import package
 from nvila.data.readers.problems import RecordError
 from nvila.data.readers.record import MediaSource
@@ -115,12 +115,13 @@ class MediaFolder:
         scheme, separator, rest = path.partition("://")
         if separator and scheme != self.root.scheme:
             raise RecordError(f"media path {path!r} is not below {self.root.uri}; download it there first")
-        path = (rest if self.root.scheme != "file" else f"/{rest.lstrip('/')}") if separator else path
-        starts = [self.root] if separator or self.home.scheme != self.root.scheme else [self.root, self.home]
-        for start in starts:
-            # A path of an object store has no leading slash; there, what follows a scheme is absolute already.
-            absolute = path if separator else posixpath.join(start.path, path)
-            file = self.root.at(posixpath.normpath(absolute))
-            if file.path.startswith(f"{self.root.path.rstrip('/')}/"):
-                return file
+        if separator:
+            # What follows a scheme is absolute; a path of an object store has no leading slash.
+            tries = [f"/{rest.lstrip('/')}" if self.root.scheme == LOCAL else rest]
+        else:
+            starts = [self.root] if self.home.scheme != self.root.scheme else [self.root, self.home]
+            tries = [posixpath.join(start.path, path) for start in starts]
+        for absolute in map(posixpath.normpath, tries):
+            if absolute.startswith(f"{self.root.path.rstrip('/')}/"):
+                return self.root.at(absolute)
         raise RecordError(f"media path {path!r} leads out of {self.root.uri}; set media_dir to a folder above it")

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nvila.data.dataset import IMAGES_FILE
-from nvila.data.readers.formats import data_files
+from nvila.data.readers.formats import FormattedFile, data_files
 from nvila.data.readers.json_array import JsonArray
 from nvila.data.readers.json_lines import JsonLines
 from nvila.data.readers.locations import WILDCARDS, FileSystems, Location, locate
 from nvila.data.readers.media import MediaFolder, TableFile
 from nvila.data.readers.parsing import KNOWN_FIELDS, RecordParser
-from nvila.data.readers.rows import DataFile, Format
+from nvila.data.readers.rows import DataFile
 from nvila.data.readers.stream import FileStream, Part
 from nvila.errors import ConfigError, nearest
 
@@ -71,26 +71,31 @@ def open_dataset(
     media_dir = locate(spec.media_dir, filesystems, base) if spec.media_dir is not None else None
     files = data_files(location, spec.format)
     root = _common_folder(file for file, _ in files)
-    tables: dict[str, TableFile | None] = {}
-    formats: dict[type[Format], Format] = {}
+    formats = {kind: kind() for _, kind in files}
+    tables = {} if media_dir is not None else _image_tables(files)
     parts = []
     for file, kind in files:
-        folder = file.parent
-        if media_dir is None and kind in (JsonArray, JsonLines) and folder.path not in tables:
-            tables[folder.path] = TableFile.beside(file, IMAGES_FILE)
         short = posixpath.relpath(file.path, root)
         parser = RecordParser(
             name=short,
             stem=_stem(short),
             uri=file.uri,
-            media=MediaFolder(home=folder, root=media_dir or folder, table=tables.get(folder.path)),
+            media=MediaFolder(home=file.parent, root=media_dir or file.parent, table=tables.get(file.parent.path)),
             source=spec.source or name,
             force_source=spec.source is not None,
             rename=spec.rename,
         )
-        format = formats.setdefault(kind, kind())
-        parts.append(Part(file=DataFile(location=file, name=short), format=format, parse=parser))
+        parts.append(Part(file=DataFile(location=file, name=short), format=formats[kind], parse=parser))
     return FileStream(name, parts)
+
+
+def _image_tables(files: Iterable[FormattedFile]) -> dict[str, TableFile | None]:
+    """Return the image tables that lie beside samples, by folder."""
+    tables: dict[str, TableFile | None] = {}
+    for file, kind in files:
+        if kind in (JsonArray, JsonLines) and file.parent.path not in tables:
+            tables[file.parent.path] = TableFile.beside(file, IMAGES_FILE)
+    return tables
 
 
 def _common_folder(files: Iterable[Location]) -> str:

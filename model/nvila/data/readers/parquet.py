@@ -8,7 +8,7 @@ from typing import Any
 from nvila.data.readers.locations import reading
 from nvila.data.readers.packages import package
 from nvila.data.readers.rows import DataFile, Format, Rows
-from nvila.data.readers.tables import BATCH_ROWS, TableRows, wanted_columns
+from nvila.data.readers.tables import BATCH_ROWS, BoundedFile, TableRows, wanted_columns
 from nvila.errors import DataError
 
 _BUFFER_BYTES = 2**20
@@ -38,6 +38,7 @@ class _ParquetRows(TableRows):
         self._columns = wanted_columns(self._table.schema_arrow.names, fields, file.location.uri)
         self.count = int(self._table.metadata.num_rows)
         self._group = 0  # the next one
+        self._left = 0  # rows of the group before it that are not read
         self._batches: Iterator[Any] = iter(())
 
     def close(self) -> None:
@@ -47,22 +48,24 @@ class _ParquetRows(TableRows):
         self._source.close()
 
     def _next_batch(self) -> Any:
-        batch = next(self._batches, None)
-        while batch is None and self._group < self._table.num_row_groups:
-            self._batches = self._table.iter_batches(
-                BATCH_ROWS, row_groups=[self._group], columns=self._columns, use_threads=False
-            )
+        while self._left == 0 and self._group < self._table.num_row_groups:
+            self._left = self._table.metadata.row_group(self._group).num_rows
             self._group += 1
-            batch = next(self._batches, None)
+            self._batches = self._table.iter_batches(
+                BATCH_ROWS, row_groups=[self._group - 1], columns=self._columns, use_threads=False
+            )
+        batch = next(self._batches, None)
+        self._left -= batch.num_rows if batch is not None else 0
         return batch
 
-    def _skip_undecoded(self, count: int) -> int:
-        batch = next(self._batches, None)
-        if batch is not None:  # in the middle of a group
-            self._batch = batch
-            return 0
+    def _num_lost(self) -> int:
+        # The other row groups are read all the same, so that every range of rows gives the same records.
+        lost, self._left = self._left, 0
+        return lost
+
+    def _skip_unread(self, count: int) -> int:
         skipped = 0
-        while self._group < self._table.num_row_groups:
+        while self._left == 0 and self._group < self._table.num_row_groups:
             rows = self._table.metadata.row_group(self._group).num_rows
             if skipped + rows > count:
                 break
@@ -77,7 +80,7 @@ def _open(file: DataFile) -> tuple[Any, Any]:
     try:
         with reading(file.location.uri):
             # Pages are read as they are needed; whole column chunks of images would fill the memory.
-            return pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES), source
+            return pq.ParquetFile(BoundedFile(source), pre_buffer=False, buffer_size=_BUFFER_BYTES), source
     except pa.ArrowException as e:
         source.close()
         raise DataError(f"{file.location.uri} is no Parquet file: {e}", "replace the file") from e

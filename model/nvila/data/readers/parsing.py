@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,7 @@ class RecordParser:
         return self.source if self.force_source else _name(fields, SOURCES) or self.source
 
     def _medium(self, value: Any, what: str, key: str) -> tuple[str, MediaSource]:
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
             if not value:
                 raise RecordError(f"{what} has neither bytes nor a path")
@@ -110,12 +111,17 @@ def _media_values(fields: Mapping[str, Any], kind: MediaKind) -> Sequence[object
     for name in (f"{kind}s", kind):
         value = fields.get(name)
         if isinstance(value, (list, tuple)):
-            value = [one for one in value if one not in (None, "")]
+            value = [one for one in value if not _is_missing(one)]
             if value:
                 return value
-        elif value not in (None, "", b""):
+        elif not _is_missing(value):
             return [value]
     return []
+
+
+def _is_missing(value: Any) -> bool:
+    """Tell whether a field holds no medium; tables that pandas wrote say so with NaN."""
+    return value in (None, "", b"") or (isinstance(value, float) and math.isnan(value))
 
 
 def _check_answers(turns: Sequence[Turn]) -> None:
@@ -124,7 +130,7 @@ def _check_answers(turns: Sequence[Turn]) -> None:
     if turns[-1].role != "assistant":
         raise RecordError("no answer: the last turn is not the assistant's")
     for number, turn in enumerate(turns, start=1):
-        if turn.role == "assistant" and not any(isinstance(piece, str) for piece in turn.pieces):
+        if turn.role == "assistant" and not any(isinstance(piece, str) and piece.strip() for piece in turn.pieces):
             raise RecordError(f"the answer in turn {number} is empty")
 
 

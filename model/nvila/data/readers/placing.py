@@ -2,7 +2,7 @@
 
 `<image>` and `<video>` in what people asked are places of media. As many markers as media of a kind: each medium goes
 to its marker. No marker: the media go to the front of the first question, as the published models were trained.
-Anything else cannot be told. What the assistant wrote is never a place.
+Anything else cannot be told. What the assistant wrote is never a place; neither is text beside parts that are media.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ def place_media(turns: Sequence[Turn], media: Mapping[MediaKind, Sequence[object
         media: What the fields hold of each kind, in order.
 
     Returns:
-        The turns without markers; every medium has its value. Texts begin and end with what is not white space.
+        The turns without markers; every medium has its value. White space at the ends of a text is gone, unless the
+        turn was written in parts.
 
     Raises:
         RecordError: There are media and markers, but not as many.
     """
-    cut = [_cut(turn) if turn.role == "user" else turn for turn in turns]
+    parts_say_it = any(isinstance(piece, Medium) for turn in turns for piece in turn.pieces) or not any(media.values())
+    cut = [_cut(turn) if turn.role == "user" and not (turn.in_parts and parts_say_it) else turn for turn in turns]
     rests = {kind: iter(media[kind]) for kind in KINDS}
     leading: list[Piece] = []
     for kind in KINDS:
@@ -44,7 +46,7 @@ def place_media(turns: Sequence[Turn], media: Mapping[MediaKind, Sequence[object
         pieces = [_filled(piece, rests) for piece in turn.pieces]
         if turn.role == "user" and leading:
             pieces, leading = [*leading, *pieces], []
-        placed.append(Turn(turn.role, _stripped(pieces)))
+        placed.append(Turn(turn.role, tuple(pieces) if turn.in_parts and parts_say_it else _stripped(pieces)))
     if leading:
         raise RecordError("no question that the media belong to")
     return placed
@@ -63,7 +65,7 @@ def _cut(turn: Turn) -> Turn:
             # The model ends every medium with a line feed of its own.
             end = found.end() + piece.startswith("\n", found.end())
         pieces.append(piece[end:])
-    return Turn(turn.role, tuple(pieces))
+    return Turn(turn.role, tuple(pieces), turn.in_parts)
 
 
 def _is_place(piece: Piece, kind: MediaKind) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 _LONGEST = 300
@@ -25,6 +26,8 @@ def text_of(value: Any, what: str) -> str:
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise RecordError(f"{what} is no text but {kind_of(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"{what} is no text but {value}")
     text = str(value)
     try:
         text.encode()

@@ -47,10 +47,17 @@ Piece: TypeAlias = "str | Medium"
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message as it was written, markers included."""
+    """One message as it was written, markers included.
+
+    Args:
+        role: Who speaks.
+        pieces: Texts and media in order.
+        in_parts: Whether it was written as parts, whose texts mean what they say.
+    """
 
     role: Role
     pieces: tuple[Piece, ...]
+    in_parts: bool = False
 
 
 def turns_of(fields: Mapping[str, Any]) -> list[Turn]:
@@ -74,7 +81,7 @@ def _messages(fields: Mapping[str, Any], value: Any, name: str) -> list[Turn]:
 
 
 def _message(turn: Any, number: int) -> Turn:
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, dict):
         raise RecordError(f"turn {number} is {kind_of(turn)} instead of an object")
     sender = _first(turn, ("from", "role"))
     if sender is None:
@@ -85,12 +92,13 @@ def _message(turn: Any, number: int) -> Turn:
     content = _first(turn, ("value", "content"))
     if content is None:
         raise RecordError(f"turn {number} has no text ('value' or 'content')")
-    parts = content if isinstance(content, list) else [content]
-    return Turn(role, tuple(_part(part, f"turn {number}") for part in parts))
+    in_parts = isinstance(content, list)
+    parts = content if in_parts else [content]
+    return Turn(role, tuple(_part(part, f"turn {number}") for part in parts), in_parts)
 
 
 def _part(part: Any, where: str) -> Piece:
-    if not isinstance(part, Mapping):
+    if not isinstance(part, dict):
         return text_of(part, where)
     kind = "image" if part.get("type") == "image_url" else part.get("type")
     if kind == "text":
@@ -98,7 +106,7 @@ def _part(part: Any, where: str) -> Piece:
     if kind not in KINDS:
         raise RecordError(f"{where} has a part of the unknown type {kind!r}; known: text, image, video")
     value = _first(part, ("path", kind, "url", f"{kind}_url", "base64", "bytes"))
-    if isinstance(value, Mapping) and "url" in value:
+    if isinstance(value, dict) and "url" in value:
         value = value["url"]
     if isinstance(value, str) and part.get("base64") == value:
         value = f"data:;base64,{value}"
@@ -108,7 +116,7 @@ def _part(part: Any, where: str) -> Piece:
 def _pairs(fields: Mapping[str, Any], value: Any, name: str) -> list[Turn]:
     turns: list[Turn] = []
     for number, pair in enumerate(_list(value, name), start=1):
-        if not isinstance(pair, Mapping):
+        if not isinstance(pair, dict):
             raise RecordError(f"pair {number} of '{name}' is {kind_of(pair)} instead of an object")
         for role in ("user", "assistant"):
             turns.append(Turn(ROLES[role], (text_of(pair.get(role), f"'{role}' of pair {number}"),)))
@@ -152,11 +160,11 @@ def _assistant(text: str) -> Turn:
 
 def _most_frequent(answer: Any) -> Any:
     """Of several people's answers the most frequent one, of equally frequent ones the first."""
-    if isinstance(answer, Mapping):  # SQuAD's {"text": [...]}
+    if isinstance(answer, dict):  # SQuAD's {"text": [...]}
         answer = answer.get("text")
     if not isinstance(answer, list):
         return answer
-    texts = [one.get("answer") if isinstance(one, Mapping) else one for one in answer]
+    texts = [one.get("answer") if isinstance(one, dict) else one for one in answer]
     if not texts:
         raise RecordError("no answer: 'answers' is empty")
     return Counter(text_of(text, "an answer") for text in texts).most_common(1)[0][0]
@@ -168,7 +176,7 @@ def _list(value: Any, name: str) -> list[Any]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise RecordError(f"'{name}' is a text and no JSON") from None
-    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         value = _transposed(value, name)
     if not isinstance(value, list):
         raise RecordError(f"'{name}' is {kind_of(value)} instead of an array")
