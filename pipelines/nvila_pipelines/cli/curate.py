@@ -58,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     words = next(action for action in parser._actions if action.dest == "words")
-    words.metavar, words.help = "DATA", "file, folder or address of a data set; or a recipe and fields of it to change"
+    words.metavar, words.help = "DATA", "file, folder, address or mixture; or a recipe and fields of it to change"
     # No defaults here: what was not given must be told from what was, since each use of the verb has its own options.
     data = parser.add_argument_group("data")
     data.add_argument("--out", type=Path, metavar="DIR", help="folder of everything that is made")
     data.add_argument("--media-dir", metavar="DIR", help="folder that the paths of images and videos start from")
-    data.add_argument("--mixtures", metavar="FILE", help="YAML file of named data sets; DATA is then names: a+b*3")
+    data.add_argument("--mixtures", metavar="FILE", help="YAML file that names data sets; DATA is then names: a + b")
     data.add_argument("--max-bad", type=_share, metavar="SHARE", help="stop when more cannot be scored (default: 10%%)")
     score = parser.add_argument_group("scoring")
     for name in ("small", "large"):
@@ -224,10 +224,19 @@ def _data(args: argparse.Namespace) -> DataSpec | None:
     from nvila_pipelines.curation.spec import DataSpec
 
     if len(args.words) > 1:
-        raise ConfigError(f"two data sets are named: {args.words[0]} and {args.words[1]}", "write a+b with --mixtures")
+        raise ConfigError(f"two data sets are named: {args.words[0]} and {args.words[1]}", "write them as one: a + b")
     if not args.words:
         return None
-    return DataSpec(data=args.words[0], mixtures=args.mixtures, media_dir=args.media_dir)
+    return DataSpec(
+        data=_lasting(args.words[0]),
+        mixtures=_lasting(args.mixtures) if args.mixtures is not None else None,
+        media_dir=_lasting(args.media_dir) if args.media_dir is not None else None,
+    )
+
+
+def _lasting(place: str) -> str:
+    """Return a local path as one that means the same in another folder; names and addresses stay."""
+    return str(Path(place).absolute()) if Path(place).exists() else place
 
 
 def _rule(args: argparse.Namespace) -> Rule:

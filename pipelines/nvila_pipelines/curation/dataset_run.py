@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -219,13 +219,10 @@ def _resolve(request: CurationRequest, reporter: Reporter, rank: int) -> Scoring
     return spec
 
 
-def _count(spec: ScoringSpec, reporter: Reporter) -> int | None:
-    """Count the records where the reader can; it makes the time left known, and how much may be bad."""
-    count: Callable[[], int] | None = getattr(open_stream(spec.data), "count", None)
-    if count is None:
-        return None
+def _count(spec: ScoringSpec, reporter: Reporter) -> int:
+    """Count the records: that makes the time left known, and how many may be bad."""
     reporter.progress("count", 0, 0)
-    return count()
+    return open_stream(spec.data).count()
 
 
 def _score(

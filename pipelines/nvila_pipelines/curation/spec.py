@@ -14,7 +14,9 @@ from nvila.errors import ArtifactError, ConfigError
 from nvila_platform.artifacts import file_sha256, write_atomically
 
 if TYPE_CHECKING:
-    from nvila.data.readers.record import RecordStream
+    from nvila.data.mixtures import Registry
+    from nvila.data.readers.locations import FileSystems
+    from nvila.data.readers.record import CountedStream
 
 SPEC_FILE = "scoring.json"
 # Raised when the same inputs would give other scores than before.
@@ -29,12 +31,21 @@ class DataSpec:
     Args:
         data: Path, address, or mixture expression.
         mixtures: YAML file that defines the names in `data`.
-        media_dir: Folder that the paths of images and videos start from.
+        media_dir: Folder that the paths of images and videos start from; of one data set only.
+
+    Raises:
+        ConfigError: Mixtures have a folder of media.
     """
 
     data: str
     mixtures: str | None = None
     media_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mixtures is not None and self.media_dir is not None:
+            raise ConfigError(
+                "--media-dir is for one data set, --mixtures names several", f"write media_dir into {self.mixtures}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,16 +137,34 @@ class ScoringSpec:
             )
 
 
-def open_stream(spec: DataSpec) -> RecordStream:
-    """Open the data set.
+def open_stream(spec: DataSpec) -> CountedStream:
+    """Open the data set; `s3://` is the service that the settings name.
 
     Raises:
-        ConfigError: The mixture is unknown, or the address cannot be used.
+        ConfigError: A name is unknown, or the address cannot be used.
         DataError: There is no such data.
     """
     from nvila.data.readers.opening import DatasetSpec, open_dataset
 
-    return open_dataset(DatasetSpec(path=spec.data, media_dir=spec.media_dir))
+    if spec.media_dir is None:
+        return _registry(spec).open(spec.data)
+    return open_dataset(DatasetSpec(path=spec.data, media_dir=spec.media_dir), filesystems=_filesystems())
+
+
+def _registry(spec: DataSpec) -> Registry:
+    from nvila.data.mixtures import Registry
+
+    filesystems = _filesystems()
+    if spec.mixtures is None:
+        return Registry(filesystems=filesystems)
+    return Registry.load(spec.mixtures, filesystems)
+
+
+def _filesystems() -> FileSystems:
+    from nvila_platform.s3_filesystem import data_filesystems
+    from nvila_platform.settings import Settings
+
+    return data_filesystems(Settings.load())
 
 
 def folder_digest(folder: Path) -> str:
@@ -154,14 +183,17 @@ def folder_digest(folder: Path) -> str:
 
 
 def data_digest(spec: DataSpec) -> str:
-    """Return the identity of the data: names, sizes and times of its files where they are local, else the address."""
-    files = [] if spec.mixtures is None else [Path(spec.mixtures)]
-    if "://" not in spec.data and spec.mixtures is None:
-        files += _data_files(Path(spec.data))
-    names = [spec.data if not files or spec.mixtures is not None else ""]
-    for path in files:
-        status = path.stat()
-        names.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    """Return the identity of the data: names, sizes and times of local files, and the addresses of others.
+
+    Raises:
+        ConfigError: A file of mixtures or a name in it is wrong.
+    """
+    names = [] if spec.mixtures is None else [spec.data, file_sha256(Path(spec.mixtures))]
+    leaves = [] if spec.media_dir is not None else _registry(spec).expand(spec.data)
+    places = [leaf.name for leaf in leaves] or [spec.data]
+    for place in places:
+        files = list(_data_files(Path(place.removeprefix("file://"))))
+        names += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files] or [place]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 

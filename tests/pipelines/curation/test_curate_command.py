@@ -130,6 +130,43 @@ def test_scores_of_other_options_are_refused(
     assert "(small: " in capsys.readouterr().err
 
 
+def test_a_selection_is_what_readers_give_for_training(curate: Curate, scored: Path) -> None:
+    from nvila.data.mixtures import Registry
+
+    data = json.loads((scored / "scoring.json").read_text())["data"]["data"]
+    table = pq.read_table(scored / "selection.parquet").to_pydict()
+    kept = [id for id, keep in zip(table["id"], table["kept"], strict=True) if keep]
+    records = Registry().open(f"{data}@{scored}").records()
+    assert [record.sample.id for record in records if record.sample is not None] == kept
+
+
+def test_a_mixture_of_named_data_sets_is_curated(
+    curate: Curate, models: dict[str, Path], llava: Any, capsys: Any, tmp_path: Path
+) -> None:
+    first, second = llava(6), llava(9)
+    text = (
+        f"first: {{path: {first}, source: first}}\nsecond: {{path: {second}, source: second}}\nboth: first + second\n"
+    )
+    (tmp_path / "sets.yaml").write_text(text, encoding="utf-8")
+    words = ("--small", models["small"], "--large", models["large"], "--mixtures", "sets.yaml", "--out", "out")
+    assert curate("both", *words, "--json") == 0
+    sources = last_json(capsys.readouterr().out)["sources"]
+    assert {name: (one["records"], one["kept"]) for name, one in sources.items()} == {"first": (6, 3), "second": (9, 5)}
+    assert curate("bth", *words) == 2
+    assert "there is no data set 'bth'" in capsys.readouterr().err
+    assert curate("both", *words, "--media-dir", ".") == 2
+    assert "--media-dir is for one data set" in capsys.readouterr().err
+
+
+def test_a_folder_is_chosen_from_wherever_one_is(
+    curate: Curate, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert curate("--out", "../out", "--keep-rate", "0.25") == 0
+    assert "data:image/png;base64" in (scored / "report.html").read_text(encoding="utf-8")
+
+
 def test_too_many_bad_records_stop_the_run(
     curate: Curate, models: dict[str, Path], llava: Any, capsys: Any, tmp_path: Path
 ) -> None:
