@@ -49,5 +49,5 @@ def check_share(bad: Mapping[str, int], total: int, max_bad: float, first: str) 
         raise DataError(
             f"{count} of {total} records ({count / total:.1%}) cannot be used, more than {max_bad:.1%}: {kinds}; "
             f"first: {first}",
-            "quarantine.jsonl names each; raise --max-bad, or mend the data and delete the shards to score it again",
+            "quarantine.jsonl names each; raise --max-bad, or mend the data and score it into a new folder",
         )

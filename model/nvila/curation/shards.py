@@ -80,7 +80,7 @@ class Shards:
         if found != self.digest:
             raise ConfigError(
                 f"{path} holds scores of another configuration ({found[:12] or 'unknown'}, not {self.digest[:12]})",
-                f"choose another folder, or delete {self.directory} to score again",
+                "choose another folder, or delete this one to score again",
             )
         return int(metadata.num_rows)
 
