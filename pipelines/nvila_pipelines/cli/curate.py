@@ -30,7 +30,7 @@ examples:
                                      show what that would keep, write nothing
   nvila curate s3://data/shards/ --small A --large B --out curated --processes 4 --dtype bf16
   nvila curate /data/x.jsonl --small A --large B --out /out/x --nodes 4 --gpus 8 --image IMG:TAG --claim data=/data \\
-      --claim out=/out | kubectl apply -f -
+      --claim out=/out --submit
   nvila curate fast seed=1           the curation step of a recipe, with scorers trained on the fly
 
 outputs in DIR:
@@ -43,7 +43,7 @@ outputs in DIR:
 """
 _WHERE = ("out", "media_dir", "mixtures", "max_bad")
 _SCORING = ("small", "large", "dtype", "device", "sequential", "processes", "threads", "shard_size", "batch_tokens")
-_CLUSTER = ("image", "gpus", "cpu", "memory", "claim", "namespace", "job_name")
+_CLUSTER = ("image", "gpus", "cpu", "memory", "claim", "namespace", "job_name", "submit")
 _CHOOSING = ("normalize", "keep_rate", "min_delta", "max_delta", "method", "seed", "clusters", "dry_run")
 
 
@@ -103,7 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
-    cluster = parser.add_argument_group("cluster", "With --nodes, print the manifest of a Kubeflow TrainJob instead.")
+    cluster = parser.add_argument_group(
+        "cluster", "With --nodes, print the manifest of a Kubeflow TrainJob, or --submit it."
+    )
     cluster.add_argument("--nodes", type=_count, metavar="N", help="nodes of the job; DIR must be on a shared volume")
     cluster.add_argument("--image", help="container image with nvila")
     cluster.add_argument(
@@ -116,6 +118,9 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     )
     cluster.add_argument("--namespace", help="where the job runs")
     cluster.add_argument("--job-name", metavar="NAME", help="default: curate-DIR")
+    cluster.add_argument(
+        "--submit", action="store_true", default=None, help="create the job in the cluster of the kubeconfig"
+    )
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
@@ -123,7 +128,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     if args.nodes is None:
         _refuse(args, _CLUSTER, "is about a job of a cluster", "say how many nodes with --nodes")
     else:
-        return _print_job(args, settings)
+        return _cluster_job(args, settings)
     if not _given(args, (*_WHERE, *_SCORING)):
         _refuse(args, _CHOOSING, "is about a data set, but no folder is named", "name one with --out")
         return run_to("curate", args, settings)
@@ -150,8 +155,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _print_job(args: argparse.Namespace, settings: Settings) -> int:
-    """Print the manifest of the job that runs this command on several nodes."""
+def _cluster_job(args: argparse.Namespace, settings: Settings) -> int:
+    """Print the manifest of the job that runs this command on several nodes, or create it."""
     from nvila_pipelines.curation.cluster_job import curation_job
 
     missing = [name for name in ("words", "small", "large", "out", "image") if not getattr(args, name)]
@@ -163,7 +168,15 @@ def _print_job(args: argparse.Namespace, settings: Settings) -> int:
     _refuse(args, ("dry_run", "processes"), "is for one machine, --nodes for several", "leave one of them out")
     _rule(args)
     manifest = curation_job(args, settings)
-    if args.json:
+    if args.submit:
+        from nvila_platform.cluster.client import ClusterClient
+
+        job = ClusterClient().submit(manifest)
+        if args.json:
+            emit_json({"job": job.name, "namespace": job.namespace, "state": job.state})
+        else:
+            emit(f"job {job.name} is created; follow it: kubectl get trainjob {job.name} -n {job.namespace} -w")
+    elif args.json:
         emit_json(manifest)
     else:
         import yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from nvila_pipelines.cli import build_parser, main
+from nvila_platform.cluster.client import JobStatus
 
 WORDS = ["/data/llava.jsonl", "--small", "/models/a", "--large", "models:/nvila@champion", "--out", "/out/llava v1"]
 JOB = [*WORDS, "--nodes", "4", "--image", "registry.example.org/nvila:0.1.0"]
@@ -59,6 +61,23 @@ def test_nodes_get_the_addresses_that_they_can_reach(capsys: Any, monkeypatch: p
 def test_nothing_is_made_by_printing(capsys: Any, tmp_path: Path) -> None:
     printed(capsys, "--job-name", "mine", "--namespace", "team")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_is_submitted_as_it_would_be_printed(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted: list[Any] = []
+
+    class Client:
+        def submit(self, manifest: Any) -> JobStatus:
+            submitted.append(manifest)
+            return JobStatus(name=manifest["metadata"]["name"], namespace="team", state="Created")
+
+    expected = printed(capsys)
+    monkeypatch.setattr("nvila_platform.cluster.client.ClusterClient", Client)
+    assert main(["curate", *JOB, "--submit"]) == 0
+    assert "kubectl get trainjob curate-llava-v1 -n team" in capsys.readouterr().out
+    assert main(["curate", *JOB, "--submit", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"job": "curate-llava-v1", "namespace": "team", "state": "Created"}
+    assert submitted == [expected, expected]
 
 
 @pytest.mark.parametrize(
