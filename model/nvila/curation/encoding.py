@@ -16,7 +16,7 @@ from nvila.curation.scoring import AnswerScore
 from nvila.curation.windows import Window
 from nvila.data.conversation import ConversationEncoder, Encoded
 from nvila.data.records import Sample
-from nvila.errors import ConfigError, NvilaError, ResourceError
+from nvila.errors import ConfigError, DataError, ResourceError
 
 Outcome = AnswerScore | Problem
 ScoreBatch = Callable[[Sequence[Sequence[Encoded]]], list[AnswerScore]]
@@ -41,7 +41,7 @@ def _encode(sample: Sample, encoder: ConversationEncoder, context: int) -> Encod
         encoded = encoder(sample)
     except ConfigError as e:  # the frames of a video do not divide into the model's pools
         return Problem(status="bad_media", reason=str(e))
-    except NvilaError as e:
+    except DataError as e:
         return Problem(status="unreadable", reason=str(e))
     if len(encoded.ids) > context:
         return Problem(status="too_long", reason=f"{len(encoded.ids)} tokens, the model takes {context}")

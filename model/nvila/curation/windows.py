@@ -18,7 +18,7 @@ from nvila.data.images import load_image
 from nvila.data.readers.record import Record
 from nvila.data.records import Message, Part, Sample
 from nvila.data.video import Video, load_video
-from nvila.errors import NvilaError
+from nvila.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -162,7 +162,7 @@ def _read(record: Record, known: Container[str]) -> tuple[Sample | Problem, dict
                 return Problem(status="bad_media", reason=f"{part.type} '{part.value}' is nowhere"), {}
             if part.value not in known and part.value not in encoded:
                 encoded[part.value] = (part.type, record.media[part.value].read())
-    except NvilaError as e:
+    except DataError as e:  # anything else, such as a store that does not answer, is no fault of the record
         return Problem(status="bad_media", reason=str(e)), {}
     return record.sample, encoded
 
@@ -188,7 +188,7 @@ def _decode(digest: str, kind: str, data: bytes, samplings: frozenset[FrameSampl
             for how in sorted(samplings, key=lambda how: (how.num_frames, how.fps))
         }
         return _Decoded(images={}, videos=videos)
-    except NvilaError as e:
+    except DataError as e:
         return _Decoded(images={}, videos={}, problem=Problem(status="bad_media", reason=str(e)))
 
 

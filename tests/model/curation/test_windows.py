@@ -11,7 +11,7 @@ from nvila.curation.problems import Problem
 from nvila.curation.windows import ahead, windows
 from nvila.data.conversation import Encoded
 from nvila.data.records import Sample, vqa_sample
-from nvila.errors import DataError
+from nvila.errors import DataError, InfrastructureError
 
 
 def test_neighbours_share_what_is_the_same_picture(vqa_stream: Any, encoded_pictures: dict[str, bytes]) -> None:
@@ -43,6 +43,17 @@ def test_records_with_a_problem_keep_their_place(vqa_stream: Any) -> None:
     (window,) = windows(stream.records(), frozenset())
     assert window.samples[2] == Problem(status="unreadable", reason="broken JSON")
     assert [isinstance(sample, Sample) for sample in window.samples] == [True, True, False, True, True]
+
+
+def test_a_store_that_does_not_answer_is_no_fault_of_a_record(vqa_stream: Any) -> None:
+    class Away:
+        def read(self) -> bytes:
+            raise InfrastructureError("S3 does not answer", "")
+
+    stream = vqa_stream(5)
+    stream.rows[3] = (stream.rows[3][0], {"b.png": Away()}, None)
+    with pytest.raises(InfrastructureError, match="S3 does not answer"):
+        list(windows(stream.records(), frozenset()))
 
 
 def test_what_is_made_ahead_raises_where_it_is_used() -> None:
