@@ -16,7 +16,7 @@ from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
     from nvila.curation.choosing import Rule
-    from nvila_pipelines.curation.dataset_run import CurationRequest, CurationResult
+    from nvila_pipelines.curation.request import CurationRequest, CurationResult
     from nvila_pipelines.curation.spec import DataSpec
 
 SUMMARY = "choose what is worth training on (DeltaLoss)"
@@ -206,7 +206,7 @@ def show(result: CurationResult, *, as_json: bool) -> None:
 
 
 def _request(args: argparse.Namespace, out: Path, settings: Settings) -> CurationRequest:
-    from nvila_pipelines.curation.dataset_run import CurationRequest
+    from nvila_pipelines.curation.request import CurationRequest
 
     data, rule = _data(args), _rule(args)
     models: dict[str, Any] = {}

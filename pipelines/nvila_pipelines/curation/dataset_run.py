@@ -3,113 +3,33 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.errors import ConfigError, NvilaError
+from nvila_pipelines.curation.finishing import STEP, finish
+from nvila_pipelines.curation.request import CurationRequest, CurationResult
 from nvila_pipelines.curation.scoring_process import own_rank, scoring_run, shards_of
-from nvila_pipelines.curation.spec import DataSpec, ScoringSpec, data_digest, folder_digest, open_stream
-from nvila_platform.artifacts import MANIFEST_NAME, code_version, content_key, storage_errors, utc_now, write_manifest
+from nvila_pipelines.curation.spec import ScoringSpec, data_digest, folder_digest, open_stream
+from nvila_platform.artifacts import MANIFEST_NAME, storage_errors, utc_now
 
 if TYPE_CHECKING:
     from nvila.curation.choosing import Rule, SourceCount
     from nvila.curation.merging import Merged
-    from nvila.curation.selection import Normalize
     from nvila.curation.shards import Shards
     from nvila.progress import Reporter
     from nvila_platform.settings import Settings
     from nvila_platform.telemetry import ProgressView
 
-logger = logging.getLogger(__name__)
-
-STEP = "curate"
 # Beside the outputs and hidden, so that it is none.
 _SCRATCH = ".work"
 _WAIT_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurationRequest:
-    """What somebody asked for.
-
-    Args:
-        out: Directory of everything that is made.
-        rule: What to keep.
-        data: The data set; None takes that of the scores in `out`.
-        small: Folder of the small model; None likewise.
-        large: Folder of the large model; None likewise.
-        normalize: How delta is made of the likelihoods.
-        dtype: Type of weights and activations. None, here and below, takes what the scores in `out` were made with.
-        device: `auto`, `cpu` or `cuda`.
-        sequential: Hold one model in memory at a time.
-        processes: Local processes.
-        threads: Threads of a process; without earlier scores the processes share the cores.
-        shard_size: Records of a shard.
-        batch_tokens: Most positions of a batch.
-        max_bad: Largest share of records without a score.
-        num_clusters: For the method `cluster`; None chooses.
-    """
-
-    out: Path
-    rule: Rule
-    data: DataSpec | None = None
-    small: Path | None = None
-    large: Path | None = None
-    normalize: Normalize = "none"
-    dtype: str | None = None
-    device: str | None = None
-    sequential: bool = False
-    processes: int = 1
-    threads: int | None = None
-    shard_size: int | None = None
-    batch_tokens: int | None = None
-    max_bad: float = 0.1
-    num_clusters: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurationResult:
-    """What a run made.
-
-    Args:
-        out: The directory.
-        records: Records of the data set.
-        statuses: How many there are of each status.
-        sources: What every source has, and what is kept.
-        seconds: How long it took.
-        report: The HTML file; None when nothing was written.
-    """
-
-    out: Path
-    records: int
-    statuses: Mapping[str, int]
-    sources: Mapping[str, SourceCount]
-    seconds: float
-    report: Path | None = None
-
-    @property
-    def kept(self) -> int:
-        """How many records are kept."""
-        return sum(count.kept for count in self.sources.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "out": str(self.out),
-            "records": self.records,
-            "kept": self.kept,
-            "statuses": dict(self.statuses),
-            "sources": {source: asdict(count) for source, count in self.sources.items()},
-            "seconds": round(self.seconds, 2),
-            "report": str(self.report) if self.report is not None else None,
-        }
 
 
 def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) -> CurationResult | None:
@@ -142,7 +62,7 @@ def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) 
             return None
         shards = shards_of(request.out, spec)
         if world > 1:
-            _wait(shards, view.reporter(STEP))
+            _wait(request, shards, view.reporter(STEP))
         merged = _merge(request, shards, view.reporter(STEP))
         sources = _choose(request, shards, view.reporter(STEP))
         result = CurationResult(
@@ -152,7 +72,7 @@ def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) 
             sources=sources,
             seconds=time.monotonic() - started,
         )
-        return _finish(request, spec, result, settings, started_at)
+        return finish(request, spec, result, settings, started_at)
 
 
 def preview(out: Path, rule: Rule) -> CurationResult:
@@ -303,11 +223,16 @@ def _launch(
         thread.join()
 
 
-def _wait(shards: Shards, reporter: Reporter) -> None:
+def _wait(request: CurationRequest, shards: Shards, reporter: Reporter) -> None:
     """Wait for the shards of other ranks; torchrun ends this process when one of them fails."""
-    if shards.finished() is None:
+
+    def is_complete() -> bool:
+        scored = _is_scored(request, shards)
+        return scored and (request.rule.method != "cluster" or _has_features(shards))
+
+    if not is_complete():
         reporter.notice("waiting for the other processes")
-    while shards.finished() is None:
+    while not is_complete():
         time.sleep(_WAIT_S)
 
 
@@ -336,74 +261,6 @@ def _choose(request: CurationRequest, shards: Shards, reporter: Reporter) -> dic
         write_clusters(shards, request.out, num_clusters=request.num_clusters, seed=request.rule.seed)
     reporter.progress("select", 0, 0)
     return write_selection(request.out, choose(request.out, request.rule))
-
-
-def _finish(
-    request: CurationRequest, spec: ScoringSpec, result: CurationResult, settings: Settings, started_at: str
-) -> CurationResult:
-    """Write the report, the manifest last, and track the run."""
-    config = {"scoring": asdict(spec), "rule": asdict(request.rule), "normalize": request.normalize}
-    inputs = {"data": spec.data_digest, "small": spec.small_digest, "large": spec.large_digest}
-    scored = sum(count.scored for count in result.sources.values())
-    metrics = {"records": float(result.records), "scored": float(scored), "kept": float(result.kept)}
-    result = replace(result, report=_report(request, spec, result, settings))
-    write_manifest(
-        request.out,
-        step=STEP,
-        key=content_key(STEP, config, inputs, code_version()),
-        config=config,
-        inputs=inputs,
-        code_version=code_version(),
-        started_at=started_at,
-        metrics=metrics,
-    )
-    bad = {f"bad/{name}": float(count) for name, count in result.statuses.items() if name != "ok"}
-    track(settings, request.out, config, metrics | bad)
-    return result
-
-
-def _report(request: CurationRequest, spec: ScoringSpec, result: CurationResult, settings: Settings) -> Path | None:
-    """Write the report; data that can no longer be read costs its pictures only."""
-    from nvila_pipelines.report.curation_report import write_curation_report
-
-    try:
-        stream = open_stream(spec.data)
-    except NvilaError as e:
-        logger.warning("the report shows no samples: %s", e)
-        stream = None
-    rule = request.rule
-    rates = ", ".join([f"{rule.keep_rate:g}", *(f"{source} {rate:g}" for source, rate in rule.rates.items())])
-    limits = [
-        f"{name} {value:g}" for name, value in (("from", rule.min_delta), ("to", rule.max_delta)) if value is not None
-    ]
-    return write_curation_report(
-        request.out,
-        name=Path(spec.data.data).name if spec.data.mixtures is None else spec.data.data,
-        method=f"{rule.method}, keep {'; '.join([rates, *limits])}",
-        sources=result.sources,
-        statuses=result.statuses,
-        stream=stream,
-        made={
-            "data": spec.data.data,
-            "small model": f"{spec.small} ({spec.small_digest[:12]})",
-            "large model": f"{spec.large} ({spec.large_digest[:12]})",
-            "likelihoods": f"{spec.dtype} on {spec.device}, normalized by {request.normalize}",
-            "code": code_version(),
-        },
-        cache=settings.workspace / "cache" / "matplotlib",
-    )
-
-
-def track(settings: Settings, out: Path, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Record the run with its report and plots; without MLflow the events wait in the workspace."""
-    from nvila_pipelines.report.curation_report import PLOTS, REPORT
-    from nvila_platform.tracking import open_tracker
-
-    with open_tracker(settings, f"{STEP} {out.name}", tags={"nvila.step": STEP}) as tracker:
-        tracker.log_params(config)
-        tracker.log_metrics(metrics)
-        for name in (REPORT, PLOTS):
-            tracker.log_artifact(out / name)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def curate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Curate:
     """Run the verb in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     # Tracking has tests of its own; starting MLflow would take longer than all of this.
-    monkeypatch.setattr("nvila_pipelines.curation.dataset_run.track", lambda *args, **options: None)
+    monkeypatch.setattr("nvila_pipelines.curation.finishing.track", lambda *args, **options: None)
     return lambda *words: main(["curate", *map(str, words)])
 
 

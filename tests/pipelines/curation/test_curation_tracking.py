@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvila_pipelines.curation.dataset_run import track
+from nvila_pipelines.curation.finishing import track
 from nvila_platform.settings import Settings
 
 
