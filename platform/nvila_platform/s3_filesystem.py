@@ -96,19 +96,15 @@ class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no t
 
     def exists(self, path: str, **_: Any) -> bool:
         """Whether anything has this name; a service that does not answer is an error, not a no."""
-        try:
-            self.info(path)
-        except FileNotFoundError:
-            return False
-        return True
+        return self._type(path) is not None
 
     def isfile(self, path: str) -> bool:
         """Whether an object has this name."""
-        return self.exists(path) and self.info(path)["type"] == "file"
+        return self._type(path) == "file"
 
     def isdir(self, path: str) -> bool:
         """Whether objects are below this name."""
-        return self.exists(path) and self.info(path)["type"] == "directory"
+        return self._type(path) == "directory"
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """Return the bytes of an object, or of a range of it.
@@ -125,6 +121,12 @@ class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no t
         if mode != "rb":
             raise CapabilityError(f"{self._uri(path)}: data on S3 is only read", "write results to the artifact store")
         return S3File(self, path, mode, **{name: value for name, value in options.items() if name in _BUFFERING})
+
+    def _type(self, path: str) -> str | None:
+        try:
+            return str(self.info(path)["type"])
+        except FileNotFoundError:
+            return None
 
     def _get(self, path: str, start: int, end: int | None, etag: str | None = None) -> bytes:
         """Read bytes `start` to `end`; with an etag only of the object that had it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -134,9 +135,10 @@ def _start_s3(binary: str, folder: Path) -> S3Service:
 
 
 def _free_ports(count: int) -> list[int]:
-    # The service also takes each port + 10000 for its own protocol.
+    # The service also takes each port + 10000 for its own protocol. In an order of one's own, because other processes
+    # look for ports at the same time.
     ports: list[int] = []
-    for port in range(12_000, 22_000, 7):
+    for port in random.SystemRandom().sample(range(12_000, 22_000), 10_000):
         if _is_free(port) and _is_free(port + 10_000):
             ports.append(port)
         if len(ports) == count:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from nvila.data.mixtures import Registry
 from nvila.data.readers.opening import DatasetSpec, open_dataset
 from nvila.data.readers.record import Record
 from nvila.data.readers.stream import FileStream
@@ -112,6 +113,16 @@ def test_records_and_media_may_lie_in_different_places(s3: S3Service, folder: st
     assert {key: source.read() for key, source in there.media.items()} == {f"{tmp_path}/img/0.png": b"near"}
 
 
+def test_a_registry_on_s3_speaks_of_what_lies_beside_it(s3: S3Service, folder: str) -> None:
+    prefix = folder.partition("/")[2]
+    s3.put(f"{prefix}/sets/a.jsonl", jsonl(5))
+    s3.put(f"{prefix}/half/a.json", b"[0, 1]")
+    s3.put(f"{prefix}/mixtures.yaml", b"a: {path: sets/a.jsonl}\nb: a@half + a\n")
+    registry = Registry.load(f"s3://{folder}/mixtures.yaml", data_filesystems(Settings.load(Path(), s3.variables)))
+    assert answers(registry.open("b").records()) == ["a 2", "a 3", "a 4", "a 0", "a 1", "a 2", "a 3", "a 4"]
+    assert registry.open(f"s3://{folder}/sets/*.jsonl*2").count() == 10
+
+
 @pytest.mark.parametrize("path", ["../other/1.png", "/etc/passwd", "s3://models/other/1.png", "http://x/1.png"])
 def test_media_stay_below_their_folder(path: str, s3: S3Service, folder: str) -> None:
     s3.put(f"{folder.partition('/')[2]}/set/d.jsonl", json.dumps(record(0) | {"image": path}).encode())
@@ -192,6 +203,9 @@ def test_a_service_that_dies_is_worth_another_try(name: str, mortal_s3: S3Servic
             next(iter(first.media.values())).read()
     with pytest.raises(InfrastructureError, match="cannot be reached"):
         open_on(mortal_s3, f"s3://models/{name}")
+    for asked in ("exists", "isfile", "isdir"):
+        with pytest.raises(InfrastructureError, match="cannot be reached"):
+            getattr(S3FileSystem(Settings.load(Path(), mortal_s3.variables)), asked)(f"models/{name}")
 
 
 @pytest.mark.parametrize(

@@ -214,13 +214,10 @@ class MixtureStream:
         for stream in self._streams:
             if stop is not None and base >= stop:
                 return
-            if start > base and base + stream.count() <= start:
-                base += stream.count()
-                continue
             for record in stream.records(max(0, start - base), None if stop is None else stop - base):
                 yield replace(record, index=base + record.index) if base else record
                 if stop is not None and base + record.index == stop - 1:
-                    return
+                    return  # before the part is counted, which may mean to read it
             base += stream.count()
 
 

@@ -15,6 +15,8 @@ from nvila.data.records import Message, Part, PartType, Sample, write_jsonl
 if TYPE_CHECKING:
     from tests.model.readers.conftest import Fields, ReadPath, WriteLines
 
+    from nvila.data.conversation import ConversationEncoder
+
 
 def llava(*values: Any, **fields: Any) -> dict[str, Any]:
     turns = [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
@@ -227,3 +229,16 @@ def test_samples_of_ours_come_back_as_they_were(tmp_path: Path, read_path: ReadP
     assert record.sample is not None
     text = json.dumps(record.sample.to_dict()).replace(f"{tmp_path}/", "")
     assert json.loads(text) == sample.to_dict()
+
+
+def test_every_shape_can_be_encoded(encoder: ConversationEncoder, write_lines: WriteLines, read_path: ReadPath) -> None:
+    shapes: list[Fields] = [
+        {"caption": "a cat", "image": "a"},
+        llava("<image>\none", "1", "two <image>", "2", images=["a", "b"]),
+        chat([{"type": "image", "path": "a"}, {"type": "text", "text": "write <image> "}], "A"),
+        llava("Why?", "b"),
+    ]
+    samples = [record.sample for record in read_path(write_lines(shapes)) if record.sample]
+    assert [len(encoder(sample).images) for sample in samples] == [1, 2, 1, 0]
+    for sample in samples:
+        assert any(label >= 0 for label in encoder(sample).labels)

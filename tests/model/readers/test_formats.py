@@ -113,6 +113,24 @@ def test_an_unknown_format_is_named(tmp_path: Path, read_path: ReadPath) -> None
         read_path(tmp_path, format="parquett")
 
 
+def test_splits_of_a_folder_are_not_mixed(tmp_path: Path, read_path: ReadPath) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("a snapshot from a hub")
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "testimony"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"id": name, "question": "Q", "answer": "A"}))
+    with pytest.raises(ConfigError, match=r"holds the splits test and train .*data/test\*, .*data/train\*"):
+        read_path(tmp_path)
+    assert ids(read_path(tmp_path / "data" / "train*")) == ["train-00000-of-00002", "train-00001-of-00002"]
+    for file in (tmp_path / "data").glob("test-*"):
+        file.unlink()
+    assert ids(read_path(tmp_path)) == ["testimony", "train-00000-of-00002", "train-00001-of-00002"]
+    (tmp_path / "Test" / "b").mkdir(parents=True)
+    (tmp_path / "Test" / "b" / "x.jsonl").write_bytes(LINES)
+    with pytest.raises(ConfigError, match=rf"holds the splits test and train .*{tmp_path}/Test\*, .*/data/train\*"):
+        read_path(tmp_path)
+    assert ids(read_path(tmp_path / "Test*")) == ["r0", "r1", "r2"]
+
+
 def test_a_named_format_picks_its_files_of_a_folder(tmp_path: Path, read_path: ReadPath) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.json").write_bytes(ARRAY)
@@ -157,7 +175,7 @@ def test_folders_and_patterns_are_read_in_the_order_of_names(tmp_path: Path, rea
     assert ids(read_path(tmp_path / "{b,c}" / "[1z]*.jsonl")) == ["b/1.jsonl"]
     with pytest.raises(DataError, match=r"b/3\.jsonl does not exist"):
         read_path(tmp_path / "b" / "{1..3}.jsonl")
-    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.jsonl").rename(tmp_path / "README.md")
     assert [record.where for record in read_path(tmp_path)] == ["1.jsonl:1", "2.jsonl:1"]
 
 

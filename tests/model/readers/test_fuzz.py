@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nvila.data.mixture_expression import parse_expression
 from nvila.data.readers.opening import DatasetSpec, open_dataset
 from nvila.data.readers.record import Record
-from nvila.errors import DataError
+from nvila.errors import ConfigError, DataError
 
 texts = st.text(max_size=8) | st.sampled_from(
     ["<image>", "<image>\n", "<video> a <image>", " ", "1.png", "../x", "data:,"]
@@ -136,6 +137,17 @@ def test_shards(members: list[tuple[str, str, bytes]], damage: Any, cut: int, tm
     assert stream.count() == len(found)
     for record in found:
         check(record)
+
+
+@QUICK
+@given(text=st.text("ab*@+\"' /.3", max_size=20))
+def test_expressions(text: str) -> None:
+    try:
+        terms = parse_expression(text)
+    except ConfigError as e:
+        assert text in str(e) or repr(text) in str(e)  # noqa: PT017 - any other exception is what is looked for
+        return
+    assert all(term.name and term.times > 0 and term.selection != "" for term in terms)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

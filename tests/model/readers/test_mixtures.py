@@ -12,6 +12,7 @@ import pytest
 from nvila.data.mixture_expression import Term, parse_expression
 from nvila.data.mixtures import Registry
 from nvila.data.readers.record import RecordStream
+from nvila.data.readers.stream import FileStream
 from nvila.errors import ConfigError, DataError, NvilaError
 
 WriteRegistry = Callable[..., str]
@@ -88,6 +89,18 @@ def test_a_mixture_is_its_parts_in_order(write_registry: WriteRegistry) -> None:
         for stop in (*range(start, 11), None):
             assert ids(registry.open("a + b*3"), start, stop) == everything[start:stop]
             assert ids(stream, start, stop) == everything[start:stop]
+
+
+def test_a_part_is_not_counted_when_the_range_ends_in_it(
+    write_registry: WriteRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: FileStream) -> int:
+        raise AssertionError("counted")
+
+    stream = Registry.load(write_registry()).open("a + b")
+    monkeypatch.setattr(FileStream, "count", fail)
+    assert ids(stream, 0, 3) == ["a0", "a1", "a2"]
+    assert ids(stream, 1, 2) == ["a1"]
 
 
 def test_sources_are_the_names_of_the_data_sets(write_registry: WriteRegistry) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from nvila.data.dataset import IMAGES_FILE
 from nvila.data.readers.arrow import Arrow
 from nvila.data.readers.json_array import BOM, JsonArray
 from nvila.data.readers.json_lines import JsonLines
-from nvila.data.readers.locations import Location, expand, files_below, reading
+from nvila.data.readers.locations import Location, expand, files_below, files_in, reading
 from nvila.data.readers.parquet import Parquet
 from nvila.data.readers.rows import Format
 from nvila.data.readers.webdataset import SIZES_FILE, WebDataset
@@ -24,6 +26,8 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 _NO_DATA = (IMAGES_FILE, SIZES_FILE, _STATE_FILE, _SPLITS_FILE, "dataset_info.json", "dataset_infos.json")
 _SNIFFED_BYTES = 4096
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
+
+_SPLIT = re.compile(r"(train|val|valid|validation|dev|test|eval)(?=[-_.]|$)", re.IGNORECASE)
 
 FormattedFile = tuple[Location, type[Format]]
 
@@ -57,17 +61,43 @@ def _of_folder(folder: Location, format: str | None) -> list[FormattedFile]:
             raise ConfigError(f"{folder.uri} holds several splits", f"name one of them: {splits}")
         if folder.below(_STATE_FILE).is_file():
             return [(folder.below(name), Arrow) for name in _saved_files(folder.below(_STATE_FILE))]
-    files = [file for file in files_below(folder) if posixpath.basename(file.path) not in _NO_DATA]
-    by_format = {
-        name: [file for file in files if file.path.lower().endswith(FORMATS[name].suffixes)]
-        for name in ([format] if format else FORMATS)
-    }
-    filled = [name for name, some in by_format.items() if some]
+    # Subfolders only where the folder has no data itself: beside data they hold its media.
+    by_format = _by_format(files_in(folder), format) or _by_format(files_below(folder), format)
+    filled = sorted(by_format)
     if not filled:
         raise DataError(f"{folder.uri} holds no {format or 'data'} files", f"formats: {', '.join(FORMATS)}")
     if len(filled) > 1:
         raise ConfigError(f"{folder.uri} holds {' and '.join(filled)} files", "name the format, a pattern or a file")
-    return [(file, FORMATS[format] if format else _recognise(file)) for file in by_format[filled[0]]]
+    files = by_format[filled[0]]
+    _refuse_splits(folder, files)
+    return [(file, FORMATS[format] if format else _recognise(file)) for file in files]
+
+
+def _refuse_splits(folder: Location, files: Iterable[Location]) -> None:
+    """Ask which split is meant; read as one, a model would be trained on what it is tested on."""
+    found: dict[str, str] = {}  # a pattern by split
+    for file in files:
+        place = folder.path
+        for part in posixpath.relpath(file.path, folder.path).split("/"):
+            if split := _SPLIT.match(part):
+                found.setdefault(split[1].lower(), folder.at(posixpath.join(place, f"{split[1]}*")).uri)
+            place = posixpath.join(place, part)
+    if len(found) > 1:
+        patterns = ", ".join(sorted(found.values()))
+        raise ConfigError(
+            f"{folder.uri} holds the splits {' and '.join(sorted(found))}", f"name one of them: {patterns}"
+        )
+
+
+def _by_format(files: Iterable[Location], format: str | None) -> dict[str, list[Location]]:
+    """Sort data files by the format that their names say."""
+    found: dict[str, list[Location]] = {}
+    for file in files:
+        for name in [format] if format else FORMATS:
+            is_data = posixpath.basename(file.path) not in _NO_DATA
+            if is_data and file.path.lower().endswith(FORMATS[name].suffixes):
+                found.setdefault(name, []).append(file)
+    return found
 
 
 def _recognise(file: Location) -> type[Format]:

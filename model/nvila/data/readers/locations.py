@@ -7,7 +7,7 @@ import io
 import lzma
 import posixpath
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,14 +134,17 @@ def expand(location: Location) -> list[Location]:
     return [location.at(path) for path in found]
 
 
-def files_below(folder: Location) -> list[Location]:
-    """Return the files of a folder in the order of their names; of its subfolders where it has none itself."""
+def files_in(folder: Location) -> list[Location]:
+    """Return the files directly in a folder, in the order of their names, without hidden ones."""
     with reading(folder.uri):
         entries = folder.fs.ls(folder.path, detail=True)
-        paths = [entry["name"] for entry in entries if entry["type"] == "file"]
-        shown = [path for path in paths if not _is_hidden(path, folder.path)]
-        shown = shown or [path for path in folder.fs.find(folder.path) if not _is_hidden(path, folder.path)]
-    return [folder.at(path) for path in sorted(shown)]
+    return _shown(folder, [entry["name"] for entry in entries if entry["type"] == "file"])
+
+
+def files_below(folder: Location) -> list[Location]:
+    """Return the files in a folder and its subfolders, in the order of their paths, without hidden ones."""
+    with reading(folder.uri):
+        return _shown(folder, folder.fs.find(folder.path))
 
 
 @contextmanager
@@ -172,6 +175,10 @@ def _matches(fs: AbstractFileSystem, pattern: str) -> list[str]:
     return [path for path in sorted(fs.glob(pattern)) if "/." not in path]
 
 
-def _is_hidden(path: str, folder: str) -> bool:
-    """Tell whether a file, or a folder on the way to it, is hidden or being written."""
-    return any(part.startswith((".", "_")) for part in posixpath.relpath(path, folder).split("/"))
+def _shown(folder: Location, paths: Iterable[str]) -> list[Location]:
+    """Leave out what is hidden or being written: the file itself, or a folder on the way to it."""
+
+    def is_hidden(path: str) -> bool:
+        return any(part.startswith((".", "_")) for part in posixpath.relpath(path, folder.path).split("/"))
+
+    return [folder.at(path) for path in sorted(paths) if not is_hidden(path)]

@@ -56,8 +56,12 @@ class FileStream:
         if cursor is None or cursor.position > start or cursor.pid != os.getpid():
             cursor = _Cursor(self._parts, self._counts)
         cursor.skip_to(start)
-        while (stop is None or cursor.position < stop) and (record := cursor.next()) is not None:
-            yield record
+        try:
+            while (stop is None or cursor.position < stop) and (record := cursor.next()) is not None:
+                yield record
+        except GeneratorExit:  # who reads has enough, nothing is wrong
+            self._resting = cursor
+            raise
         self._resting = cursor
 
     def __getstate__(self) -> dict[str, object]:
