@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, TypeVar
 
 import pyarrow as pa
 import torch
@@ -23,7 +23,19 @@ from nvila.progress import SILENT, Reporter
 
 Size = Literal["small", "large"]
 SIZES: tuple[Size, ...] = ("small", "large")
-_HALF = pa.schema([("nll", pa.float64()), ("tokens", pa.int32()), ("status", pa.string()), ("reason", pa.string())])
+_HALF = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("nll", pa.float64()),
+        ("tokens", pa.int32()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+_LACKING = Problem(status="unreadable", reason="the file that should hold this record is damaged")
+_Row = TypeVar("_Row")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,47 +117,71 @@ class ScoringRun:
 
     def _whole(self, number: int, phase: str) -> pa.Table:
         """Score a shard with both models, or with the large one where the small one's half is there."""
-        if not self.sequential:
-            rows = [
-                self._row(record, isinstance(sample, Problem), _flat(small), _flat(large))
-                for window, outcomes in self._windows(number, phase, SIZES)
-                for record, sample, small, large in zip(
-                    window.records, window.samples, outcomes["small"], outcomes["large"], strict=True
-                )
-            ]
-            return pa.Table.from_pylist(rows, schema=SCHEMA)
-        halves: list[_Flat] = self.shards.read(number, "small").to_pylist()
-        scored = [
-            (record, isinstance(sample, Problem), _flat(large))
-            for window, outcomes in self._windows(number, phase, ("large",))
-            for record, sample, large in zip(window.records, window.samples, outcomes["large"], strict=True)
-        ]
-        if len(scored) != len(halves):
-            raise ArtifactError(
-                f"{self.shards.path(number, 'small')} has {len(halves)} records, the data set now {len(scored)}",
-                f"the data changed; delete {self.shards.directory} and run again",
-            )
-        rows = [
-            self._row(record, bad, small, large) for (record, bad, large), small in zip(scored, halves, strict=True)
-        ]
-        return pa.Table.from_pylist(rows, schema=SCHEMA)
+        halves = (
+            {row["index"]: row for row in self.shards.read(number, "small").to_pylist()} if self.sequential else None
+        )
+        sizes: Sequence[Size] = SIZES if halves is None else ("large",)
+        rows: dict[int, dict[str, object]] = {}
+        for window, outcomes in self._windows(number, phase, sizes):
+            for place, (record, sample) in enumerate(zip(window.records, window.samples, strict=True)):
+                large = _flat(outcomes["large"][place])
+                if halves is None:
+                    small = _flat(outcomes["small"][place])
+                elif record.index in halves:
+                    small = halves[record.index]
+                else:
+                    raise self._changed(number)
+                rows[record.index] = self._row(record, isinstance(sample, Problem), small, large)
+        if halves is not None and len(self._positions(number, rows)) != len(halves):
+            raise self._changed(number)
+        return pa.Table.from_pylist(list(self._complete(number, rows, self._lacking)), schema=SCHEMA)
 
     def _half(self, number: int, phase: str) -> pa.Table:
-        rows = [
-            _flat(outcome) for _, outcomes in self._windows(number, phase, ("small",)) for outcome in outcomes["small"]
-        ]
-        return pa.Table.from_pylist(rows, schema=_HALF)
+        rows = {
+            record.index: {"index": record.index, **_flat(outcome)}
+            for window, outcomes in self._windows(number, phase, ("small",))
+            for record, outcome in zip(window.records, outcomes["small"], strict=True)
+        }
+        lacking: Problem = _LACKING
+        complete = self._complete(number, rows, lambda index, before: {"index": index, **_flat(lacking)})
+        return pa.Table.from_pylist(list(complete), schema=_HALF)
 
     def _features(self, number: int, phase: str) -> pa.Table:
-        rows: list[list[float] | None] = []
+        rows: dict[int, list[float] | None] = {}
         for window in self._read(number, phase):
             scorer = self._scorer("small")
             if not isinstance(scorer, NvilaScorer):
-                raise CapabilityError(
-                    "the small model has no vision tower to find like images with", "use --method random"
-                )
-            rows += [None if one is None else one.tolist() for one in scorer.features(window)]
-        return pa.table({"features": pa.array(rows, pa.list_(pa.float32()))})
+                raise CapabilityError("the small model has no vision tower to compare images", "use --method random")
+            for record, one in zip(window.records, scorer.features(window), strict=True):
+                rows[record.index] = None if one is None else one.tolist()
+        found = [rows.get(index) for index in self._positions(number, rows)]
+        return pa.table({"features": pa.array(found, pa.list_(pa.float32()))})
+
+    def _positions(self, number: int, rows: Mapping[int, object]) -> range:
+        """Return the positions of a shard: all that the data set has, also those that a damaged file lacks."""
+        start = number * self.shards.size
+        end = max(rows, default=start - 1) + 1 if self.total is None else min(start + self.shards.size, self.total)
+        return range(start, max(start, end))
+
+    def _complete(
+        self, number: int, rows: Mapping[int, _Row], lacking: Callable[[int, _Row | None], _Row]
+    ) -> Iterator[_Row]:
+        """Yield a row for every position of a shard, so that rows of tables are positions of the data set."""
+        before: _Row | None = None
+        for index in self._positions(number, rows):
+            before = rows[index] if index in rows else lacking(index, before)
+            yield before
+
+    def _lacking(self, index: int, before: dict[str, object] | None) -> dict[str, object]:
+        source = str(before["source"]) if before is not None else self.stream.name
+        record = Record(index=index, where=f"{self.stream.name}:{index + 1}", sample=None, source=source)
+        return self._row(record, True, _flat(_LACKING), _flat(_LACKING))
+
+    def _changed(self, number: int) -> ArtifactError:
+        return ArtifactError(
+            f"{self.shards.path(number, 'small')} has other records than the data set now",
+            f"the data changed; delete {self.shards.directory} and run again",
+        )
 
     def _windows(
         self, number: int, phase: str, sizes: Sequence[Size]
@@ -172,7 +208,7 @@ class ScoringRun:
         return {
             "index": record.index,
             "id": record.sample.id if record.sample is not None else "",
-            "source": record.sample.source if record.sample is not None else self.stream.name,
+            "source": record.sample.source if record.sample is not None else record.source or self.stream.name,
             "where": record.where,
             "nll_small": small["nll"],
             "nll_large": large["nll"],

@@ -130,12 +130,14 @@ def _resolve(request: CurationRequest, reporter: Reporter, rank: int) -> Scoring
         **options,
     )
     reporter.progress("models", 2, 2)
+    while earlier is None and rank > 0:  # the first process counts the records for all
+        time.sleep(_WAIT_S)
+        earlier = ScoringSpec.load(request.out)
     if earlier is not None:
         spec.refuse_other(earlier, request.out)
         return replace(spec, records=earlier.records)
-    if rank == 0:
-        spec = replace(spec, records=_count(spec, reporter))
-        spec.save(request.out)
+    spec = replace(spec, records=_count(spec, reporter))
+    spec.save(request.out)
     return spec
 
 

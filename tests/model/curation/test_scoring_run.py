@@ -96,8 +96,31 @@ def test_one_model_after_the_other_gives_the_same_files(scoring: Any, vqa_stream
 def test_data_that_changed_between_the_models_is_noticed(scoring: Any, vqa_stream: Any) -> None:
     run = scoring(vqa_stream(7), sequential=True)
     run._pass("small", "small", run._half)
-    with pytest.raises(ArtifactError, match="has 7 records, the data set now 5"):
+    with pytest.raises(ArtifactError, match="has other records than the data set now"):
         scoring(vqa_stream(5), sequential=True).run()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_positions_that_a_damaged_file_lacks_have_their_rows(scoring: Any, vqa_stream: Any, sequential: bool) -> None:
+    stream = vqa_stream(20)
+
+    class Damaged:
+        name = "damaged"
+
+        def records(self, start: int = 0, stop: int | None = None) -> Any:
+            return (record for record in stream.records(start, stop) if not 5 <= record.index < 10)
+
+    run = scoring(Damaged(), total=20, sequential=sequential)
+    run.run()
+    run.run_features()
+    rows = table_of(run).to_pylist()
+    assert [row["index"] for row in rows] == list(range(20))
+    assert [row["status"] for row in rows] == ["ok"] * 5 + ["unreadable"] * 5 + ["ok"] * 10
+    assert rows[6]["reason"] == "the file that should hold this record is damaged"
+    assert (rows[6]["where"], rows[6]["source"]) == ("damaged:7", "a")
+    features = [run.shards.read(number, "features")["features"].to_pylist() for number in range(3)]
+    assert [len(part) for part in features] == [8, 8, 4]
+    assert features[0][6] is None
 
 
 def test_finished_shards_are_not_scored_again(scoring: Any, vqa_stream: Any) -> None:

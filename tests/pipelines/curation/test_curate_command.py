@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,15 +144,17 @@ def test_a_selection_is_what_readers_give_for_training(curate: Curate, scored: P
 def test_a_mixture_of_named_data_sets_is_curated(
     curate: Curate, models: dict[str, Path], llava: Any, capsys: Any, tmp_path: Path
 ) -> None:
-    first, second = llava(6), llava(9)
+    first, second = llava(6), llava(9, {4: "{broken"})
     text = (
         f"first: {{path: {first}, source: first}}\nsecond: {{path: {second}, source: second}}\nboth: first + second\n"
     )
     (tmp_path / "sets.yaml").write_text(text, encoding="utf-8")
     words = ("--small", models["small"], "--large", models["large"], "--mixtures", "sets.yaml", "--out", "out")
-    assert curate("both", *words, "--json") == 0
+    assert curate("both", *words, "--max-bad", "10%", "--json") == 0
     sources = last_json(capsys.readouterr().out)["sources"]
-    assert {name: (one["records"], one["kept"]) for name, one in sources.items()} == {"first": (6, 3), "second": (9, 5)}
+    found = {name: (one["records"], one["scored"], one["kept"]) for name, one in sources.items()}
+    assert found == {"first": (6, 6, 3), "second": (9, 8, 4)}, "a broken line belongs to its data set"
+    assert 4 in json.loads((tmp_path / "out" / "ignore" / "second.json").read_text())
     assert curate("bth", *words) == 2
     assert "there is no data set 'bth'" in capsys.readouterr().err
     assert curate("both", *words, "--media-dir", ".") == 2
@@ -270,8 +273,12 @@ def test_a_missing_data_set_is_named(curate: Curate, models: dict[str, Path], ca
 def test_only_the_first_rank_merges(
     curate: Curate, models: dict[str, Path], llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [llava(20), "--small", models["small"], "--large", models["large"], "--out", "out", "--shard-size", "6"]
-    words += ["--threads", "1"]
+    words = [llava(20), "--small", models["small"], "--large", models["large"], "--shard-size", "6", "--threads", "1"]
+    assert curate(*words, "--out", "alone") == 0
+    # The first rank leaves this before it scores; here the second one runs first.
+    (tmp_path / "out").mkdir()
+    shutil.copy(tmp_path / "alone" / "scoring.json", tmp_path / "out")
+    words += ["--out", "out"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert curate(*words) == 0
@@ -284,4 +291,4 @@ def test_only_the_first_rank_merges(
     assert curate(*words) == 0
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
-    assert (tmp_path / "out" / "selection.parquet").exists()
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
