@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nvila.training.config import PARTS, Attention, ModelConfig, PartName, Precision, Schedule, StageConfig
+from nvila.training.config import (
+    PARTS,
+    Attention,
+    ModelConfig,
+    OptimizerName,
+    PartName,
+    Precision,
+    Schedule,
+    StageConfig,
+)
 
 # Names that become folders, registry entries and metric prefixes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -233,6 +242,7 @@ class TrainSection(Section):
     backend: Literal["deepspeed", "torch"]
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     attention: Attention
+    optimizer: OptimizerName = "adamw"
     num_processes: Count
     num_threads: Count | None = None
     # YAML has lists where we have pairs.

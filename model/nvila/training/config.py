@@ -13,6 +13,7 @@ PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
 Precision = Literal["fp32", "bf16", "fp8"]
 Schedule = Literal["cosine", "linear"]
 Attention = Literal["eager", "sdpa"]
+OptimizerName = Literal["adamw", "fp8_adamw"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ class TrainConfig:
         backend: `deepspeed`, or `torch` for a single process without it.
         zero_stage: DeepSpeed ZeRO stage.
         attention: Attention implementation of both towers; on CPU `eager` is the faster one for short sequences.
+        optimizer: `adamw`, or `fp8_adamw` with moments in FP8 (a fourth of their memory).
         betas: AdamW moments.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Clipping threshold of the global gradient norm.
@@ -104,6 +106,7 @@ class TrainConfig:
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 1
     attention: Attention = "sdpa"
+    optimizer: OptimizerName = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
