@@ -79,7 +79,7 @@ class Recipe(schema.Section):
 
     def train_config(self) -> TrainConfig:
         """Return the training run."""
-        precision = PrecisionConfig(name=self.train.precision, fp8_min_features=self.train.fp8_min_features)
+        precision = PrecisionConfig(name=self.train.precision, fp8=self.train.fp8.to_config())
         config = self._training(self.model, self.train.stages, precision, self.train.backend)
         return replace(config, optimizer=self.train.optimizer)
 
