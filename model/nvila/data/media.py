@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from nvila.errors import DataError
 
@@ -32,8 +32,12 @@ class ImageTable:
         self._where = where
 
     @classmethod
-    def open(cls, path: Path) -> ImageTable:
+    def open(cls, source: Path | BinaryIO, where: str | None = None) -> ImageTable:
         """Open a table written by `write_image_table`.
+
+        Args:
+            source: The file, as a path or opened.
+            where: Its name in messages; None takes the path.
 
         Raises:
             DataError: The file is missing or not such a table.
@@ -41,11 +45,12 @@ class ImageTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        where = where or str(source)
         try:
-            table = pq.read_table(path, columns=["key", "bytes"])
+            table = pq.read_table(source, columns=["key", "bytes"])
         except (OSError, pa.ArrowException) as e:
-            raise DataError(f"cannot read images from {path}: {e}", "make the data artifact again") from e
-        return cls(dict(zip(table["key"].to_pylist(), table["bytes"].to_pylist(), strict=True)), str(path))
+            raise DataError(f"cannot read images from {where}: {e}", "make the data artifact again") from e
+        return cls(dict(zip(table["key"].to_pylist(), table["bytes"].to_pylist(), strict=True)), where)
 
     def __len__(self) -> int:
         return len(self._encoded)

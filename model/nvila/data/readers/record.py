@@ -17,6 +17,7 @@ class MediaSource(Protocol):
 
         Raises:
             DataError: It is missing or cannot be read; the message names it.
+            InfrastructureError: The service that has it does not answer, which says nothing about the medium.
         """
 
 
@@ -25,10 +26,12 @@ class Record:
     """One record of a data set as it was read.
 
     Args:
-        index: Position in the data set, from 0; the same on every reading.
+        index: Position in the data set, from 0; the same on every reading. Where a damaged shard lacks records that it
+            should have, so do their positions.
         where: File and place in it, for messages: `llava.jsonl:12`.
         sample: The record; None when it cannot be used.
-        media: Where the bytes of each image and video of the sample are, by the key that the sample uses.
+        media: Where the bytes of each image and video of the sample are, by the key that the sample uses. Equal keys
+            mean the same medium, also between data sets.
         problem: Why there is no sample; None when there is one.
     """
 
@@ -53,4 +56,16 @@ class RecordStream(Protocol):
 
         Raises:
             DataError: The data set itself cannot be read; one bad record is a `Record` with a problem instead.
+            InfrastructureError: The service that has it does not answer.
+        """
+
+
+class CountedStream(RecordStream, Protocol):
+    """A stream that can say how many records it has; all that this project opens can."""
+
+    def count(self) -> int:
+        """Return the number of records; where nothing says it, by passing all of them by once.
+
+        Raises:
+            DataError: The data set cannot be read.
         """
