@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SKELETON = [
     "nvila",
     "nvila_platform",
+    "nvila_platform/cluster",
     "nvila_platform/serving",
     "nvila_pipelines",
     "nvila_pipelines/components",
@@ -68,6 +69,7 @@ def test_allowed_import_passes(tmp_path: Path, file: str, line: str) -> None:
         ("nvila/bad.py", "import mlflow", "the model knows no cluster"),
         ("nvila/bad.py", "def f():\n    import kubernetes", "the model knows no cluster"),
         ("nvila_pipelines/graphs/bad.py", "import torch", "compile where torch is not installed"),
+        ("nvila_platform/cluster/bad.py", "import torch", "compile where torch is not installed"),
         ("nvila_pipelines/components/bad.py", "import transformers", "compile where torch is not installed"),
         ("nvila_platform/bad.py", "import fastapi", "only nvila_platform.serving"),
         ("nvila_pipelines/bad.py", "import kserve", "only nvila_platform.serving"),

@@ -23,6 +23,8 @@ from nvila.errors import ConfigError
 Reduction = Literal["none", "mean", "sum"]
 
 IGNORE_INDEX = -100
+# Logits below this many elements are made at once: one product beats several, and 64 MiB is little.
+WHOLE_LOGITS = 2**24
 _REDUCTIONS = ("none", "mean", "sum")
 _CHUNK_ELEMENTS = 2**24  # 64 MiB of fp32 logits: large enough for the matrix units, small beside any head
 
@@ -169,6 +171,26 @@ def token_nll(logits_MV: Tensor, targets_M: Tensor, soft: SoftTargets | None = N
     if soft is None:
         return nn.functional.cross_entropy(logits_MV, targets_M, reduction="none")
     return logits_MV.logsumexp(1) - _target_logits(logits_MV, targets_M, soft)
+
+
+def supervised_nll(head: nn.Module, hidden_BLH: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every supervised token.
+
+    Args:
+        head: Maps hidden states to logits.
+        hidden_BLH: Hidden states; position i predicts the label at i + 1.
+        labels_BL: Target ids, or -100 where nothing is supervised.
+
+    Returns:
+        The likelihoods in fp32, one for each supervised label in row-major order, and the (B, L) mask of the labels
+        they belong to.
+    """
+    mask_BL = labels_BL != IGNORE_INDEX
+    mask_BL[:, 0] = False
+    hidden_MH, targets_M = hidden_BLH[:, :-1][mask_BL[:, 1:]], labels_BL[mask_BL]
+    if len(targets_M) * int(getattr(head, "out_features", WHOLE_LOGITS)) <= WHOLE_LOGITS:
+        return token_nll(head(hidden_MH), targets_M), mask_BL
+    return head_cross_entropy(head, hidden_MH, targets_M, reduction="none"), mask_BL
 
 
 def _target_logits(logits_cV: Tensor, targets_c: Tensor, soft: SoftTargets | None) -> Tensor:

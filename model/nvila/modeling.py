@@ -17,11 +17,8 @@ from nvila.backbone import NVILAModel, NVILAPreTrainedModel
 from nvila.configuration import NVILAConfig
 from nvila.generation import MediaGenerationMixin
 from nvila.language_head import build_head
-from nvila.losses import IGNORE_INDEX, head_cross_entropy, token_nll
+from nvila.losses import IGNORE_INDEX, WHOLE_LOGITS, head_cross_entropy, supervised_nll, token_nll
 from nvila.time_tokens import soft_targets
-
-# Logits below this many elements are made at once: one product beats several, and 64 MiB is little.
-_WHOLE_LOGITS = 2**24
 
 
 @dataclass
@@ -172,12 +169,7 @@ class NVILAForConditionalGeneration(NVILAPreTrainedModel, MediaGenerationMixin):
             The likelihoods in fp32, one for each supervised label in row-major order, and the (B, L) mask of the
             labels they belong to.
         """
-        mask_BL = labels_BL != IGNORE_INDEX
-        mask_BL[:, 0] = False
-        hidden_MH, targets_M = hidden_BLH[:, :-1][mask_BL[:, 1:]], labels_BL[mask_BL]
-        if len(targets_M) * self.lm_head.out_features <= _WHOLE_LOGITS:
-            return token_nll(self.lm_head(hidden_MH), targets_M), mask_BL
-        return head_cross_entropy(self.lm_head, hidden_MH, targets_M, reduction="none"), mask_BL
+        return supervised_nll(self.lm_head, hidden_BLH, labels_BL)
 
     def _loss(self, hidden_BLH: Tensor, labels_BL: Tensor, num_items: int | Tensor | None) -> Tensor:
         """Sum the loss of every supervised token and divide it by their number."""
@@ -186,7 +178,7 @@ class NVILAForConditionalGeneration(NVILAPreTrainedModel, MediaGenerationMixin):
         hidden_MH, targets_M = hidden_BLH[:, :-1][mask_BL], targets_BL[mask_BL]
         times = self.config.time_token_ids if self.training else []
         soft = soft_targets(times, self.config.soft_ce_std) if times else None
-        if len(targets_M) * self.lm_head.out_features <= _WHOLE_LOGITS:
+        if len(targets_M) * self.lm_head.out_features <= WHOLE_LOGITS:
             soft = soft.to(targets_M.device) if soft is not None else None
             total = token_nll(self.lm_head(hidden_MH), targets_M, soft).sum()
         else:

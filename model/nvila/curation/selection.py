@@ -8,29 +8,15 @@ source the top ceil(rate * n) are kept.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
-from nvila.curation.scoring import AnswerScore
+from nvila.curation.ranking import CANDIDATES, quota, rate_of, top_of_parts
 from nvila.errors import ConfigError
 
 Normalize = Literal["none", "token"]
 Centre = Literal["none", "answer"]
-
-
-def delta_losses(
-    small: Sequence[AnswerScore], large: Sequence[AnswerScore], normalize: Normalize = "none"
-) -> list[float]:
-    """Return delta of every sample.
-
-    Args:
-        small: Scores under the small model.
-        large: Scores under the large model, of the same samples.
-        normalize: `none` is the literal formula on whole answers; `token` divides by each model's token count.
-    """
-    if normalize == "token":
-        return [s.nll / s.num_tokens - b.nll / b.num_tokens for s, b in zip(small, large, strict=True)]
-    return [s.nll - b.nll for s, b in zip(small, large, strict=True)]
 
 
 def centre(deltas: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
@@ -79,25 +65,14 @@ def select_top(deltas: Sequence[float], sources: Sequence[str], rates: Mapping[s
     Raises:
         ConfigError: A rate is outside 0..1, a source has no rate, or a score is NaN.
     """
-    members: dict[str, list[int]] = {}
-    for index, source in enumerate(sources):
-        members.setdefault(source, []).append(index)
-    kept = [False] * len(deltas)
-    for source, indices in members.items():
-        rate = _rate_of(source, rates)
-        if any(math.isnan(deltas[index]) for index in indices):
+    import pyarrow as pa
+
+    counts = Counter(sources)
+    quotas = {(source, 0): quota(rate_of(source, rates), count) for source, count in counts.items()}
+    for delta, source in zip(deltas, sources, strict=True):
+        if math.isnan(delta):
             raise ConfigError(f"source '{source}' has samples with a NaN score", "check the scorers' training")
-        ranked = sorted(indices, key=lambda index: (-deltas[index], index))
-        # Rounding first, so that 0.1 * 30 keeps 3 and not 4.
-        for index in ranked[: math.ceil(round(rate * len(indices), 9))]:
-            kept[index] = True
-    return kept
-
-
-def _rate_of(source: str, rates: Mapping[str, float] | float) -> float:
-    rate = rates.get(source) if isinstance(rates, Mapping) else rates
-    if rate is None:
-        raise ConfigError(f"no keep rate for source '{source}'", "name every source or give one rate")
-    if not 0 <= rate <= 1:
-        raise ConfigError(f"keep rate {rate} of source '{source}' is outside 0..1", "0.5 keeps half")
-    return rate
+    rows = {"index": range(len(deltas)), "source": sources, "part": [0] * len(deltas), "key": deltas}
+    table = pa.table({name: list(rows[name]) for name in CANDIDATES.names}, schema=CANDIDATES)
+    chosen: list[bool] = top_of_parts(table.to_batches(), quotas, len(deltas)).tolist()
+    return chosen

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from nvila.data.media import ImageTable
 from nvila.data.records import Sample, read_jsonl
 from nvila_pipelines.report.formats import shortened
 from nvila_pipelines.report.images import Thumbnails
 from nvila_pipelines.report.outputs import Outputs
+from nvila_pipelines.report.score_summary import End, Score
 
 NUM_CURATED = 6
+_RANKS: dict[End, Callable[[Score], float]] = {
+    "informative": lambda score: -score.delta,
+    "redundant": lambda score: abs(score.delta),
+    "distracting": lambda score: score.delta,
+}
 NUM_WRONG = 12
 NUM_RIGHT = 12
 
@@ -49,15 +56,11 @@ class Group:
     cards: tuple[Card, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """What the two scorers said about one sample."""
+class Pictures(Protocol):
+    """Gives images of a data set as small data URIs."""
 
-    id: str
-    source: str
-    small: float
-    large: float
-    delta: float
+    def uri(self, key: str) -> str:
+        """Return an image as a data URI, or the empty string when it cannot be shown."""
 
 
 def thumbnails(outputs: Outputs) -> Thumbnails:
@@ -70,17 +73,19 @@ def thumbnails(outputs: Outputs) -> Thumbnails:
     return Thumbnails(ImageTable.open(outputs.file("data", "images.parquet")))
 
 
-def curated(outputs: Outputs, scores: Sequence[Score], images: Thumbnails) -> tuple[Group, ...]:
-    """Show the samples at both ends and in the middle of the delta scale, spread over the sources."""
-    finite = [score for score in scores if math.isfinite(score.delta)]
-    chosen = {
-        "informative": _spread(finite, lambda score: -score.delta),
-        "redundant": _spread(finite, lambda score: abs(score.delta)),
-        "distracting": _spread([score for score in finite if score.delta < 0], lambda score: score.delta),
-    }
-    wanted = {score.id for group in chosen.values() for score in group}
-    samples = {sample.id: sample for sample in read_jsonl(outputs.file("data", "train.jsonl")) if sample.id in wanted}
-    texts = {
+def curated(
+    ends: Mapping[End, Sequence[Score]], samples: Callable[[Collection[Score]], Mapping[int, Sample]], images: Pictures
+) -> tuple[Group, ...]:
+    """Show the samples at both ends and in the middle of the delta scale, spread over the sources.
+
+    Args:
+        ends: Samples to choose from, best first; see `score_summary`.
+        samples: Finds the samples of scores, by position.
+        images: Their pictures.
+    """
+    chosen = {end: _spread(ends[end], rank) for end, rank in _RANKS.items()}
+    found = samples([score for group in chosen.values() for score in group])
+    texts: dict[End, tuple[str, str]] = {
         "informative": ("Most informative", "The large scorer knows the answer, the small one does not yet."),
         "redundant": ("Redundant", "Delta near 0: both scorers find the answer equally likely."),
         "distracting": (
@@ -92,10 +97,22 @@ def curated(outputs: Outputs, scores: Sequence[Score], images: Thumbnails) -> tu
         Group(
             title=title,
             text=text,
-            cards=tuple(_scored(score, samples[score.id], images) for score in chosen[name] if score.id in samples),
+            cards=tuple(
+                _scored(score, found[score.position], images) for score in chosen[end] if score.position in found
+            ),
         )
-        for name, (title, text) in texts.items()
+        for end, (title, text) in texts.items()
     )
+
+
+def samples_by_id(path: Path) -> Callable[[Collection[Score]], Mapping[int, Sample]]:
+    """Find samples in a file of our own form, by the ids of their scores."""
+
+    def find(scores: Collection[Score]) -> dict[int, Sample]:
+        positions = {score.id: score.position for score in scores}
+        return {positions[sample.id]: sample for sample in read_jsonl(path) if sample.id in positions}
+
+    return find
 
 
 def answered(rows: Iterable[Mapping[str, Any]], images: Thumbnails) -> tuple[Group, ...]:
@@ -121,7 +138,7 @@ def answered(rows: Iterable[Mapping[str, Any]], images: Thumbnails) -> tuple[Gro
 def _spread(scores: Sequence[Score], rank: Callable[[Score], float]) -> list[Score]:
     """Take the best of every source in turn, so that no source fills the gallery."""
     queues: dict[str, list[Score]] = defaultdict(list)
-    for score in sorted(scores, key=lambda score: (rank(score), score.id)):
+    for score in sorted(scores, key=lambda score: (rank(score), score.position)):
         if len(queues[score.source]) < NUM_CURATED:
             queues[score.source].append(score)
     picked: list[Score] = []
@@ -149,8 +166,9 @@ def _strided(rows: Sequence[Mapping[str, Any]], limit: int, offset: float) -> li
     return [rows[int((number + offset) * stride)] for number in range(min(limit, len(rows)))]
 
 
-def _scored(score: Score, sample: Sample, images: Thumbnails) -> Card:
-    image, alt = _picture(sample.images[0] if sample.images else "", images)
+def _scored(score: Score, sample: Sample, images: Pictures) -> Card:
+    media = [part.value for message in sample.messages for part in message.content if part.type != "text"]
+    image, alt = _picture(media[0] if media else "", images)
     return Card(
         image=image,
         alt=alt,
@@ -179,7 +197,7 @@ def _answer(row: Mapping[str, Any], images: Thumbnails) -> Card:
     )
 
 
-def _picture(key: str, images: Thumbnails) -> tuple[str, str]:
+def _picture(key: str, images: Pictures) -> tuple[str, str]:
     if not key:
         return "", "no image"
     image = images.uri(key)
@@ -187,9 +205,9 @@ def _picture(key: str, images: Thumbnails) -> tuple[str, str]:
 
 
 def _likelihood(nll: float) -> str:
-    # The whole answer's likelihood; a loss of 0.02 says less to a reader than 98 %.
+    # The whole answer's likelihood; a loss of 0.02 says less to a reader than 98 %, but one of 20 more than 0 %.
     share = math.exp(-nll) if math.isfinite(nll) and nll >= 0 else 0.0
-    return f"{share * 100:.1f} %" if share >= 0.001 else "under 0.1 %"
+    return f"{share * 100:.1f} %" if share >= 0.001 else f"e^-{nll:.1f}"
 
 
 def _signed(delta: float) -> str:

@@ -15,14 +15,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila_pipelines.report.score_summary import DeltaHistogram
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, MUTED, FAINT = "#010101", "#010102", "#010103"
 KEPT, IGNORED, MARK = "#010104", "#010105", "#010106"
 _VARIABLES = {INK: "ink", MUTED: "muted", FAINT: "line", KEPT: "kept", IGNORED: "ignored", MARK: "mark"}
-_MAX_POINTS = 1500
-_BINS = 32
+# As in style.css.
+_LIGHT = {
+    "bg": "#ffffff",
+    "ink": "#1b2430",
+    "muted": "#566270",
+    "line": "#dde3e9",
+    "kept": "#2563a8",
+    "ignored": "#c98a1b",
+    "mark": "#b3261e",
+}
 _LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 8.5, "handlelength": 1.4}
 _FONT_SIZE = 10.5
 
@@ -70,26 +80,19 @@ def loss_curve(curve: Sequence[tuple[int, float]], limits: tuple[float, float], 
     return _svg(draw, (3.0, 2.2), name, alt)
 
 
-def delta_histogram(kept: Sequence[float], ignored: Sequence[float], *, name: str, alt: str) -> str:
+def delta_histogram(histogram: DeltaHistogram, *, name: str, alt: str) -> str:
     """Draw how delta is distributed, with the boundary between kept and ignored samples."""
-    import numpy as np
     from matplotlib.ticker import MaxNLocator
 
-    both = sorted([*kept, *ignored])
-    low, high = min(_quantile(both, 0.005), 0.0), max(_quantile(both, 0.995), 0.0)
-    high = high if high > low else low + 1.0
+    low, high, below, above = histogram.low, histogram.high, histogram.ignored, histogram.kept
+    wide = (high - low) / len(below)
+    edges = [low + wide * number for number in range(len(below))]
 
     def draw(axes: Axes) -> None:
-        # What lies beyond the scale is counted in its outermost bars.
-        below, edges = np.histogram(np.clip(ignored, low, high), bins=_BINS, range=(low, high))
-        above, _ = np.histogram(np.clip(kept, low, high), bins=_BINS, range=(low, high))
-        wide = (high - low) / _BINS
-        axes.bar(
-            edges[:-1], below, wide, align="edge", color=IGNORED, hatch="/////", edgecolor=FAINT, lw=0, label="ignored"
-        )
-        axes.bar(edges[:-1], above, wide, bottom=below, align="edge", color=KEPT, lw=0, label="kept")
-        if kept and ignored:
-            axes.axvline((min(kept) + max(ignored)) / 2, color=MARK, linewidth=1.5, linestyle="--", label="boundary")
+        axes.bar(edges, below, wide, align="edge", color=IGNORED, hatch="/////", edgecolor=FAINT, lw=0, label="ignored")
+        axes.bar(edges, above, wide, bottom=below, align="edge", color=KEPT, lw=0, label="kept")
+        if histogram.boundary is not None:
+            axes.axvline(histogram.boundary, color=MARK, linewidth=1.5, linestyle="--", label="boundary")
         axes.set_yscale("symlog", linthresh=10)
         axes.set_xlabel("delta")
         axes.set_ylabel("samples (log)")
@@ -102,14 +105,13 @@ def delta_histogram(kept: Sequence[float], ignored: Sequence[float], *, name: st
 
 
 def likelihood_scatter(points: Sequence[tuple[float, float, bool]], *, name: str, alt: str) -> str:
-    """Draw (NLL of the small scorer, NLL of the large scorer, kept) for an even sub-sample of the points."""
-    shown = points[:: max(1, math.ceil(len(points) / _MAX_POINTS))]
-    top = max(_quantile(sorted(max(small, large) for small, large, _ in shown), 0.995), 1e-3) * 1.05
+    """Draw (NLL of the small scorer, NLL of the large scorer, kept)."""
+    top = max(_quantile(sorted(max(small, large) for small, large, _ in points), 0.995), 1e-3) * 1.05
 
     def draw(axes: Axes) -> None:
         axes.axline((0, 0), (top, top), color=MUTED, linewidth=1, linestyle="--", label="equally likely to both")
         for kept, color, marker, label in ((False, IGNORED, "x", "ignored"), (True, KEPT, "o", "kept")):
-            chosen = [(min(small, top), min(large, top)) for small, large, was_kept in shown if was_kept == kept]
+            chosen = [(min(small, top), min(large, top)) for small, large, was_kept in points if was_kept == kept]
             axes.plot(
                 [small for small, _ in chosen],
                 [large for _, large in chosen],
@@ -127,6 +129,13 @@ def likelihood_scatter(points: Sequence[tuple[float, float, bool]], *, name: str
         axes.legend(**_LEGEND, loc="upper left")
 
     return _svg(draw, (5.0, 4.6), name, alt)
+
+
+def standalone(svg: str) -> str:
+    """Turn a plot of the page into a file of its own, in the page's light colours."""
+    for variable, color in _LIGHT.items():
+        svg = svg.replace(f"var(--{variable})", color)
+    return svg.replace("<svg ", f'<svg style="background:{_LIGHT["bg"]};font-family:sans-serif" ', 1)
 
 
 def loss_limits(curves: Mapping[str, Sequence[tuple[int, float]]]) -> tuple[float, float]:

@@ -10,14 +10,13 @@ from typing import Any
 
 from nvila.errors import ArtifactError
 from nvila_pipelines.report import plots
+from nvila_pipelines.report.curation_panels import Panel, Selection, selection_of
 from nvila_pipelines.report.formats import MISSING, number, percent, points, size, step_time
-from nvila_pipelines.report.gallery import Group, Score, answered, curated, thumbnails
+from nvila_pipelines.report.gallery import Group, answered, curated, samples_by_id, thumbnails
 from nvila_pipelines.report.outputs import Outputs, predictions
+from nvila_pipelines.report.score_summary import summarise
 
-# A page with a panel for each of a hundred sources would help nobody and pass the size limit.
-MAX_PANELS = 12
 PARTS = ("vision", "projector", "language", "total")
-_SCORE_COLUMNS = ("id", "source", "nll_small", "nll_large", "delta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,25 +27,6 @@ class Bar:
     cells: tuple[str, ...]
     share: float
     kind: str = "plain"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    """One figure with its title and the sentence below it."""
-
-    title: str
-    svg: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """What the curation section shows."""
-
-    text: str
-    panels: tuple[Panel, ...]
-    scatter: Panel
-    groups: tuple[Group, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,26 +121,13 @@ def losses(outputs: Outputs) -> tuple[Panel, ...]:
 
 def selection(outputs: Outputs) -> Selection:
     """Return histograms by source, the scatter of both losses and the gallery of curated samples."""
-    columns = outputs.columns("curate", "scores.parquet", _SCORE_COLUMNS)
-    kept = outputs.columns("curate", "selection.parquet", ("id", "kept"))
-    chosen = {id for id, was_kept in zip(kept["id"], kept["kept"], strict=True) if was_kept}
-    scores = [
-        Score(id=id, source=source, small=small, large=large, delta=delta)
-        for id, source, small, large, delta in zip(*(columns[name] for name in _SCORE_COLUMNS), strict=True)
-        if all(value is not None and math.isfinite(value) for value in (small, large, delta))
-    ]
-    by_source: dict[str, list[Score]] = defaultdict(list)
-    for score in scores:
-        by_source[score.source].append(score)
-    shown = sorted(sorted(by_source, key=lambda source: -len(by_source[source]))[:MAX_PANELS])
-    text = f"{len(chosen):,} of {len(kept['id']):,} samples were kept"
-    text += f"; the largest {MAX_PANELS} of {len(by_source)} sources are drawn." if len(by_source) > MAX_PANELS else "."
-    return Selection(
-        text=text,
-        panels=tuple(_delta_panel(index, name, by_source[name], chosen) for index, name in enumerate(shown)),
-        scatter=_scatter(scores, chosen),
-        groups=curated(outputs, scores, thumbnails(outputs)),
-    )
+    scores, kept = (outputs.file("curate", name) for name in ("scores.parquet", "selection.parquet"))
+    try:
+        summary = summarise(scores, kept)
+    except ArtifactError as e:
+        raise ArtifactError(f"The output of the step curate cannot be read: {e.message}", e.hint) from e
+    samples = samples_by_id(outputs.file("data", "train.jsonl"))
+    return selection_of(summary, curated(summary.ends, samples, thumbnails(outputs)))
 
 
 def examples(outputs: Outputs) -> tuple[Group, ...]:
@@ -223,23 +190,6 @@ def _loss_panel(index: int, stage: str, curve: Sequence[tuple[int, float]], limi
     text = f"to step {curve[-1][0]:,}; from {first:.3g} to {last:.3g}"
     svg = plots.loss_curve(curve, limits, name=f"loss{index}", alt=f"Loss of stage {stage}: {text}")
     return Panel(title=stage, svg=svg, text=text)
-
-
-def _delta_panel(index: int, source: str, scores: Sequence[Score], chosen: set[str]) -> Panel:
-    kept = [score.delta for score in scores if score.id in chosen]
-    ignored = [score.delta for score in scores if score.id not in chosen]
-    boundary = f"; kept from delta {min(kept):+.3g} on" if kept else ""
-    text = f"{len(kept):,} of {len(scores):,} kept{boundary}"
-    svg = plots.delta_histogram(kept, ignored, name=f"delta{index}", alt=f"Histogram of delta for {source}: {text}")
-    return Panel(title=source, svg=svg, text=text)
-
-
-def _scatter(scores: Sequence[Score], chosen: set[str]) -> Panel:
-    below = sum(score.large < score.small for score in scores)
-    text = f"Below the dashed line the large scorer is the better one: {below:,} of {len(scores):,} samples."
-    points_ = [(score.small, score.large, score.id in chosen) for score in scores]
-    alt = f"Scatter of the two scorers' losses. {text}"
-    return Panel(title="Both scorers", svg=plots.likelihood_scatter(points_, name="scatter", alt=alt), text=text)
 
 
 def _milliseconds(served: Mapping[str, Any]) -> str:

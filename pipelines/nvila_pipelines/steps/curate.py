@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,19 +14,22 @@ Scorer = Literal["small", "large"]
 
 if TYPE_CHECKING:
     from nvila.curation.scoring import AnswerScore
+    from nvila.curation.selection import Normalize
     from nvila.data.media import ImageTable
     from nvila.data.records import Sample
     from nvila.data.tensors import PixelCache
+    from nvila_pipelines.recipe_schema import CurateSection
 
+STEP = "curate"
 SCORERS: tuple[Scorer, ...] = ("small", "large")
 
 
 def run(context: StepContext) -> dict[str, float]:
     """Score the training split and select from it.
 
-    Outputs: `scores.parquet`, `selection.parquet`, `selected.jsonl`.
+    Outputs: `scores.parquet`, `selection.parquet`, `ignore/`, `quarantine.jsonl`, `selected.jsonl`.
     """
-    from nvila.curation.selection import centre, delta_losses, round_to, select_top
+    from nvila.curation.choosing import write_selection
     from nvila.data.dataset import IMAGES_FILE, load_samples
     from nvila.data.media import ImageTable
     from nvila.data.records import write_jsonl
@@ -41,20 +45,16 @@ def run(context: StepContext) -> dict[str, float]:
         size = context.recipe.scorer_config(scorer).model.vision["image_size"]
         caches[size] = caches.get(size) or PixelCache.build(images, keys, size)
         scores[scorer] = _score(context, scorer, samples, images, caches[size])
-    deltas = delta_losses(scores["small"], scores["large"], config.normalize)
-    ranks = deltas
-    if config.centre == "answer":
-        ranks = centre(deltas, [(sample.source, sample.question, sample.answer) for sample in samples])
-    ranks = round_to(ranks, config.resolution)
-    kept = select_top(ranks, [sample.source for sample in samples], config.keep_rate)
-    _write_tables(context.out_dir, samples, scores, deltas, ranks, kept)
+    deltas = _merged_deltas(context.out_dir, samples, scores, config.normalize)
+    ranks, kept = _ranked(samples, deltas, config)
+    write_selection(context.out_dir, kept, ranks)
     selected = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     write_jsonl(context.out_dir / "selected.jsonl", selected)
-    return {
-        "scored": float(len(samples)),
-        "kept": float(len(selected)),
-        **{f"nll_{scorer}": sum(score.nll for score in scores[scorer]) / len(samples) for scorer in SCORERS},
+    usable = [index for index, delta in enumerate(deltas) if delta is not None]
+    means = {
+        f"nll_{scorer}": sum(scores[scorer][index].nll for index in usable) / max(1, len(usable)) for scorer in SCORERS
     }
+    return {"scored": float(len(usable)), "kept": float(len(selected)), **means}
 
 
 def scorer_subset(samples: Sequence[Sample], fraction: float, seed: int) -> list[Sample]:
@@ -100,24 +100,49 @@ def texts(samples: Sequence[Sample]) -> list[str]:
     return [message.text for sample in samples for message in sample.messages]
 
 
-def _write_tables(
-    out: Path,
-    samples: Sequence[Sample],
-    scores: dict[Scorer, list[AnswerScore]],
-    deltas: Sequence[float],
-    ranks: Sequence[float],
-    kept: Sequence[bool],
-) -> None:
+def _merged_deltas(
+    out: Path, samples: Sequence[Sample], scores: Mapping[Scorer, Sequence[AnswerScore]], normalize: Normalize
+) -> list[float | None]:
+    """Write the scores as any data set's are written, and return delta; None for a sample that has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    identity = {"id": [sample.id for sample in samples], "source": [sample.source for sample in samples]}
-    table = {
-        **identity,
-        "nll_small": [score.nll for score in scores["small"]],
-        "nll_large": [score.nll for score in scores["large"]],
-        "delta": list(deltas),
-        "num_answer_tokens": [score.num_tokens for score in scores["large"]],
+    from nvila.curation.merging import SCORES, merge
+    from nvila.curation.shards import SCHEMA, Shards
+
+    finite = [all(math.isfinite(scores[scorer][index].nll) for scorer in SCORERS) for index in range(len(samples))]
+    columns = {
+        "index": list(range(len(samples))),
+        "id": [sample.id for sample in samples],
+        "source": [sample.source for sample in samples],
+        "where": [f"train.jsonl:{number}" for number in range(1, len(samples) + 1)],
+        "status": ["ok" if usable else "not_finite" for usable in finite],
+        "reason": [None if usable else "a scorer gave no number" for usable in finite],
     }
-    pq.write_table(pa.table(table), out / "scores.parquet")
-    pq.write_table(pa.table({**identity, "delta": list(ranks), "kept": list(kept)}), out / "selection.parquet")
+    for scorer in SCORERS:
+        columns[f"nll_{scorer}"] = [score.nll for score in scores[scorer]]
+        columns[f"tokens_{scorer}"] = [score.num_tokens for score in scores[scorer]]
+    shards = Shards(directory=out / ".shards", size=len(samples) + 1, digest=STEP)
+    shards.publish(0, pa.table(columns, schema=SCHEMA))
+    merge(shards, out, normalize)
+    deltas: list[float | None] = pq.read_table(out / SCORES)["delta"].to_pylist()
+    return deltas
+
+
+def _ranked(
+    samples: Sequence[Sample], deltas: Sequence[float | None], config: CurateSection
+) -> tuple[list[float | None], list[bool]]:
+    """Return what the samples are ranked by, and which are kept; a sample without a delta is not."""
+    from nvila.curation.selection import centre, round_to, select_top
+
+    usable = [(index, delta) for index, delta in enumerate(deltas) if delta is not None]
+    rows, found = [samples[index] for index, _ in usable], [delta for _, delta in usable]
+    if config.centre == "answer":
+        found = centre(found, [(sample.source, sample.question, sample.answer) for sample in rows])
+    found = round_to(found, config.resolution)
+    chosen = select_top(found, [sample.source for sample in rows], config.keep_rate)
+    ranks: list[float | None] = [None] * len(samples)
+    kept = [False] * len(samples)
+    for (index, _), rank, keep in zip(usable, found, chosen, strict=True):
+        ranks[index], kept[index] = rank, keep
+    return ranks, kept

@@ -20,6 +20,9 @@ _LOOPBACK = "127.0.0.1"
 _TAIL_LINES = 20
 _TAIL_BYTES = 16_384
 _STOP_TIMEOUT_S = 10.0
+# Threads that wait spin for some microseconds and then sleep. The default of milliseconds costs several times the work
+# itself as soon as the machine is busy; never spinning costs half the speed when it is idle.
+_SPIN_COUNT = "20000"
 _GROUP_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -61,6 +64,11 @@ def _command(module: str, args: Sequence[str], num_processes: int, scratch: str)
     return [*agent, "-m", _CHILD, "0", "SIGKILL", module, *args]
 
 
+def calm_threads() -> None:
+    """Keep waiting threads of this process from spinning; has an effect before torch is imported."""
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+
+
 def _environment(env: Mapping[str, str], num_processes: int) -> dict[str, str]:
     # This process may itself be one rank of a larger group; the child starts its own.
     inherited = {name: value for name, value in os.environ.items() if name not in _GROUP_VARIABLES}
@@ -69,9 +77,7 @@ def _environment(env: Mapping[str, str], num_processes: int) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        # Threads that wait spin for some microseconds and then sleep. The default of milliseconds costs several
-        # times the work itself as soon as the machine is busy; never spinning costs half the speed when it is idle.
-        "GOMP_SPINCOUNT": "20000",
+        "GOMP_SPINCOUNT": _SPIN_COUNT,
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
     }
     environment = defaults | inherited | dict(env)

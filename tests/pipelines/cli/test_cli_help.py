@@ -39,7 +39,9 @@ def test_help_of_every_verb_is_printed(verb: str, capsys: pytest.CaptureFixture[
     assert f"usage: nvila {verb}".strip() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["version", "--json"], ["doctor"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["run", "--help"], ["curate", "--help"], ["version", "--json"], ["doctor"]]
+)
 def test_light_commands_import_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     program = (
         "import sys; from nvila_pipelines.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nvila.data.media import ImageTable, write_image_table
-from nvila_pipelines.report.gallery import Score, answered, curated
+from nvila_pipelines.report.gallery import answered, curated, samples_by_id
 from nvila_pipelines.report.images import MAX_SIDE, Thumbnails, data_uri
-from nvila_pipelines.report.outputs import Outputs
+from nvila_pipelines.report.score_summary import summarise
 
 if TYPE_CHECKING:
     from tests.pipelines.report.conftest import MakeRun
@@ -54,16 +54,26 @@ def test_long_texts_are_cut() -> None:
     assert len(right.cards[0].question) <= 280
 
 
-def test_curated_samples_are_the_ends_and_the_middle(make_run: MakeRun) -> None:
-    run = make_run()
-    outputs = Outputs(run.artifacts, refused=False)
-    # Neither the order of the samples nor their number gives the deltas away.
-    deltas = {f"train-{number:05d}": (number * 37 % 101 - 50) / 10 for number in range(101)}
-    scores = [
-        Score(id=id, source="ab"[index % 2], small=max(delta, 0) + 0.1, large=max(-delta, 0) + 0.1, delta=delta)
+def ends_of(deltas: dict[str, float], folder: Path) -> dict[Any, Any]:
+    """Give the ends of scores with these deltas, through the files that hold them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"id": id, "source": "ab"[index % 2], "nll_small": max(delta, 0) + 0.1, "nll_large": max(-delta, 0) + 0.1}
+        | {"delta": delta, "kept": delta > 0}
         for index, (id, delta) in enumerate(deltas.items())
     ]
-    informative, redundant, distracting = curated(outputs, scores, NO_IMAGES)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "scores.parquet")
+    pq.write_table(pa.Table.from_pylist(rows).select(["id", "kept"]), folder / "selection.parquet")
+    return dict(summarise(folder / "scores.parquet", folder / "selection.parquet").ends)
+
+
+def test_curated_samples_are_the_ends_and_the_middle(make_run: MakeRun, tmp_path: Path) -> None:
+    samples = samples_by_id(make_run().artifacts["data"] / "train.jsonl")
+    # Neither the order of the samples nor their number gives the deltas away.
+    deltas = {f"train-{number:05d}": (number * 37 % 101 - 50) / 10 for number in range(101)}
+    informative, redundant, distracting = curated(ends_of(deltas, tmp_path), samples, NO_IMAGES)
     shown = [
         [float(dict(card.facts)["delta"]) for card in group.cards] for group in (informative, redundant, distracting)
     ]
@@ -79,10 +89,9 @@ def test_curated_samples_are_the_ends_and_the_middle(make_run: MakeRun) -> None:
     assert dict(informative.cards[0].facts)["likely to small"] == "0.6 %"
 
 
-def test_samples_that_are_not_negative_are_not_called_distracting(make_run: MakeRun) -> None:
-    outputs = Outputs(make_run().artifacts, refused=False)
-    scores = [Score(id="train-00000", source="a", small=1.0, large=0.5, delta=0.5)]
-    groups = curated(outputs, scores, NO_IMAGES)
+def test_samples_that_are_not_negative_are_not_called_distracting(make_run: MakeRun, tmp_path: Path) -> None:
+    samples = samples_by_id(make_run().artifacts["data"] / "train.jsonl")
+    groups = curated(ends_of({"train-00000": 0.5}, tmp_path), samples, NO_IMAGES)
     assert [len(group.cards) for group in groups] == [1, 1, 0]
 
 

@@ -201,7 +201,7 @@ def remove_images(run: FakeRun) -> None:
 @pytest.mark.parametrize(
     ("damage", "section", "why"),
     [
-        pytest.param(damage_scores, "selection", "scores.parquet of the step curate cannot be read", id="not-parquet"),
+        pytest.param(damage_scores, "selection", "step curate cannot be read: scores.parquet", id="not-parquet"),
         pytest.param(cut_sizes, "sizes", "sizes.json cannot be read", id="cut-json"),
         pytest.param(change_sizes, "sizes", "unexpected form", id="other-json"),
         pytest.param(break_metrics, "losses", "metrics.jsonl has a broken line 121", id="cut-line"),

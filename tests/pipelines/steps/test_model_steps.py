@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nvila.curation.scoring import AnswerScore
 from nvila.data.dataset import load_samples
-from nvila.data.records import read_jsonl
+from nvila.data.records import read_jsonl, vqa_sample
 from nvila.errors import DataError
 from nvila_pipelines.recipe import Recipe
-from nvila_pipelines.steps.curate import scorer_subset
+from nvila_pipelines.steps.curate import _merged_deltas, _ranked, scorer_subset
 from nvila_platform.artifacts import file_sha256
 from nvila_platform.settings import Settings
 
@@ -66,6 +68,25 @@ def test_curation_keeps_the_share_of_every_source(curated: tuple[dict[str, float
     assert (metrics["scored"], metrics["kept"]) == (len(samples), len(kept))
     scores = pq.read_table(out / "scores.parquet").to_pydict()
     assert scores["delta"] == table["delta"]
+    assert set(scores["status"]) == {"ok"}
+    assert (out / "quarantine.jsonl").read_text() == ""
+    ignored = {path.stem: len(json.loads(path.read_text())) for path in (out / "ignore").iterdir()}
+    assert sum(ignored.values()) == len(samples) - len(kept)
+    assert set(ignored) == set(table["source"])
+
+
+def test_samples_without_a_number_are_set_aside(tmp_path: Path, change: Callable[..., Recipe]) -> None:
+    import pyarrow.parquet as pq
+
+    samples = [vqa_sample(id=str(number), source="a", image="i", question="what?", answer="yes") for number in range(4)]
+    small = [AnswerScore(nll=nll, num_tokens=2) for nll in (3.0, 1.0, math.nan, 2.0)]
+    large = [AnswerScore(nll=1.0, num_tokens=2)] * 4
+    deltas = _merged_deltas(tmp_path, samples, {"small": small, "large": large}, "none")
+    assert deltas == [2.0, 0.0, None, 1.0]
+    assert pq.read_table(tmp_path / "scores.parquet")["status"].to_pylist() == ["ok", "ok", "not_finite", "ok"]
+    assert json.loads((tmp_path / "quarantine.jsonl").read_text())["where"] == "train.jsonl:3"
+    literal = change("curate.centre=none", "curate.resolution=0", "curate.keep_rate=0.5").curate
+    assert _ranked(samples, deltas, literal) == ([2.0, 0.0, None, 1.0], [True, False, False, True])
 
 
 def test_scorers_learn_from_all_questions_of_a_share_of_the_images(data_dir: Path) -> None:

@@ -59,13 +59,15 @@ class RecordParser:
         """
         where = f"{self.name}:{row.place or position + 1}"
         if row.fields is None:
-            return Record(index=index, where=where, sample=None, problem=one_line(row.problem or "unreadable"))
+            problem = one_line(row.problem or "unreadable")
+            return Record(index=index, where=where, sample=None, problem=problem, source=self.source)
         fields = self._renamed(row.fields)
         sources: dict[str, MediaSource] = {}
         try:
             sample = self._sample(fields, row.id or f"{self.stem}:{position}", f"{self.uri}#{position}", sources)
         except RecordError as e:
-            return Record(index=index, where=where, sample=None, problem=one_line(str(e)))
+            problem = one_line(str(e))
+            return Record(index=index, where=where, sample=None, problem=problem, source=self._source_of_bad(fields))
         return Record(index=index, where=where, sample=sample, media=sources)
 
     def _renamed(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -88,6 +90,12 @@ class RecordParser:
 
         messages = [Message(role=turn.role, content=tuple(map(part, turn.pieces))) for turn in turns]
         return Sample(id=_name(fields, IDS) or id, source=self._source(fields), messages=tuple(messages))
+
+    def _source_of_bad(self, fields: Mapping[str, Any]) -> str:
+        try:
+            return self._source(fields)
+        except RecordError:  # the source itself may be what is wrong
+            return self.source
 
     def _source(self, fields: Mapping[str, Any]) -> str:
         return self.source if self.force_source else _name(fields, SOURCES) or self.source

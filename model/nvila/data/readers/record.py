@@ -33,6 +33,7 @@ class Record:
         media: Where the bytes of each image and video of the sample are, by the key that the sample uses. Equal keys
             mean the same medium, also between data sets.
         problem: Why there is no sample; None when there is one.
+        source: Source of a record without a sample, as far as that is known; one with a sample says it there.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Record:
     sample: Sample | None
     media: Mapping[str, MediaSource] = field(default_factory=dict)
     problem: str | None = None
+    source: str | None = None
 
 
 class RecordStream(Protocol):

@@ -1,0 +1,1 @@
+"""Manifests of cluster resources, as pure functions of typed values."""

@@ -1,0 +1,167 @@
+"""Jobs over real HTTP, against a server that keeps them in memory and fails as an API server does."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nvila.errors import CapabilityError, ConfigError, InfrastructureError, NvilaError
+from nvila_platform.cluster.client import ClusterClient
+from nvila_platform.cluster.trainjob import TrainJobSpec, train_job
+
+PREFIX = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/"
+
+
+class Server(ThreadingHTTPServer):
+    """An API server of TrainJobs; `answer` overrides what it says."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.jobs: dict[str, Any] = {}
+        self.answer: tuple[int, str] | None = None
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = f"{self.path.removeprefix(PREFIX)}/{body['metadata']['name']}"
+        if key in self.server.jobs:
+            self.say(409, {"message": "already exists"})
+            return
+        self.server.jobs[key] = body
+        self.say(201, body)
+
+    def do_GET(self) -> None:
+        self.found(remove=False)
+
+    def do_DELETE(self) -> None:
+        self.found(remove=True)
+
+    def found(self, *, remove: bool) -> None:
+        key = self.path.removeprefix(PREFIX)
+        if key not in self.server.jobs:
+            self.say(404, {"message": 'trainjobs.trainer.kubeflow.org "x" not found'})
+            return
+        self.say(200, self.server.jobs.pop(key) if remove else self.server.jobs[key])
+
+    def say(self, status: int, body: Any) -> None:
+        text = json.dumps(body)
+        if self.server.answer is not None:
+            status, text = self.server.answer
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Serve jobs, with a kubeconfig that leads here."""
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    kubeconfig(tmp_path / "config", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def kubeconfig(path: Path, address: str) -> None:
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me", "namespace": "team"}}],
+        "clusters": [{"name": "here", "cluster": {"server": address}}],
+        "users": [{"name": "me", "user": {"token": "secret"}}],
+    }
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def manifest(**changed: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"name": "curate-x", "image": "nvila:1", "command": ["nvila"], "num_nodes": 2}
+    return train_job(TrainJobSpec(**(values | changed)))
+
+
+def test_a_job_is_created_looked_at_and_deleted(server: Server) -> None:
+    client = ClusterClient()
+    created = client.submit(manifest())
+    assert (created.name, created.namespace, created.state) == ("curate-x", "team", "Created")
+    assert server.jobs == {"team/trainjobs/curate-x": manifest()}
+    assert client.status(manifest()).state == "Created"
+    conditions = [
+        {"type": "Suspended", "status": "False"},
+        {"type": "Complete", "status": "True", "message": "all pods are done"},
+    ]
+    server.jobs["team/trainjobs/curate-x"]["status"] = {"conditions": conditions}
+    status = client.status(manifest())
+    assert (status.state, status.message) == ("Complete", "all pods are done")
+    client.delete(manifest())
+    assert server.jobs == {}
+
+
+def test_a_namespace_in_the_manifest_wins(server: Server) -> None:
+    ClusterClient().submit(manifest(namespace="other"))
+    assert list(server.jobs) == ["other/trainjobs/curate-x"]
+
+
+def test_a_name_is_taken_once(server: Server) -> None:
+    ClusterClient().submit(manifest())
+    with pytest.raises(ConfigError, match="job 'curate-x' in namespace 'team' exists already"):
+        ClusterClient().submit(manifest())
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error", "message"),
+    [
+        (422, '{"message": "spec.x: unknown"}', ConfigError, "the cluster refuses .* spec.x: unknown"),
+        (403, '{"message": "forbidden"}', CapabilityError, "this user may not touch .* forbidden"),
+        (404, "404 page not found", CapabilityError, "the cluster has no TrainJobs"),
+        (500, "", InfrastructureError, "with status 500"),
+    ],
+)
+def test_what_the_cluster_says_is_typed(
+    status: int, body: str, error: type[NvilaError], message: str, server: Server
+) -> None:
+    server.answer = (status, body)
+    with pytest.raises(error, match=message):
+        ClusterClient().submit(manifest())
+
+
+def test_a_job_that_is_not_there_is_named(server: Server) -> None:
+    with pytest.raises(ConfigError, match="there is no job 'curate-x' in namespace 'team'"):
+        ClusterClient().status(manifest())
+
+
+def test_a_cluster_that_does_not_answer_is_worth_another_try(server: Server, tmp_path: Path) -> None:
+    client = ClusterClient()
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(InfrastructureError, match="cannot be reached") as failed:
+        client.submit(manifest())
+    assert failed.value.retryable
+
+
+def test_without_a_cluster_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = str(tmp_path / "none")
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", missing)
+    monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", missing)
+    monkeypatch.setenv("KUBECONFIG", missing)
+    with pytest.raises(ConfigError, match="no cluster is known"):
+        ClusterClient()
