@@ -6,7 +6,7 @@ time is measured, in turns, so that what else runs on the machine counts little.
 Packing fills rows of 2048 tokens: more images are more rows. The mask of pairs that eager and SDPA attention want for
 such rows is timed by itself; it is made when it is asked for, and flash attention never asks.
 
-python benchmarks/model/splicing.py            # 12 images of 256 tokens to splice, 96 to collate, 192 to mask; 15 repeats
+python benchmarks/model/splicing.py            # splice 12 images of 256 tokens, collate 96, mask 192; 15 repeats
 python benchmarks/model/splicing.py --quick    # the same, three repeats
 """
 
