@@ -1,6 +1,6 @@
 """The image processor: images to normalised square tiles, tiled as the model was trained.
 
-Pillow and torch only; resizing, cutting and scaling are the same steps for every mode, so that a data loader that
+Resizing, cutting and scaling are the same steps for every mode, so that a data loader that
 keeps tiles as bytes (`nvila.vision.tiling.cut_tiles`) gets the same numbers.
 """
 

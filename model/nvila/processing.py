@@ -27,6 +27,7 @@ from nvila.prompts import (
     spell_markers,
 )
 from nvila.video_processing import NVILAVideoProcessor, flat_videos
+from nvila.vision.resampling import levels, resample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from nvila.configuration import NVILAConfig
     from nvila.data.records import Message
 
-_BICUBIC = 3
 # Arguments of `__call__` that `apply_chat_template` takes too.
 _OPTIONS = (
     "fps",
@@ -53,10 +53,7 @@ def pixel_levels(image: Image.Image, image_size: int) -> Tensor:
 
     What `NVILAProcessor.pixel_values` has before it scales to [-1, 1].
     """
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), _BICUBIC)
-    levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return levels.view(image_size, image_size, 3).permute(2, 0, 1).contiguous()
+    return resample(levels(image), image_size, image_size)
 
 
 @dataclass(frozen=True, slots=True)

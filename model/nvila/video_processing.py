@@ -16,7 +16,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from nvila.image_processing import NVILAImageProcessor
-from nvila.vision.tiling import cut_tiles
+from nvila.vision.tiling import cut_levels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,20 +119,18 @@ class NVILAVideoProcessor(BaseImageProcessor):
 
     def pixel_values(self, video: Video) -> Tensor:
         """Turn the frames of a video into normalised tiles (T, 3, size, size)."""
-        from PIL import Image
-
         tiles = NVILAImageProcessor(
             size=self.size,
             image_aspect_ratio=self.image_aspect_ratio,
             image_mean=self.image_mean,
             image_std=self.image_std,
         )
+        plan = tiles.plan(*video.size)
 
         def cut(frame: NDArray[np.uint8]) -> Tensor:
-            image = Image.fromarray(frame)
-            return cut_tiles(image, tiles.plan(*image.size), tiles.tiling)
+            return cut_levels(torch.from_numpy(frame), plan, tiles.tiling)
 
-        # One frame a thread at a time: Pillow releases the interpreter, and no second copy of all frames is made.
+        # One frame a thread at a time: torch releases the interpreter, and no second copy of all frames is made.
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
             return tiles.normalise(torch.cat(list(pool.map(cut, video.frames))))
 
