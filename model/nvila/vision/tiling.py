@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -207,7 +208,8 @@ def cut_tiles(image: Image.Image, plan: TilePlan, config: TilingConfig) -> Tenso
 def cut_levels(levels_HW3: Tensor, plan: TilePlan, config: TilingConfig) -> Tensor:
     """Cut a picture of bytes (height, width, 3) as `cut_tiles` cuts an image."""
     size = config.tile_size
-    tiles = torch.empty(plan.num_tiles, 3, size, size, dtype=torch.uint8)
+    # numpy places tiles, because torch would wake all its threads for copies this small.
+    tiles = np.empty((plan.num_tiles, 3, size, size), np.uint8)
     start = 0
     for grid in plan.grids:
         if config.mode == "pad":
@@ -215,10 +217,10 @@ def cut_levels(levels_HW3: Tensor, plan: TilePlan, config: TilingConfig) -> Tens
         else:
             laid_3HW = resample(levels_HW3, grid.columns * size, grid.rows * size)
         # (3, rows, size, columns, size) -> (rows, columns, 3, size, size)
-        cells = laid_3HW.view(3, grid.rows, size, grid.columns, size).permute(1, 3, 0, 2, 4)
-        tiles[start : start + grid.num_tiles].view(grid.rows, grid.columns, 3, size, size).copy_(cells)
+        cells = laid_3HW.numpy().reshape(3, grid.rows, size, grid.columns, size).transpose(1, 3, 0, 2, 4)
+        tiles[start : start + grid.num_tiles].reshape(grid.rows, grid.columns, 3, size, size)[:] = cells
         start += grid.num_tiles
-    return tiles
+    return torch.from_numpy(tiles)
 
 
 def _fit(levels_HW3: Tensor, size: int) -> Tensor:
