@@ -323,7 +323,7 @@ class NVILAProcessor(ProcessorMixin):
         tensors: dict[str, Any] = {}
         queues: dict[str, Iterator[MediaLayout]] = {"image": iter(()), "video": iter(())}
         if images:
-            loaded = [self.image_processor.load(source) for source, _ in images]
+            loaded = self.image_processor.load_all([source for source, _ in images])
             tiles = [tile for _, tile in images]
             plans = [self.image_processor.plan(*one.size, tile=tile) for one, tile in zip(loaded, tiles, strict=True)]
             tensors |= self.image_processor.tensors(loaded, plans)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from nvila.image_processing import NVILAImageProcessor
+from nvila.image_processing import NVILAImageProcessor, named
 from nvila.vision.tiling import cut_levels
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ class NVILAVideoProcessor(BaseImageProcessor):
         Raises:
             DataError: A video cannot be read.
         """
-        loaded = [self.load(video, num_frames=num_frames, fps=fps) for video in as_videos(videos)]
+        sources = as_videos(videos)
+        read = partial(self.load, num_frames=num_frames, fps=fps)
+        loaded = [
+            named(partial(read, one), "video", number, len(sources)) for number, one in enumerate(sources, start=1)
+        ]
         return BatchFeature(
             {
                 "pixel_values_videos": torch.cat([self.pixel_values(video) for video in loaded]),
