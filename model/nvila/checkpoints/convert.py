@@ -320,12 +320,14 @@ def _write_others(folder: Path, checkpoint: Checkpoint, plan: _Plan) -> None:
 
 
 def _progress(reporter: Reporter, total: int) -> Callable[[int], None]:
-    mib, done = 1 << 20, 0
+    mib, done, shown = 1 << 20, 0, -1
 
     def wrote(nbytes: int) -> None:
-        nonlocal done
+        nonlocal done, shown
         done += nbytes
-        reporter.progress("write MiB", done // mib, total // mib)
+        if -(-done // mib) != shown:  # tensors are many and small
+            shown = -(-done // mib)
+            reporter.progress("write MiB", shown, -(-total // mib))
 
     return wrote
 
