@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from nvila.checkpoints.shards import REFUSED_SUFFIXES
 from nvila.configuration import NVILAConfig
 from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from nvila.errors import CheckpointError
@@ -25,8 +26,6 @@ from nvila.processing import NVILAProcessor
 from nvila.training.config import ModelConfig
 
 logger = logging.getLogger(__name__)
-
-REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def register_auto_classes() -> None:

@@ -6,6 +6,8 @@ batch, M visual tokens of the batch, C tower width, H language width.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from nvila.checkpoints.shards import INDEX_FILE, read_shards
 from nvila.configuration import NVILAConfig
 from nvila.errors import CapabilityError, DataError
 from nvila.finite import check_finite
@@ -36,6 +39,21 @@ class NVILAPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, as the base class does, from safetensors only.
+
+        Raises:
+            CheckpointError: The index of shards names files outside its folder, or does not fit those in it.
+        """
+        folder = Path(kwargs.get("subfolder") or "")
+        if isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            folder = Path(pretrained_model_name_or_path) / folder
+            if (folder / INDEX_FILE).is_file():
+                read_shards(folder)
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 class NVILAModel(NVILAPreTrainedModel):

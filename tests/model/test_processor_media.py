@@ -75,7 +75,7 @@ def clip(frames: int = 4) -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sizes", [[(40, 30)], [(40, 30), (16, 16)], [(1, 1)], [(1, 600)], [(600, 2)]])
+@pytest.mark.parametrize("sizes", [[(40, 30)], [(40, 30), (16, 16)], [(1, 1)], [(1, 20000)], [(20000, 1)]])
 def test_counts_agree_with_the_processor_and_the_model(
     mode: str, sizes: list[tuple[int, int]], words: PreTrainedTokenizerFast
 ) -> None:
