@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -139,6 +140,26 @@ def test_answer_ends_at_the_end_of_the_turn(
     assert deltas[-1].finish_reason == "stop"
     assert running.usage.completion_tokens == place
     assert text_of(deltas) == processor.tokenizer.decode(ids[:place], skip_special_tokens=True).lstrip()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_answer_ends_where_generate_would_end_it(listed: bool, variant: ChatModel) -> None:
+    """What ends a turn may be another token than the one that ends a text of the tokenizer's."""
+    question = [Message(role="user", content=(Part(type="text", value="what?"),))]
+    engine = Engine(variant.model, variant.processor)
+    ids = list(islice(engine._tokens(engine._inputs(question, {}), SamplingParams()), 6))
+    place = next(place for place in range(1, 6) if ids[place] not in ids[:place])
+    before = variant.model.generation_config.eos_token_id
+    variant.model.generation_config.eos_token_id = [ids[place], 1] if listed else ids[place]
+    try:
+        running = Engine(variant.model, variant.processor).stream(question, {}, SamplingParams(max_tokens=6))
+        said = list(running)
+        inputs = engine._inputs(question, {})
+        generated = cast("Any", variant.model).generate(**inputs, max_new_tokens=6, do_sample=False)
+    finally:
+        variant.model.generation_config.eos_token_id = before
+    assert (running.usage.completion_tokens, said[-1].finish_reason) == (place, "stop")
+    assert generated.shape[1] - inputs["input_ids"].shape[1] == place + 1  # it gives back the last token too
 
 
 def test_every_stop_text_ends_the_answer_before_itself(engine: Engine, pictures: Pictures) -> None:

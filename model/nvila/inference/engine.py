@@ -110,7 +110,7 @@ class Engine:
         self.processor = processor
         self.max_length = int(processor.tokenizer.model_max_length)
         self._placeholders = torch.tensor([model.config.image_token_id, model.config.video_token_id])
-        self._stop_ids = {processor.tokenizer.eos_token_id}
+        self._stop_ids = {processor.tokenizer.eos_token_id, *_as_ids(model.generation_config.eos_token_id)}
         self._lock = threading.Lock()
 
     @classmethod
@@ -208,6 +208,10 @@ class Engine:
             token = choose_token(logits, params, noise)
             yield token
             logits = self._step({"input_ids": torch.tensor([[token]], device=self.model.device)}, cache)
+
+
+def _as_ids(eos: int | Sequence[int] | None) -> Sequence[int]:
+    return () if eos is None else (eos,) if isinstance(eos, int) else eos
 
 
 def choose_token(logits_V: Tensor, params: SamplingParams, noise: torch.Generator) -> int:
