@@ -15,17 +15,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from nvila.checkpoints.shards import REFUSED_SUFFIXES
 from nvila.configuration import NVILAConfig
 from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, token_id
 from nvila.errors import CheckpointError
+from nvila.finite import check_weights
 from nvila.image_processing import NVILAImageProcessor
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 from nvila.training.config import ModelConfig
 
 logger = logging.getLogger(__name__)
-
-REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def register_auto_classes() -> None:
@@ -77,7 +77,8 @@ def load_model(directory: Path, **options: Any) -> tuple[NVILAForConditionalGene
             quantized folders.
 
     Raises:
-        CheckpointError: The folder is not a complete model, or holds files that could execute code.
+        CheckpointError: The folder is not a complete model, holds files that could execute code, or weights that are
+            NaN or infinite.
     """
     from safetensors import SafetensorError
 
@@ -124,4 +125,5 @@ def _load_wide(directory: Path, options: Mapping[str, Any]) -> NVILAForCondition
             f"the weights in {directory} do not fit its config.json: {wrong[0]} is missing, unknown or misshapen",
             "make the model artifact again",
         )
+    check_weights(dict(model.named_parameters()), str(directory))
     return model

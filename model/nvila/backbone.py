@@ -6,6 +6,8 @@ batch, M visual tokens of the batch, C tower width, H language width.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,8 +16,10 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from nvila.checkpoints.shards import INDEX_FILE, read_shards
 from nvila.configuration import NVILAConfig
 from nvila.errors import CapabilityError, DataError
+from nvila.finite import check_finite
 from nvila.splicing import splice
 from nvila.vision.projectors import MultimodalProjector
 from nvila.vision.scales import merge_scales, tiles_to_raster
@@ -35,6 +39,21 @@ class NVILAPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, as the base class does, from safetensors only.
+
+        Raises:
+            CheckpointError: The index of shards names files outside its folder, or does not fit those in it.
+        """
+        folder = Path(kwargs.get("subfolder") or "")
+        if isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            folder = Path(pretrained_model_name_or_path) / folder
+            if (folder / INDEX_FILE).is_file():
+                read_shards(folder)
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 class NVILAModel(NVILAPreTrainedModel):
@@ -96,8 +115,10 @@ class NVILAModel(NVILAPreTrainedModel):
             Visual tokens (M, H) of all images and of all videos; None for what was not given.
 
         Raises:
-            DataError: The tiles are not those that `image_blocks` describe, or the frames not those of `video_frames`.
+            DataError: The tiles are not those that `image_blocks` describe, or the frames not those of `video_frames`,
+                or some hold NaN or infinity.
         """
+        _check_finite(pixel_values=pixel_values, pixel_values_videos=pixel_values_videos)
         given = [pixels for pixels in (pixel_values, pixel_values_videos) if pixels is not None and len(pixels)]
         if not given:  # a training batch of text alone
             none = torch.empty(0, self.config.text_config.hidden_size, device=self.device, dtype=self.dtype)
@@ -148,7 +169,7 @@ class NVILAModel(NVILAPreTrainedModel):
             Hidden states (B, L, H), the cache, and what else the language model was asked for.
 
         Raises:
-            DataError: Placeholders and media do not fit together.
+            DataError: Placeholders and media do not fit together, or media hold NaN or infinity.
         """
         if inputs_embeds is None:
             input_ids = cast("Tensor", input_ids)
@@ -159,6 +180,7 @@ class NVILAModel(NVILAPreTrainedModel):
                 pixel_values_videos if video_features is None else None,
                 video_frames,
             )
+            _check_finite(image_features=image_features, video_features=video_features)
             images = image_features if image_features is not None else images
             videos = video_features if video_features is not None else videos
             if images is not None or videos is not None or _is_prompt(input_ids, past_key_values):
@@ -227,6 +249,12 @@ class NVILAModel(NVILAPreTrainedModel):
             return allowed_B1LL
         bias = torch.zeros(allowed_B1LL.shape, dtype=dtype, device=allowed_B1LL.device)
         return bias.masked_fill_(~allowed_B1LL, torch.finfo(dtype).min)
+
+
+def _check_finite(**media: Tensor | None) -> None:
+    for name, values in media.items():
+        if values is not None:
+            check_finite(values, name)
 
 
 def _is_prompt(input_ids_BL: Tensor, cache: Cache | None) -> bool:

@@ -1,13 +1,14 @@
 """The image processor: images to normalised square tiles, tiled as the model was trained.
 
-Pillow and torch only; resizing, cutting and scaling are the same steps for every mode, so that a data loader that
+Resizing, cutting and scaling are the same steps for every mode, so that a data loader that
 keeps tiles as bytes (`nvila.vision.tiling.cut_tiles`) gets the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from nvila.data.images import DEFAULT_LIMITS, load_image
+from nvila.errors import DataError
 from nvila.vision.tiling import TilePlan, TilingConfig, cut_tiles, plan_tiles
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from nvila.configuration import NVILAConfig
 
+_Read = TypeVar("_Read")
 _HALF = (0.5, 0.5, 0.5)
 # Keys of what other image processors save; a SigLIP processor is this one with `resize`.
 _SHARED = ("size", "image_mean", "image_std")
@@ -125,7 +128,7 @@ class NVILAImageProcessor(BaseImageProcessor):
         """
         sources = list(images) if isinstance(images, list | tuple) else [images]
         tiled = [tile] * len(sources) if isinstance(tile, bool) else list(tile)
-        loaded = [self.load(source) for source in sources]
+        loaded = self.load_all(sources)
         plans = [self.plan(*image.size, tile=one) for image, one in zip(loaded, tiled, strict=True)]
         return BatchFeature(self.tensors(loaded, plans))
 
@@ -138,6 +141,17 @@ class NVILAImageProcessor(BaseImageProcessor):
             DataError: It cannot be read, or has more than `max_pixels`.
         """
         return load_image(source, max_pixels=self.max_pixels)
+
+    def load_all(self, sources: Sequence[Any]) -> list[Image.Image]:
+        """Read several images.
+
+        Raises:
+            DataError: One cannot be read; the message says which.
+        """
+        return [
+            named(partial(self.load, source), "image", number, len(sources))
+            for number, source in enumerate(sources, start=1)
+        ]
 
     def tensors(self, images: Sequence[Image.Image], plans: Sequence[TilePlan]) -> dict[str, Tensor]:
         """Make the model's inputs from RGB images and their plans."""
@@ -163,6 +177,16 @@ class NVILAImageProcessor(BaseImageProcessor):
     @property
     def _single(self) -> TilingConfig:
         return TilingConfig("pad" if self.image_aspect_ratio == "pad" else "resize", self.tile_size)
+
+
+def named(read: Callable[[], _Read], kind: str, number: int, count: int) -> _Read:
+    """Read one medium of several, and say which it was if that fails."""
+    try:
+        return read()
+    except DataError as e:
+        if count == 1:
+            raise
+        raise DataError(f"{kind} {number} of {count}: {e.message}", e.hint) from e
 
 
 def flat_images(images: Any) -> list[Any]:

@@ -27,6 +27,7 @@ from nvila.prompts import (
     spell_markers,
 )
 from nvila.video_processing import NVILAVideoProcessor, flat_videos
+from nvila.vision.resampling import levels, resample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from nvila.configuration import NVILAConfig
     from nvila.data.records import Message
 
-_BICUBIC = 3
 # Arguments of `__call__` that `apply_chat_template` takes too.
 _OPTIONS = (
     "fps",
@@ -53,10 +53,7 @@ def pixel_levels(image: Image.Image, image_size: int) -> Tensor:
 
     What `NVILAProcessor.pixel_values` has before it scales to [-1, 1].
     """
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), _BICUBIC)
-    levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return levels.view(image_size, image_size, 3).permute(2, 0, 1).contiguous()
+    return resample(levels(image), image_size, image_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,8 @@ class NVILAProcessor(ProcessorMixin):
 
     Args:
         image_processor: Makes the tiles of images; a dict as saved is taken too.
-        tokenizer: Tokenizer with the media tokens and a chat template.
+        tokenizer: Tokenizer with the media tokens and a chat template. It is set to pad on the left, which is where
+            padding belongs in rows that are to be answered; set `padding_side` to have it otherwise.
         num_image_tokens: Visual tokens that the model makes of a tile.
         video_processor: Makes the tiles of video frames.
         video_pool_sizes: How the model pools video tokens.
@@ -90,8 +88,10 @@ class NVILAProcessor(ProcessorMixin):
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if chat_template is None and tokenizer is not None:
-            chat_template = tokenizer.chat_template
+        if tokenizer is not None:
+            chat_template = tokenizer.chat_template if chat_template is None else chat_template
+            # An answer follows the end of its row; pipelines pad as the tokenizer says and not as we do.
+            tokenizer.padding_side = "left"
         super().__init__(tokenizer, chat_template=chat_template, **kwargs)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         if image_processor is None or isinstance(image_processor, Mapping):
             image_processor = NVILAImageProcessor.from_saved(dict(image_processor or {}))
@@ -222,7 +222,7 @@ class NVILAProcessor(ProcessorMixin):
                 parts: `{"type": "text", "text"}`, `{"type": "image", "image" | "path" | "url"}` and
                 `{"type": "video", "video" | "path"}`, in any order.
             chat_template: Instead of the processor's own.
-            add_generation_prompt: Open the assistant's turn. Rows are then padded on the left.
+            add_generation_prompt: Open the assistant's turn. Rows to be answered are padded on the left.
             continue_final_message: Leave the last message open, for the model to go on with it.
             tokenize: Return model inputs instead of text.
             return_dict: Return all inputs; otherwise `input_ids` alone.
@@ -243,8 +243,7 @@ class NVILAProcessor(ProcessorMixin):
             unspelled = [[MediaLayout((1,))] * len(one.kinds) for one in parsed]
             texts = [render(renderer, one, row, mode)[0] for one, row in zip(parsed, unspelled, strict=True)]
             return texts if batch else texts[0]
-        if mode != "whole":
-            options.setdefault("padding_side", "left")
+        options.setdefault("padding_side", "right" if mode == "whole" else "left")
         media = self._media(
             [list(zip(one.kinds, one.sources, strict=True)) for one in parsed], **_media_options(options)
         )
@@ -324,7 +323,7 @@ class NVILAProcessor(ProcessorMixin):
         tensors: dict[str, Any] = {}
         queues: dict[str, Iterator[MediaLayout]] = {"image": iter(()), "video": iter(())}
         if images:
-            loaded = [self.image_processor.load(source) for source, _ in images]
+            loaded = self.image_processor.load_all([source for source, _ in images])
             tiles = [tile for _, tile in images]
             plans = [self.image_processor.plan(*one.size, tile=tile) for one, tile in zip(loaded, tiles, strict=True)]
             tensors |= self.image_processor.tensors(loaded, plans)

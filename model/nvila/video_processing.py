@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from nvila.image_processing import NVILAImageProcessor
-from nvila.vision.tiling import cut_tiles
+from nvila.image_processing import NVILAImageProcessor, named
+from nvila.vision.tiling import cut_levels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +108,11 @@ class NVILAVideoProcessor(BaseImageProcessor):
         Raises:
             DataError: A video cannot be read.
         """
-        loaded = [self.load(video, num_frames=num_frames, fps=fps) for video in as_videos(videos)]
+        sources = as_videos(videos)
+        read = partial(self.load, num_frames=num_frames, fps=fps)
+        loaded = [
+            named(partial(read, one), "video", number, len(sources)) for number, one in enumerate(sources, start=1)
+        ]
         return BatchFeature(
             {
                 "pixel_values_videos": torch.cat([self.pixel_values(video) for video in loaded]),
@@ -119,20 +124,18 @@ class NVILAVideoProcessor(BaseImageProcessor):
 
     def pixel_values(self, video: Video) -> Tensor:
         """Turn the frames of a video into normalised tiles (T, 3, size, size)."""
-        from PIL import Image
-
         tiles = NVILAImageProcessor(
             size=self.size,
             image_aspect_ratio=self.image_aspect_ratio,
             image_mean=self.image_mean,
             image_std=self.image_std,
         )
+        plan = tiles.plan(*video.size)
 
         def cut(frame: NDArray[np.uint8]) -> Tensor:
-            image = Image.fromarray(frame)
-            return cut_tiles(image, tiles.plan(*image.size), tiles.tiling)
+            return cut_levels(torch.from_numpy(frame), plan, tiles.tiling)
 
-        # One frame a thread at a time: Pillow releases the interpreter, and no second copy of all frames is made.
+        # One frame a thread at a time: torch releases the interpreter, and no second copy of all frames is made.
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
             return tiles.normalise(torch.cat(list(pool.map(cut, video.frames))))
 

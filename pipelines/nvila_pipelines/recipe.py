@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -78,8 +79,9 @@ class Recipe(schema.Section):
 
     def train_config(self) -> TrainConfig:
         """Return the training run."""
-        precision = PrecisionConfig(name=self.train.precision, fp8_min_features=self.train.fp8_min_features)
-        return self._training(self.model, self.train.stages, precision, self.train.backend)
+        precision = PrecisionConfig(name=self.train.precision, fp8=self.train.fp8.to_config())
+        config = self._training(self.model, self.train.stages, precision, self.train.backend)
+        return replace(config, optimizer=self.train.optimizer)
 
     def scorer_config(self, scorer: str) -> TrainConfig:
         """Return the training run of the `small` or `large` scorer: fp32 in one process, otherwise like the main one.

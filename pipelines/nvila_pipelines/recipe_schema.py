@@ -12,7 +12,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nvila.training.config import PARTS, Attention, ModelConfig, PartName, Precision, Schedule, StageConfig
+from nvila.training.config import (
+    PARTS,
+    Attention,
+    Fp8Backend,
+    Fp8Config,
+    Fp8Format,
+    ModelConfig,
+    OptimizerName,
+    PartName,
+    Precision,
+    Schedule,
+    StageConfig,
+)
 
 # Names that become folders, registry entries and metric prefixes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -225,14 +237,32 @@ class CurateSection(Section):
     large: ScorerSection
 
 
+class Fp8Section(Section):
+    """What precision fp8 means; see `nvila.training.config.Fp8Config`."""
+
+    backend: Fp8Backend = "auto"
+    min_features: Count = 3584
+    skip: tuple[str, ...] = Field(default=(), strict=False)
+    forward: Fp8Format = "e4m3"
+    backward: Fp8Format = "e5m2"
+    group_size: Count | None = None
+    save_activations: bool = False
+    activation_group_size: Count = 16
+
+    def to_config(self) -> Fp8Config:
+        """Return the form that the training loop takes."""
+        return Fp8Config(**self.model_dump())
+
+
 class TrainSection(Section):
     """The training run."""
 
     precision: Precision
-    fp8_min_features: Count
+    fp8: Fp8Section = Fp8Section()
     backend: Literal["deepspeed", "torch"]
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     attention: Attention
+    optimizer: OptimizerName = "adamw"
     num_processes: Count
     num_threads: Count | None = None
     # YAML has lists where we have pairs.

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OURS = ("nvila", "nvila_platform", "nvila_pipelines")
+# They warn on import of kernels for hardware that is not there, and of their own deprecations.
+_NOISY = ("torch.utils._pytree", "torchao")
 _CONTEXT = ("run_id", "step", "rank", "request_id")
 
 
@@ -78,6 +80,8 @@ def configure_logging(
     """
     for name in _OURS:
         logging.getLogger(name).setLevel(level)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
         root.removeHandler(handler)

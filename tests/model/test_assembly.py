@@ -95,6 +95,35 @@ def test_folder_without_its_processor_is_a_checkpoint_error(folder: Path, name: 
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("../stolen.safetensors", "names the shard '../stolen.safetensors'"), ("absent.safetensors", "is missing")],
+)
+def test_index_that_leaves_its_folder_is_refused(folder: Path, place: str, message: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "here.safetensors", {"format": "pt"})
+    save_file(weights, folder.parent / "stolen.safetensors", {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    names = dict.fromkeys(weights, "here.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}), encoding="utf-8")
+    load_model(folder)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names | {next(iter(names)): place}}), encoding="utf-8")
+    for load in (
+        load_model,
+        NVILAForConditionalGeneration.from_pretrained,
+        AutoModelForImageTextToText.from_pretrained,
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load(folder)
+
+
+def test_pickled_weights_are_not_even_looked_for(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        NVILAForConditionalGeneration.from_pretrained(folder)
+
+
 def test_missing_and_left_over_weights_are_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)

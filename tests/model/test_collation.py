@@ -228,3 +228,9 @@ def test_samples_about_other_videos_share_nothing() -> None:
     assert collate([[about("x", 5), about("x", 6)]], pad_token_id=0).videos == ("x",)
     apart = collate([[about("x", 5), about("y", 6)]], pad_token_id=0)
     assert (apart.videos, apart.images) == (("x", "y"), ("a", "a"))
+
+
+def test_no_token_is_learned_from_the_sample_before_it() -> None:
+    """Samples about other images share a row; nothing in it may predict the first token of the second."""
+    samples = [Encoded(ids=(5, 6), labels=(5, 6), images=(image,), media_end=0) for image in "ab"]
+    assert collate([samples], pad_token_id=0).labels.tolist() == [[-100, 6, -100, 6]]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, TextIteratorStreamer, pipeline
 
 import nvila
+from nvila.assembly import load_model, save_model
 from nvila.image_processing import NVILAImageProcessor
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
@@ -66,7 +67,7 @@ def test_image_processor_is_found(saved_model: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("device_map", [None, "cpu"])
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
 def test_type_and_device_are_chosen_on_loading(
     device_map: str | None,
     dtype: torch.dtype,
@@ -129,3 +130,41 @@ def test_pipeline_answers_chats(
     assert answer[0]["generated_text"].split() == processor.tokenizer.decode(ids, skip_special_tokens=True).split()
     plain = pipe(images=pictures["a"], text="<image>what color?", max_new_tokens=2)
     assert plain[0]["generated_text"].startswith("<image>what color?")
+
+
+@pytest.mark.parametrize("preset", ["tiny-nvila-lite", "tiny-nvila"])
+def test_batches_of_images_with_different_tiles_are_answered_as_one_by_one(
+    preset: str, pictures: dict[str, Image.Image], tmp_path: Path
+) -> None:
+    config = nvila.NVILAConfig.from_preset(preset)
+    config.text_config.initializer_range = 0.2
+    torch.manual_seed(0)
+    save_model(NVILAForConditionalGeneration(config), NVILAProcessor.from_preset(preset), tmp_path)
+    model, processor = load_model(tmp_path)
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+        for picture, text in (
+            (pictures["a"], "what?"),
+            (pictures["b"].resize((200, 30)), "and what is this?"),
+            (pictures["c"].resize((30, 90)), ""),
+        )
+    ]
+    tiles = {len(chat_inputs(processor, [chat])["pixel_values"]) for chat in chats}
+    assert len(tiles) > 1
+    options = {"max_new_tokens": 5, "do_sample": False}
+
+    def answers(*some: Any) -> list[str]:
+        inputs = chat_inputs(processor, list(some))
+        ids = cast("Any", model).generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        return list(processor.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    expected = [answer for chat in chats for answer in answers(chat)]
+    assert answers(*chats) == expected
+    pipe: Any = pipeline("image-text-to-text", model=str(tmp_path), device="cpu")
+    for size in (1, 2, 3):
+        said = pipe(text=chats, batch_size=size, return_full_text=False, generate_kwargs=options)
+        assert [one[0]["generated_text"] for one in said] == expected
+
+
+def chat_inputs(processor: NVILAProcessor, chats: list[Any]) -> Any:
+    return processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)

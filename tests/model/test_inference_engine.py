@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from nvila.chat import ChatModel
+from nvila.configuration import NVILAConfig
 from nvila.data.records import Message, Part
+from nvila.data.video import load_video
 from nvila.errors import CheckpointError, ConfigError, DataError
 from nvila.inference.engine import Delta, Engine, SamplingParams, _AnswerText, choose_token
 from nvila.modeling import NVILAForConditionalGeneration
@@ -64,6 +68,39 @@ def test_greedy_stream_says_what_generate_says(engine: Engine, pictures: Picture
     assert deltas[-1].finish_reason == ("length" if len(tokens) == 12 else "stop")
 
 
+@pytest.fixture(scope="module", params=["tiny-nvila-lite", "tiny-nvila", "tiny-nvila-video"])
+def variant(request: pytest.FixtureRequest) -> ChatModel:
+    """A model of each kind of tiling, with weights wide enough that argmax is no toss-up."""
+    config = NVILAConfig.from_preset(request.param)
+    config.text_config.initializer_range = 0.2
+    torch.manual_seed(3)
+    model = NVILAForConditionalGeneration(config).eval()
+    return ChatModel(model, NVILAProcessor.from_preset(request.param))
+
+
+@pytest.mark.parametrize("keys", ["wide", "wide tall", "film", "tall film", ""])
+def test_every_variant_is_answered_as_chat_answers(variant: ChatModel, keys: str, pictures: Pictures) -> None:
+    """One image is tiled and several are not, here as there; videos are pooled."""
+    film = [pictures[name] for name in "cdefghab"] * 2
+    media: dict[str, Any] = {
+        "wide": pictures["a"].resize((150, 50)),
+        "tall": pictures["b"].resize((40, 90)),
+        "film": load_video(film, num_frames=variant.model.config.num_video_frames),
+    }
+    names = keys.split()
+    parts = [Part(type="video" if name == "film" else "image", value=name) for name in names]
+    question = Message(role="user", content=(*parts, Part(type="text", value="what?")))
+    running = Engine(variant.model, variant.processor).stream([question], media, SamplingParams(max_tokens=8))
+    said = text_of(list(running)).strip()
+    assert said == variant.chat([*(media[name] for name in names), "what?"], max_new_tokens=8)
+    count = variant.processor.count_tokens(
+        image_sizes=[media[name].size for name in names if name != "film"],
+        video_frames=[len(media["film"])] * names.count("film"),
+    )
+    assert running.usage.visual_tokens == count.visual
+    assert (running.usage.visual_tokens > 0) == bool(names)
+
+
 def test_the_image_matters(engine: Engine, pictures: Pictures) -> None:
     answers = {text_of(answer(engine, ask(key), pictures, SamplingParams(max_tokens=12))) for key in pictures}
     assert len(answers) > 1
@@ -90,7 +127,7 @@ def test_answer_ends_at_the_end_of_the_turn(
 ) -> None:
     ids: list[int] = []
     plain = Engine(model, processor)
-    for token in plain._tokens(processor.prompt_ids(ask("a")), processor.pixel_values([pictures["a"]]), TALKATIVE):
+    for token in plain._tokens(plain._inputs(ask("a"), pictures), TALKATIVE):
         ids.append(token)
         if len(ids) == 20:
             break
@@ -103,6 +140,26 @@ def test_answer_ends_at_the_end_of_the_turn(
     assert deltas[-1].finish_reason == "stop"
     assert running.usage.completion_tokens == place
     assert text_of(deltas) == processor.tokenizer.decode(ids[:place], skip_special_tokens=True).lstrip()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_answer_ends_where_generate_would_end_it(listed: bool, variant: ChatModel) -> None:
+    """What ends a turn may be another token than the one that ends a text of the tokenizer's."""
+    question = [Message(role="user", content=(Part(type="text", value="what?"),))]
+    engine = Engine(variant.model, variant.processor)
+    ids = list(islice(engine._tokens(engine._inputs(question, {}), SamplingParams()), 6))
+    place = next(place for place in range(1, 6) if ids[place] not in ids[:place])
+    before = variant.model.generation_config.eos_token_id
+    variant.model.generation_config.eos_token_id = [ids[place], 1] if listed else ids[place]
+    try:
+        running = Engine(variant.model, variant.processor).stream(question, {}, SamplingParams(max_tokens=6))
+        said = list(running)
+        inputs = engine._inputs(question, {})
+        generated = cast("Any", variant.model).generate(**inputs, max_new_tokens=6, do_sample=False)
+    finally:
+        variant.model.generation_config.eos_token_id = before
+    assert (running.usage.completion_tokens, said[-1].finish_reason) == (place, "stop")
+    assert generated.shape[1] - inputs["input_ids"].shape[1] == place + 1  # it gives back the last token too
 
 
 def test_every_stop_text_ends_the_answer_before_itself(engine: Engine, pictures: Pictures) -> None:

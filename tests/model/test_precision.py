@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nvila.errors import CapabilityError
 from nvila.modeling import NVILAForConditionalGeneration
-from nvila.training.config import PrecisionConfig
+from nvila.training.config import Fp8Config, PrecisionConfig
 from nvila.training.precision import apply_precision, autocast
-from nvila.training.precision.fp8_emulated import E4M3, E5M2, Fp8Linear, convert_linears, round_to_fp8
+from nvila.training.precision.fp8_emulated import E4M3, E5M2, Fp8Linear, Fp8Rounding, round_to_fp8
 
 Array = npt.NDArray[np.float64]
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -160,26 +161,107 @@ def test_layers_with_one_input_round_it_once_and_agree_with_layers_alone() -> No
     torch.testing.assert_close(together, x.grad)
 
 
-@pytest.mark.parametrize(("min_features", "converted"), [(32, 14), (33, 10), (65, 0)])
-def test_layers_with_a_small_side_are_left_alone(
-    min_features: int, converted: int, fresh_model: NVILAForConditionalGeneration
+def fp8(**changes: Any) -> PrecisionConfig:
+    values: dict[str, Any] = {"backend": "emulated", "min_features": 32} | changes
+    return PrecisionConfig(name="fp8", fp8=Fp8Config(**values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "converted"),
+    [
+        ({}, 14),
+        ({"min_features": 33}, 10),
+        ({"min_features": 65}, 0),
+        ({"skip": ("*.down_proj",)}, 12),
+        ({"skip": ("layers.0.*", "*.q_proj")}, 6),
+    ],
+    ids=["all", "small sides", "nothing", "one kind", "two patterns"],
+)
+def test_layers_that_are_small_or_skipped_are_left_alone(
+    changes: dict[str, Any], converted: int, fresh_model: NVILAForConditionalGeneration
 ) -> None:
     """Two blocks of seven layers; the key and value projections of this model are 32 wide."""
     before = fresh_model.state_dict()
     decoder = cast("nn.Module", fresh_model.model.language_model)
-    assert convert_linears(decoder, min_features=min_features) == converted
-    assert sum(isinstance(module, Fp8Linear) for module in decoder.modules()) == converted
+    applied = apply_precision(decoder, fp8(**changes))
+    assert len(applied.converted) == converted
+    assert [name for name, module in decoder.named_modules() if isinstance(module, Fp8Linear)] == list(
+        applied.converted
+    )
     after = fresh_model.state_dict()
     assert list(after) == list(before)
     assert all(after[name].data_ptr() == before[name].data_ptr() for name in before)
     assert type(fresh_model.lm_head) is nn.Linear
-    assert convert_linears(decoder, min_features=min_features) == 0
+    assert apply_precision(decoder, fp8(**changes)).converted == ()
 
 
-@pytest.mark.parametrize(("name", "converted"), [("fp32", 0), ("bf16", 0), ("fp8", 14)])
-def test_precision_converts_only_for_fp8(name: str, converted: int, fresh_model: NVILAForConditionalGeneration) -> None:
-    config = PrecisionConfig(name=name, fp8_min_features=32)  # type: ignore[arg-type]  # a parameter of the test
-    assert apply_precision(fresh_model.model.language_model, config) == converted
+@pytest.mark.parametrize(("name", "backend"), [("fp32", None), ("bf16", None), ("fp8", "emulated")])
+def test_precision_converts_only_for_fp8(
+    name: str, backend: str | None, fresh_model: NVILAForConditionalGeneration
+) -> None:
+    config = PrecisionConfig(name=name, fp8=Fp8Config(min_features=32))  # type: ignore[arg-type]  # a parameter
+    applied = apply_precision(fresh_model.model.language_model, config)
+    # This machine has no FP8 units, so `auto` emulates.
+    assert applied.backend == backend
+    assert bool(applied.converted) == (backend is not None)
+
+
+@pytest.mark.parametrize("group_size", [4, 5, 100], ids=["divides", "does not divide", "longer than a row"])
+def test_groups_have_scales_of_their_own(group_size: int) -> None:
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 16)
+    found = round_to_fp8(x, E4M3, group_size)
+    expected = [
+        torch.stack([rounded(group, E4M3) for group in row.split(group_size)])
+        if 16 % group_size == 0
+        else torch.cat([rounded(group, E4M3) for group in row.split(group_size)])
+        for row in x
+    ]
+    torch.testing.assert_close(found.double(), torch.stack(expected).view(6, 16), rtol=1e-5, atol=0)
+    assert (found - x).abs().sum() < (round_to_fp8(x, E4M3) - x).abs().sum()
+
+
+def test_formats_are_those_of_the_configuration() -> None:
+    torch.manual_seed(0)
+    rounding = Fp8Rounding(forward=E5M2, backward=E4M3, group_size=4)
+    layer, x = Fp8Linear.from_linear(nn.Linear(8, 8, bias=False), rounding), torch.randn(3, 8, requires_grad=True)
+    grad = torch.randn(3, 8)
+    y = layer(x)
+    y.backward(grad)
+    w8 = round_to_fp8(layer.weight.detach(), E5M2, 4)
+    torch.testing.assert_close(y, round_to_fp8(x.detach(), E5M2, 4) @ w8.t())
+    torch.testing.assert_close(x.grad, round_to_fp8(grad, E4M3, 4) @ w8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "torchao", "group_size": 16}, r"train\.fp8\.group_size.*emulation only.*backend=emulated"),
+        ({"backend": "transformer_engine", "forward": "e5m2"}, r"train\.fp8\.forward.*emulation only"),
+        ({"backend": "transformer_engine"}, r"transformer_engine needs that package and a GPU"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(
+    changes: dict[str, Any], message: str, fresh_model: NVILAForConditionalGeneration
+) -> None:
+    with pytest.raises(CapabilityError, match=message):
+        apply_precision(fresh_model.model.language_model, fp8(**changes))
+
+
+def test_torchao_trains_as_the_emulation_does(fresh_model: NVILAForConditionalGeneration) -> None:
+    pytest.importorskip("torchao", reason="torchao is part of the model extra")
+    ids = torch.arange(6, 16).unsqueeze(0)
+    losses, gradients = [], []
+    for backend in ("emulated", "torchao"):
+        model = copy.deepcopy(fresh_model).train()
+        applied = apply_precision(model.model.language_model, fp8(backend=backend))
+        assert applied.backend == backend
+        assert len(applied.converted) == 14
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.model.language_model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert float(torch.cosine_similarity(gradients[0], gradients[1], dim=0)) > 0.999
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.float32)])
@@ -193,7 +275,7 @@ def test_model_in_fp8_answers_as_before_and_trains_near_fp32(fresh_model: NVILAF
     wide = copy.deepcopy(fresh_model).train()(input_ids=ids, labels=ids).loss
     with torch.no_grad():
         before = fresh_model(input_ids=ids).logits
-    apply_precision(fresh_model.model.language_model, PrecisionConfig(name="fp8", fp8_min_features=1))
+    apply_precision(fresh_model.model.language_model, fp8(min_features=1))
     with torch.no_grad():
         assert torch.equal(fresh_model(input_ids=ids).logits, before)
     narrow = fresh_model.train()(input_ids=ids, labels=ids).loss

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nvila.errors import ConfigError
-from nvila.training.config import ModelConfig, PrecisionConfig, StageConfig, TrainConfig
+from nvila.training.config import Fp8Config, ModelConfig, PrecisionConfig, StageConfig, TrainConfig
 
 
 def stage(**changes: Any) -> StageConfig:
@@ -22,7 +22,7 @@ def test_configuration_comes_back_from_json(model_config: ModelConfig) -> None:
     config = TrainConfig(
         model=model_config,
         stages=(stage(), stage(name="instruct", lr={"vision": 1e-4, "language": 2e-4}, max_shift_pixels=2)),
-        precision=PrecisionConfig(name="fp8", fp8_min_features=32),
+        precision=PrecisionConfig(name="fp8", fp8=Fp8Config(min_features=32)),
         backend="torch",
         betas=(0.8, 0.95),
         seed=9,

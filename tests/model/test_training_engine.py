@@ -125,6 +125,17 @@ def test_deepspeed_leaves_frozen_parts_alone(run: Run, model: NVILAForConditiona
     assert changed == {name for name in weights if "mm_projector" in name}
 
 
+@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
+@pytest.mark.usefixtures("one_process")
+def test_fp8_moments_train_like_wide_ones(run: Run, backend: str) -> None:
+    if backend == "deepspeed":
+        pytest.importorskip("deepspeed", reason="deepspeed is an extra")
+    losses, _ = run(backend=backend, optimizer="fp8_adamw")
+    wide, _ = run(backend=backend)
+    assert losses != wide
+    assert losses == pytest.approx(wide, rel=0.02)
+
+
 def test_torch_backend_refuses_several_processes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(CapabilityError, match=r"backend=torch runs one process.*backend=deepspeed"):

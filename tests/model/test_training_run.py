@@ -20,7 +20,7 @@ from nvila.data.media import ImageTable, write_image_table
 from nvila.data.records import Sample, vqa_sample, write_jsonl
 from nvila.errors import ConfigError, DataError
 from nvila.modeling import NVILAForConditionalGeneration
-from nvila.training.config import ModelConfig, PrecisionConfig, StageConfig, TrainConfig
+from nvila.training.config import Fp8Config, ModelConfig, PrecisionConfig, StageConfig, TrainConfig
 from nvila.training.run import train, trained_parts
 
 TOWER = "model.vision_tower"
@@ -203,7 +203,8 @@ def test_deepspeed_trains_the_same_stages(run_train: Any, config: TrainConfig, t
     for name, tensor in found["torch"].items():
         if name.endswith("k_proj.bias"):  # its gradient in the tower is zero but for rounding, which Adam normalises
             continue
-        torch.testing.assert_close(found["deepspeed"][name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+        # As a whole: Adam makes a step of every gradient, also of one that is rounding error alone.
+        assert float((found["deepspeed"][name] - tensor).norm()) < 1e-3 * float(tensor.norm()) + 5e-3, name
 
 
 @pytest.mark.slow
@@ -239,14 +240,14 @@ def test_two_processes_train_what_one_does(
     for name, tensor in alone.items():
         if name.endswith("k_proj.bias"):  # as above
             continue
-        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+        assert float((together[name] - tensor).norm()) < 1e-3 * float(tensor.norm()) + 5e-3, name
 
 
 def test_fp8_trains_other_weights_of_the_same_names(run_train: Any, config: TrainConfig, tmp_path: Path) -> None:
     found = {}
     for name in ("fp32", "fp8"):
         (tmp_path / name).mkdir()
-        precision = PrecisionConfig(name=name, fp8_min_features=32)
+        precision = PrecisionConfig(name=name, fp8=Fp8Config(min_features=32))
         reporter = Recorder()
         found[name] = weights(run_train(replace(config, precision=precision), tmp_path / name, reporter))
         assert reporter.notices == []
@@ -257,10 +258,10 @@ def test_fp8_trains_other_weights_of_the_same_names(run_train: Any, config: Trai
 
 def test_fp8_that_converts_nothing_says_so(run_train: Any, config: TrainConfig, tmp_path: Path) -> None:
     reporter = Recorder()
-    one = replace(config, stages=config.stages[:1], precision=PrecisionConfig(name="fp8", fp8_min_features=3584))
+    one = replace(config, stages=config.stages[:1], precision=PrecisionConfig(name="fp8"))
     run_train(one, tmp_path, reporter)
     assert len(reporter.notices) == 1
-    assert "fp8_min_features" in reporter.notices[0]
+    assert "fp8.min_features" in reporter.notices[0]
 
 
 def test_stage_of_text_alone_trains_the_language_model(run_train: Any, config: TrainConfig, tmp_path: Path) -> None:

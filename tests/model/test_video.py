@@ -183,6 +183,15 @@ def test_frame_count_in_the_header_is_not_believed(tmp_path: Path) -> None:
     assert shown(load_video(bytes(data), num_frames=3)) == [0, 20, 39]
 
 
+def test_rate_of_zero_in_the_header_is_not_believed(tmp_path: Path) -> None:
+    data = bytearray(write_video(tmp_path / "a.avi", codec="mpeg4").read_bytes())
+    for field in (data.index(b"avih") + 8, data.index(b"vids") + 24):  # microseconds a frame, frames a second
+        data[field : field + 4] = bytes(4)
+    video = load_video(bytes(data), num_frames=3)
+    assert shown(video) == [0, 20, 39]
+    assert 0 < video.timestamps[1] < video.timestamps[2] < video.duration
+
+
 def test_file_that_stops_early_gives_what_it_has(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "a.mkv", noise_reduction="0").read_bytes()
     video = load_video(whole[: len(whole) * 2 // 3], num_frames=4)

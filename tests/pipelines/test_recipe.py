@@ -45,7 +45,7 @@ def test_train_config_takes_over_what_the_recipe_says() -> None:
     recipe = load_recipe("quickstart", ["seed=7", "train.precision=bf16", "train.stages.instruct.lr={language: null}"])
     config = recipe.train_config()
     assert (config.seed, config.precision.name) == (7, "bf16")
-    assert config.precision.fp8_min_features == recipe.train.fp8_min_features
+    assert config.precision.fp8.min_features == recipe.train.fp8.min_features == 16
     assert set(config.stages[-1].lr) == {"vision", "projector"}
     assert config.model.vision["hidden_size"] == recipe.model.vision.hidden_size
     assert config.betas == recipe.train.betas

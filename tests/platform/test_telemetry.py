@@ -92,9 +92,13 @@ def test_other_libraries_are_quiet_and_a_second_call_replaces_the_first() -> Non
         configure_logging("text", "DEBUG", stream=second)
         logging.getLogger("nvila_platform.store").debug("ours")
         logging.getLogger("urllib3").info("theirs")
+        logging.getLogger("torchao.kernel.intmm").warning("no triton here")
+        logging.getLogger("torchao").error("broken")
     assert first.getvalue() == ""
     assert "ours" in second.getvalue()
     assert "theirs" not in second.getvalue()
+    assert "triton" not in second.getvalue()
+    assert "broken" in second.getvalue()
 
 
 def test_a_host_that_logs_already_keeps_its_handlers() -> None:

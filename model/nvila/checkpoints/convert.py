@@ -38,11 +38,12 @@ from nvila.checkpoints.layouts import (
     PART_FOLDERS,
     VILA,
     Checkpoint,
+    describe_name,
     from_ours,
     open_checkpoint,
 )
 from nvila.checkpoints.shards import write_folder, write_json
-from nvila.checkpoints.tensor_file import OutgoingTensor
+from nvila.checkpoints.tensor_file import OutgoingTensor, finite_chunks
 from nvila.checkpoints.tokenizer_files import (
     KEPT_FOLDER,
     TokenFacts,
@@ -137,7 +138,8 @@ def convert(
 
     Raises:
         ConfigError: The layout is unknown or the one that the source has.
-        CheckpointError: The source is damaged, refused or does not fit its configuration, or the target is taken.
+        CheckpointError: The source is damaged, refused, holds NaN or infinity or does not fit its configuration, or the
+            target is taken.
         ResourceError: The disk is full.
     """
     if to not in LAYOUTS:
@@ -272,8 +274,14 @@ def _outgoing(checkpoint: Checkpoint, plan: _Plan) -> list[OutgoingTensor]:
             shape, nbytes = resized_shape(entry, plan.rows)
             chunks = partial(resized_chunks, entry, plan.rows)
         theirs = from_ours(plan.to, name)
-        tensors.append(OutgoingTensor(name=theirs, dtype=entry.dtype, shape=shape, nbytes=nbytes, chunks=chunks))
+        where = f"{entry.path}: tensor '{describe_name(checkpoint.layout, name)}'"
+        checked = partial(_checked, chunks, entry.dtype, where)
+        tensors.append(OutgoingTensor(name=theirs, dtype=entry.dtype, shape=shape, nbytes=nbytes, chunks=checked))
     return tensors
+
+
+def _checked(chunks: Callable[[], Iterator[bytes]], dtype: str, where: str) -> Iterator[bytes]:
+    return finite_chunks(chunks(), dtype, where)
 
 
 def _write_weights(
@@ -312,12 +320,14 @@ def _write_others(folder: Path, checkpoint: Checkpoint, plan: _Plan) -> None:
 
 
 def _progress(reporter: Reporter, total: int) -> Callable[[int], None]:
-    mib, done = 1 << 20, 0
+    mib, done, shown = 1 << 20, 0, -1
 
     def wrote(nbytes: int) -> None:
-        nonlocal done
+        nonlocal done, shown
         done += nbytes
-        reporter.progress("write MiB", done // mib, total // mib)
+        if -(-done // mib) != shown:  # tensors are many and small
+            shown = -(-done // mib)
+            reporter.progress("write MiB", shown, -(-total // mib))
 
     return wrote
 

@@ -56,7 +56,7 @@ def read_folder(directory: Path) -> dict[str, TensorEntry]:
             "convert it to safetensors where it came from, or move it away if it holds no weights",
         )
     if (directory / INDEX_FILE).is_file():
-        return _read_shards(directory)
+        return read_shards(directory)
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory} holds no safetensors weights", _AGAIN)
@@ -92,7 +92,12 @@ def write_folder(
     return len(shards)
 
 
-def _read_shards(directory: Path) -> dict[str, TensorEntry]:
+def read_shards(directory: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of the shards that the index of a folder names.
+
+    Raises:
+        CheckpointError: A file is damaged, or the index does not fit the files beside it or points elsewhere.
+    """
     index = directory / INDEX_FILE
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -24,6 +24,7 @@ ITEM_BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
+_FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _DAMAGED = "the file is damaged or not a safetensors file: download or save it again"
 
 
@@ -52,6 +53,34 @@ class TensorEntry:
                     raise CheckpointError(f"{self.path} ended while it was read", _DAMAGED)
                 left -= len(piece)
                 yield piece
+
+
+def finite_chunks(chunks: Iterator[bytes], dtype: str, where: str) -> Iterator[bytes]:
+    """Pass the bytes of a tensor on, looking for NaN and infinity among 16 to 64-bit floats.
+
+    Args:
+        chunks: Whole elements each.
+        dtype: Type of the elements.
+        where: Names the tensor.
+
+    Raises:
+        CheckpointError: There are some.
+    """
+    import numpy as np
+
+    for piece in chunks:
+        if dtype == "BF16":  # an exponent of ones, which numpy does not know
+            broken = int(np.count_nonzero(np.frombuffer(piece, "<u2") & 0x7F80 == 0x7F80))
+        elif dtype in _FLOATS:
+            broken = int(np.count_nonzero(~np.isfinite(np.frombuffer(piece, _FLOATS[dtype]))))
+        else:
+            broken = 0
+        if broken:
+            raise CheckpointError(
+                f"{where} holds NaN or infinity",
+                "take a checkpoint from before training diverged, or download it again",
+            )
+        yield piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

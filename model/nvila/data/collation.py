@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nvila.data.conversation import Encoded
@@ -29,18 +31,21 @@ class Batch:
     """Tensors of one forward pass.
 
     `segments` (B, L) tells which sample of its row a position belongs to, counted from 1; 0 is the shared prefix and
-    -1 padding. `attention_mask` follows from it: see `attention_mask`. `images` and `videos` are the keys of the media
-    in the order of their placeholders.
+    -1 padding. `images` and `videos` are the keys of the media in the order of their placeholders.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     segments: Tensor
-    attention_mask: Tensor
     images: tuple[str, ...]
     num_samples: int
     videos: tuple[str, ...] = ()
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """The mask that `nvila.data.collation.attention_mask` makes, anew each time: flash attention needs none."""
+        return attention_mask(self.segments)
 
     @property
     def num_supervised(self) -> int:
@@ -54,32 +59,55 @@ class Batch:
 
 
 def collate(groups: Sequence[Sequence[Encoded]], pad_token_id: int) -> Batch:
-    """Build a batch with one row for every group.
+    """Build a batch with one row for every group; samples that share their media share their common beginning.
 
     Args:
         groups: Samples that share the same images, in rows.
         pad_token_id: Id written at padded positions.
-
-    Returns:
-        The batch, with the mask that `attention_mask` makes.
     """
-    rows = [_row(group) for group in groups]
-    width = max(len(ids) for ids, *_ in rows)
+    return lay_out(groups, [shared_prefix_length(group) for group in groups], pad_token_id)
 
-    def padded(column: int, fill: int) -> Tensor:
-        return torch.tensor([row[column] + [fill] * (width - len(row[column])) for row in rows])
 
-    segments_BL = padded(3, PADDING_SEGMENT)
-    shown = [sample for group in groups for sample in _with_media(group)]
+def lay_out(
+    rows: Sequence[Sequence[Encoded]], shared: Sequence[int], pad_token_id: int, *, pad_to_multiple_of: int = 1
+) -> Batch:
+    """Build a batch, given the length of the common beginning of each row's samples.
+
+    Args:
+        rows: Samples of each row.
+        shared: For every row how many tokens of its first sample stand for those of all; 0 for rows that share none.
+        pad_token_id: Id written at padded positions.
+        pad_to_multiple_of: Pad rows to such a length.
+    """
+    width = max(
+        prefix + sum(len(sample.ids) - prefix for sample in row) for row, prefix in zip(rows, shared, strict=True)
+    )
+    shape = (len(rows), width + -width % pad_to_multiple_of)
+    # One buffer, because asking the system for several costs more time than filling them.
+    columns = np.empty((4, *shape), np.int64)
+    columns[:] = np.array([pad_token_id, IGNORE_INDEX, 0, PADDING_SEGMENT]).reshape(4, 1, 1)
+    input_ids, labels, position_ids, segments = columns
+    count = np.arange(shape[1])
+    for number, (row, prefix) in enumerate(zip(rows, shared, strict=True)):
+        input_ids[number, :prefix] = row[0].ids[:prefix]
+        position_ids[number, :prefix] = count[:prefix]
+        segments[number, :prefix] = PREFIX_SEGMENT
+        end = prefix
+        for segment, sample in enumerate(row, start=1):
+            start, end = end, end + len(sample.ids) - prefix
+            input_ids[number, start:end] = sample.ids[prefix:]
+            labels[number, start:end] = sample.labels[prefix:]
+            # The position before a sample's first token is not its own and must not predict it.
+            labels[number, start] = IGNORE_INDEX
+            position_ids[number, start:end] = count[prefix : len(sample.ids)]
+            segments[number, start:end] = segment
+    # Samples that share a prefix show their media once.
+    shown = [sample for row, prefix in zip(rows, shared, strict=True) for sample in (row[:1] if prefix else row)]
     return Batch(
-        input_ids=padded(0, pad_token_id),
-        labels=padded(1, IGNORE_INDEX),
-        position_ids=padded(2, 0),
-        segments=segments_BL,
-        attention_mask=attention_mask(segments_BL),
+        **dict(zip(("input_ids", "labels", "position_ids", "segments"), torch.from_numpy(columns), strict=True)),
         images=tuple(key for sample in shown for key in sample.images),
         videos=tuple(key for sample in shown for key in sample.videos),
-        num_samples=sum(len(group) for group in groups),
+        num_samples=sum(map(len, rows)),
     )
 
 
@@ -94,14 +122,23 @@ def attention_mask(segments_BL: Tensor) -> Tensor:
 
 
 def pair_mask(segments_BL: Tensor) -> Tensor:
-    """Return which position may look at which: earlier ones of the same sample or of the prefix, and itself."""
-    query_BL1, key_B1L = segments_BL.unsqueeze(2), segments_BL.unsqueeze(1)
-    # In place, because the mask is the largest tensor of a batch.
-    allowed = key_B1L == query_BL1
-    prefix_B1L = key_B1L == PREFIX_SEGMENT
-    if bool(prefix_B1L.any()):
-        allowed |= prefix_B1L
-    return allowed.tril_().unsqueeze(1)
+    """Return which position may look at which: earlier ones of the same sample or of the prefix, and itself.
+
+    Only the blocks of allowed pairs are written; comparing every position with every other takes twice as long.
+    """
+    rows = segments_BL.cpu().numpy()
+    allowed = np.zeros((*rows.shape, rows.shape[1]), np.bool_)
+    triangle = np.tri(_longest_run(rows), dtype=np.bool_)
+    for row, allowed_LL in zip(rows, allowed, strict=True):
+        earlier: dict[int, list[slice]] = {}
+        for run in _runs(row):
+            segment, length = int(row[run.start]), run.stop - run.start
+            allowed_LL[run, run] = triangle[:length, :length]
+            for other in {segment, PREFIX_SEGMENT}:
+                for seen in earlier.get(other, ()):
+                    allowed_LL[run, seen] = True
+            earlier.setdefault(segment, []).append(run)
+    return torch.from_numpy(allowed).unsqueeze(1).to(segments_BL.device)
 
 
 def shared_prefix_length(group: Sequence[Encoded]) -> int:
@@ -112,29 +149,25 @@ def shared_prefix_length(group: Sequence[Encoded]) -> int:
     """
     if len(group) == 1 or len({(sample.images, sample.videos) for sample in group}) > 1:
         return 0
-    columns = zip(*(sample.ids for sample in group), strict=False)
-    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    first_label = min(_first_supervised(sample.labels) for sample in group)
+    shortest = min(len(sample.ids) for sample in group)
+    ids = np.array([sample.ids[:shortest] for sample in group])
+    common = _first((ids != ids[0]).any(axis=0))
+    first_label = min(_first(np.array(sample.labels) != IGNORE_INDEX) for sample in group)
     shared = max(0, min(common, first_label - 1))
     # Media behind the common part belong to single samples; then nothing is shared.
     return shared if shared >= group[0].media_end else 0
 
 
-def _with_media(group: Sequence[Encoded]) -> Sequence[Encoded]:
-    return group[:1] if shared_prefix_length(group) else group
+def _first(hits: NDArray[np.bool_]) -> int:
+    """Index of the first hit, or the length when there is none."""
+    return int(hits.argmax()) if hits.any() else len(hits)
 
 
-def _first_supervised(labels: Sequence[int]) -> int:
-    return next((index for index, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+def _runs(row: NDArray[np.int64]) -> list[slice]:
+    """Stretches of equal segments."""
+    cuts = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
+    return [slice(start, end) for start, end in pairwise(cuts)]
 
 
-def _row(group: Sequence[Encoded]) -> tuple[list[int], list[int], list[int], list[int]]:
-    shared = shared_prefix_length(group)
-    ids, labels = list(group[0].ids[:shared]), [IGNORE_INDEX] * shared
-    positions, segments = list(range(shared)), [PREFIX_SEGMENT] * shared
-    for number, sample in enumerate(group, start=1):
-        ids += sample.ids[shared:]
-        labels += sample.labels[shared:]
-        positions += range(shared, len(sample.ids))
-        segments += [number] * (len(sample.ids) - shared)
-    return ids, labels, positions, segments
+def _longest_run(rows: NDArray[np.int64]) -> int:
+    return max((run.stop - run.start for row in rows for run in _runs(row)), default=0)

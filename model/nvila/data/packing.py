@@ -18,10 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nvila.data.collation import PADDING_SEGMENT, PREFIX_SEGMENT, Batch, attention_mask
+from nvila.data.collation import PADDING_SEGMENT, PREFIX_SEGMENT, Batch, lay_out
 from nvila.data.conversation import Encoded
 from nvila.errors import CapabilityError, ConfigError, DataError
-from nvila.losses import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,43 +100,12 @@ def collate_packed(rows: Sequence[Sequence[Encoded]], pad_token_id: int, *, pad_
         pad_token_id: Id written at padded positions.
         pad_to_multiple_of: Pad rows to such a length; FP8 products want multiples of 16, the reference takes 128.
 
-    Returns:
-        The batch, with the mask that `nvila.data.collation.attention_mask` makes.
-
     Raises:
         ConfigError: `pad_to_multiple_of` is below 1.
     """
     if pad_to_multiple_of < 1:
         raise ConfigError(f"pad_to_multiple_of is {pad_to_multiple_of}", "use 1 or more")
-    width = max(sum(len(sample.ids) for sample in row) for row in rows)
-    width += -width % pad_to_multiple_of
-    shape = (len(rows), width)
-    input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, IGNORE_INDEX)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    segments = torch.full(shape, PADDING_SEGMENT)
-    for number, row in enumerate(rows):
-        start = 0
-        for segment, sample in enumerate(row, start=1):
-            positions = slice(start, start + len(sample.ids))
-            input_ids[number, positions] = torch.tensor(sample.ids)
-            labels[number, positions] = torch.tensor(sample.labels)
-            # The position before a sample's first token belongs to another sample and must not predict it.
-            labels[number, start] = IGNORE_INDEX
-            position_ids[number, positions] = torch.arange(len(sample.ids))
-            segments[number, positions] = segment
-            start = positions.stop
-    samples = [sample for row in rows for sample in row]
-    return Batch(
-        input_ids=input_ids,
-        labels=labels,
-        position_ids=position_ids,
-        segments=segments,
-        attention_mask=attention_mask(segments),
-        images=tuple(key for sample in samples for key in sample.images),
-        videos=tuple(key for sample in samples for key in sample.videos),
-        num_samples=len(samples),
-    )
+    return lay_out(rows, [0] * len(rows), pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
 
 
 def flatten(batch: Batch) -> FlatBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def answer_questions(
         The answers in the order of `samples`.
     """
     features = _encode_images(model, list(dict.fromkeys(sample.images for sample in samples)), pixels)
-    prompts = [processor.prompt_ids(sample.messages[:-1]) for sample in samples]
+    prompts = _prompts(processor, samples)
     by_length = sorted(range(len(samples)), key=lambda index: len(prompts[index]))
     answers = [""] * len(samples)
     done = 0
@@ -64,6 +65,22 @@ def answer_questions(
         done += len(batch)
         reporter.progress(phase, done, len(samples))
     return answers
+
+
+def _prompts(processor: NVILAProcessor, samples: Sequence[Sample]) -> list[list[int]]:
+    """Tokenise every distinct question once: benchmarks ask the same of many images."""
+    known: dict[tuple[Any, ...], list[int]] = {}
+    prompts = []
+    for sample in samples:
+        messages = sample.messages[:-1]
+        key = tuple(
+            (message.role, *((part.type, part.value if part.type == "text" else "") for part in message.content))
+            for message in messages
+        )
+        if key not in known:
+            known[key] = processor.prompt_ids(messages)
+        prompts.append(known[key])
+    return prompts
 
 
 def _encode_images(

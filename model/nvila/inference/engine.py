@@ -17,13 +17,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nvila.assembly import load_model
-from nvila.data.records import Message
+from nvila.data.records import Message, Part
 from nvila.errors import ConfigError, DataError
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from nvila.data.video import Video
 
 FinishReason = Literal["stop", "length"]
 
@@ -107,7 +109,8 @@ class Engine:
         self.model = model
         self.processor = processor
         self.max_length = int(processor.tokenizer.model_max_length)
-        self._stop_ids = {processor.tokenizer.eos_token_id}
+        self._placeholders = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+        self._stop_ids = {processor.tokenizer.eos_token_id, *_as_ids(model.generation_config.eos_token_id)}
         self._lock = threading.Lock()
 
     @classmethod
@@ -120,41 +123,58 @@ class Engine:
         return cls(*load_model(path))
 
     def stream(
-        self, messages: Sequence[Message], images: Mapping[str, Image.Image], params: SamplingParams
+        self, messages: Sequence[Message], images: Mapping[str, Image.Image | Video], params: SamplingParams
     ) -> Generation:
         """Answer a conversation.
 
+        The prompt is the one that the processor makes for `chat`: a single image is tiled as the model was trained.
+
         Args:
-            messages: The conversation; image parts hold keys of `images`.
-            images: Decoded images.
+            messages: The conversation; image and video parts hold keys of `images`.
+            images: Decoded images, and videos.
             params: How to choose tokens.
 
         Returns:
-            The running request; work starts with the first iteration.
+            The running request; the model works from the first iteration on.
 
         Raises:
             DataError: An image is missing, or the prompt leaves no room for an answer.
         """
-        keys = [part.value for message in messages for part in message.content if part.type == "image"]
-        if missing := [key for key in keys if key not in images]:
-            raise DataError(f"image '{missing[0]}' of the conversation was not given", "send every image")
-        prompt = self.processor.prompt_ids(messages)
-        room = self.max_length - len(prompt)
+        inputs = self._inputs(messages, images)
+        ids = inputs["input_ids"]
+        length = ids.shape[1]
+        room = self.max_length - length
         if room < 1:
             raise DataError(
-                f"the prompt has {len(prompt)} tokens; the model takes {self.max_length} with its answer",
+                f"the prompt has {length} tokens; the model takes {self.max_length} with its answer",
                 "shorten the text or send fewer images",
             )
-        usage = Usage(prompt_tokens=len(prompt), visual_tokens=len(keys) * self.processor.num_image_tokens)
-        pixels = self.processor.pixel_values([images[key] for key in keys]) if keys else None
-        return Generation(self._deltas(prompt, pixels, params, min(room, params.max_tokens), usage), usage)
+        usage = Usage(prompt_tokens=length, visual_tokens=int(torch.isin(ids, self._placeholders).sum()))
+        return Generation(self._deltas(inputs, params, min(room, params.max_tokens), usage), usage)
+
+    def _inputs(self, messages: Sequence[Message], media: Mapping[str, Image.Image | Video]) -> dict[str, Tensor]:
+        """Return `input_ids` and the tensors of the media; one prompt needs no mask."""
+
+        def content(part: Part) -> dict[str, object]:
+            if part.type != "text" and part.value not in media:
+                raise DataError(f"{part.type} '{part.value}' of the conversation was not given", "send every medium")
+            return {"type": part.type, part.type: part.value if part.type == "text" else media[part.value]}
+
+        conversation = [
+            {"role": message.role, "content": [content(part) for part in message.content]} for message in messages
+        ]
+        inputs = self.processor.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        inputs.pop("attention_mask")
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
     def _deltas(
-        self, prompt: list[int], pixels: Tensor | None, params: SamplingParams, limit: int, usage: Usage
+        self, inputs: Mapping[str, Tensor], params: SamplingParams, limit: int, usage: Usage
     ) -> Iterator[Delta]:
         text = _AnswerText(self.processor, params.stop)
         with self._lock:
-            for token in self._tokens(prompt, pixels, params):
+            for token in self._tokens(inputs, params):
                 if token in self._stop_ids:
                     yield Delta(text.rest(), "stop")
                     return
@@ -170,30 +190,28 @@ class Engine:
                     yield Delta(piece)
 
     @torch.inference_mode()
-    def _step(self, ids: list[int], pixels: Tensor | None, cache: DynamicCache) -> Tensor:
-        """Feed tokens and return the logits (V) of the next one."""
-        out = self.model(
-            input_ids=torch.tensor([ids]),
-            pixel_values=pixels,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = out.logits[0, -1].float()
+    def _step(self, inputs: Mapping[str, Tensor], cache: DynamicCache) -> Tensor:
+        """Feed tokens, the prompt with its media, and return the logits (V) of the next one."""
+        out = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[0, -1].float().cpu()
         return logits
 
-    def _tokens(self, prompt: list[int], pixels: Tensor | None, params: SamplingParams) -> Iterator[int]:
+    def _tokens(self, inputs: Mapping[str, Tensor], params: SamplingParams) -> Iterator[int]:
         noise = torch.Generator()
         if params.seed is None:
             noise.seed()
         else:
             noise.manual_seed(params.seed)
         cache = DynamicCache(config=self.model.config.text_config)
-        logits = self._step(prompt, pixels, cache)
+        logits = self._step(inputs, cache)
         while True:
             token = choose_token(logits, params, noise)
             yield token
-            logits = self._step([token], None, cache)
+            logits = self._step({"input_ids": torch.tensor([[token]], device=self.model.device)}, cache)
+
+
+def _as_ids(eos: int | Sequence[int] | None) -> Sequence[int]:
+    return () if eos is None else (eos,) if isinstance(eos, int) else eos
 
 
 def choose_token(logits_V: Tensor, params: SamplingParams, noise: torch.Generator) -> int:

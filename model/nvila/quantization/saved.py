@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nvila.configuration import NVILAConfig
 from nvila.errors import CheckpointError
+from nvila.finite import check_weights
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.quantization.config import QUANT_METHOD, QuantizationConfig
 from nvila.quantization.quantize import INT4, quantize_model
@@ -50,7 +51,7 @@ def load_quantized(directory: Path) -> NVILAForConditionalGeneration:
     """Load what `save_quantized` wrote.
 
     Raises:
-        CheckpointError: Tensors are missing, left over, or of another shape.
+        CheckpointError: Tensors are missing, left over, of another shape, or hold NaN or infinity.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -64,6 +65,7 @@ def load_quantized(directory: Path) -> NVILAForConditionalGeneration:
         stored = load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"cannot read {directory / WEIGHTS_FILE}: {e}", "make the artifact again") from e
+    check_weights(stored, str(directory / WEIGHTS_FILE))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name == "lm_head.weight" and model.config.tie_word_embeddings:

@@ -13,6 +13,9 @@ PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
 Precision = Literal["fp32", "bf16", "fp8"]
 Schedule = Literal["cosine", "linear"]
 Attention = Literal["eager", "sdpa"]
+OptimizerName = Literal["adamw", "fp8_adamw"]
+Fp8Backend = Literal["auto", "emulated", "torchao", "transformer_engine"]
+Fp8Format = Literal["e4m3", "e5m2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,16 +72,41 @@ class StageConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Config:
+    """What precision fp8 means.
+
+    Args:
+        backend: `auto` takes what the machine has: Transformer Engine, torchao, else the emulation.
+        min_features: Linear layers with a smaller side are left alone, as the FP8 gain is lost on them.
+        skip: Name patterns (`*.down_proj`) below the language model of layers that are left alone too.
+        forward: Format of inputs and weights. The emulation alone takes other formats than the defaults.
+        backward: Format of output gradients.
+        group_size: Elements of the last axis that share a scale; None is one scale a tensor. Emulation only.
+        save_activations: Keep in FP8 what the decoder's layers save for the backward pass.
+        activation_group_size: Elements that share a scale in saved activations that enter no matrix product.
+    """
+
+    backend: Fp8Backend = "auto"
+    min_features: int = 3584
+    skip: tuple[str, ...] = ()
+    forward: Fp8Format = "e4m3"
+    backward: Fp8Format = "e5m2"
+    group_size: int | None = None
+    save_activations: bool = False
+    activation_group_size: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionConfig:
     """How matrix products are computed.
 
     Args:
-        name: fp32, bf16, or fp8 (E4M3 forward, E5M2 gradients, per-tensor scales).
-        fp8_min_features: Linear layers with a smaller side are left alone, as the FP8 gain is lost on them.
+        name: fp32, bf16, or fp8.
+        fp8: What fp8 means; without meaning for the others.
     """
 
     name: Precision = "fp32"
-    fp8_min_features: int = 3584
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +120,7 @@ class TrainConfig:
         backend: `deepspeed`, or `torch` for a single process without it.
         zero_stage: DeepSpeed ZeRO stage.
         attention: Attention implementation of both towers; on CPU `eager` is the faster one for short sequences.
+        optimizer: `adamw`, or `fp8_adamw` with moments in FP8 (a fourth of their memory).
         betas: AdamW moments.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Clipping threshold of the global gradient norm.
@@ -104,6 +133,7 @@ class TrainConfig:
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 1
     attention: Attention = "sdpa"
+    optimizer: OptimizerName = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -127,6 +157,9 @@ class TrainConfig:
         values = dict(raw)
         values["model"] = ModelConfig(**values["model"])
         values["stages"] = tuple(StageConfig(**stage) for stage in values["stages"])
-        values["precision"] = PrecisionConfig(**values["precision"])
+        fp8 = values["precision"]["fp8"]
+        values["precision"] = PrecisionConfig(
+            name=values["precision"]["name"], fp8=Fp8Config(**fp8 | {"skip": tuple(fp8["skip"])})
+        )
         values["betas"] = tuple(values["betas"])
         return cls(**values)

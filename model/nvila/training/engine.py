@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nvila.errors import CapabilityError
 from nvila.training.config import TrainConfig
+from nvila.training.optimizers import build_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,11 @@ class ParameterGroup:
 
 def build_engine(model: nn.Module, groups: list[ParameterGroup], config: TrainConfig) -> TrainEngine:
     """Build the backend that the configuration names."""
-    optimizer = torch.optim.AdamW(
+    optimizer = build_optimizer(
+        config.optimizer,
         [{"params": group.parameters, "lr": group.lr, "peak_lr": group.lr} for group in groups],
         betas=config.betas,
         weight_decay=config.weight_decay,
-        fused=True,
     )
     if config.backend == "torch":
         return _TorchEngine(model, optimizer, config.max_grad_norm)

@@ -119,9 +119,9 @@ def _train_stage(
 ) -> None:
     model.set_attn_implementation(config.attention)
     parameter_groups = trained_parts(model, stage)
-    converted = apply_precision(model.model.language_model, config.precision)
-    if config.precision.name == "fp8" and not converted:
-        reporter.notice("precision fp8 converted no layer: every layer is below train.precision.fp8_min_features")
+    applied = apply_precision(model.model.language_model, config.precision)
+    if config.precision.name == "fp8" and not applied.converted:
+        reporter.notice("precision fp8 converted no layer: every layer is below train.fp8.min_features or skipped")
     sampler = GroupSampler(
         groups,
         images_per_step=stage.images_per_step,

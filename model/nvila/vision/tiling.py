@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nvila.errors import ConfigError, DataError, nearest
+from nvila.vision.resampling import levels, resample
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TILINGS = ("resize", "pad", "dynamic", "dynamic_s2")
 # The mean of the released image processors, 0.5, as a byte.
@@ -199,27 +202,32 @@ def cut_tiles(image: Image.Image, plan: TilePlan, config: TilingConfig) -> Tenso
     """
     if image.mode != "RGB":
         raise DataError(f"tiles are cut from RGB images, got mode '{image.mode}'", "convert the image to RGB first")
+    return cut_levels(levels(image), plan, config)
+
+
+def cut_levels(levels_HW3: Tensor, plan: TilePlan, config: TilingConfig) -> Tensor:
+    """Cut a picture of bytes (height, width, 3) as `cut_tiles` cuts an image."""
     size = config.tile_size
-    tiles = np.empty((plan.num_tiles, 3, size, size), dtype=np.uint8)
+    # numpy places tiles, because torch would wake all its threads for copies this small.
+    tiles = np.empty((plan.num_tiles, 3, size, size), np.uint8)
     start = 0
     for grid in plan.grids:
-        laid = _fit(image, size) if config.mode == "pad" else _warp(image, grid, size)
-        pixels = np.asarray(laid).reshape(grid.rows, size, grid.columns, size, 3)
-        target = tiles[start : start + grid.num_tiles].reshape(grid.rows, grid.columns, 3, size, size)
-        target[:] = pixels.transpose(0, 2, 4, 1, 3)
+        if config.mode == "pad":
+            laid_3HW = _fit(levels_HW3, size)
+        else:
+            laid_3HW = resample(levels_HW3, grid.columns * size, grid.rows * size)
+        # (3, rows, size, columns, size) -> (rows, columns, 3, size, size)
+        cells = laid_3HW.numpy().reshape(3, grid.rows, size, grid.columns, size).transpose(1, 3, 0, 2, 4)
+        tiles[start : start + grid.num_tiles].reshape(grid.rows, grid.columns, 3, size, size)[:] = cells
         start += grid.num_tiles
     return torch.from_numpy(tiles)
 
 
-def _warp(image: Image.Image, grid: Grid, size: int) -> Image.Image:
-    target = (grid.columns * size, grid.rows * size)
-    return image if image.size == target else image.resize(target, Image.Resampling.BICUBIC)
-
-
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    """Centre the image on a grey tile. Scaled before padding: a strip of 1x20000 would else be padded to 400 MP."""
-    longest = max(image.size)
-    width, height = (max(1, round(side * size / longest)) for side in image.size)
-    tile = Image.new("RGB", (size, size), PAD_COLOR)
-    tile.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+def _fit(levels_HW3: Tensor, size: int) -> Tensor:
+    """Centre a picture on a grey tile. Scaled before padding: a strip of 1x20000 would else be padded to 400 MP."""
+    longest = max(levels_HW3.shape[:2])
+    height, width = (max(1, round(side * size / longest)) for side in levels_HW3.shape[:2])
+    tile = torch.tensor(PAD_COLOR, dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
+    top, left = (size - height) // 2, (size - width) // 2
+    tile[:, top : top + height, left : left + width] = resample(levels_HW3, width, height)
     return tile

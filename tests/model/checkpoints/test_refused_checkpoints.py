@@ -94,6 +94,21 @@ def test_missing_extra_and_misshapen_tensors_are_named(
         convert(vila, tmp_path / "out", "hf")
 
 
+@pytest.mark.parametrize(("part", "name"), [("llm", NORM), ("llm", "model.embed_tokens.weight")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(
+    vila: Path, tiny: Tiny, tmp_path: Path, part: str, name: str, value: float
+) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights[name].view(-1)[-1] = value
+        return weights
+
+    tiny.change_weights(vila / part, spoil)
+    with pytest.raises(CheckpointError, match=rf"llm/model\.safetensors: tensor 'llm/{name}' holds NaN or infinity"):
+        convert(vila, tmp_path / "out", "nvila")
+    assert [path.name for path in tmp_path.iterdir()] == ["vila"]
+
+
 def test_damaged_pickled_and_traversing_files_are_refused(vila: Path, tiny: Tiny, tmp_path: Path) -> None:
     path = vila / "llm" / "model.safetensors"
     data = path.read_bytes()
