@@ -253,7 +253,9 @@ def test_a_damaged_header_in_the_middle_is_no_end(write_tar: WriteTar, read_path
     assert tail.startswith("the tar file breaks off here: bad checksum at byte 4096")
 
 
-@pytest.mark.parametrize("data", [b"", b"nothing of the kind" * 100, gzip.compress(b"neither")], ids=["empty", "other", "gzip"])
+@pytest.mark.parametrize(
+    "data", [b"", b"nothing of the kind" * 100, gzip.compress(b"neither")], ids=["empty", "other", "gzip"]
+)
 def test_a_file_that_is_no_tar_is_one_problem(data: bytes, tmp_path: Path, read_path: ReadPath) -> None:
     (tmp_path / "d.tar").write_bytes(data)
     [problem] = outcome(read_path(tmp_path / "d.tar"))
