@@ -108,7 +108,7 @@ def curate(data: Path | str, models: dict[str, Path], out: Path, *, processes: i
     seconds = time.monotonic() - started
     if code != 0:
         raise SystemExit(f"{' '.join(command)} failed with {code}")
-    shards = sorted((out / ".work" / "shards").glob("scores-*.parquet"), key=lambda path: path.stat().st_mtime)
+    shards = sorted((out / "shards").glob("scores-*.parquet"), key=lambda path: path.stat().st_mtime)
     # From the first shard of the last process to begin, so that start-up does not count.
     scoring = shards[-1].stat().st_mtime - shards[processes - 1].stat().st_mtime
     scored = len(shards) - processes
