@@ -113,7 +113,7 @@ def test_loss_goes_through_the_head_of_the_decoder(name: str, monkeypatch: pytes
         logits = model(input_ids=ids).logits
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
-    monkeypatch.setattr("nvila.modeling._WHOLE_LOGITS", 0)
+    monkeypatch.setattr("nvila.modeling.WHOLE_LOGITS", 0)
     torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
     nll, _ = model.supervised_nll(model.model(input_ids=ids).last_hidden_state, ids)
     torch.testing.assert_close(nll.mean(), expected)

@@ -44,7 +44,10 @@ class ClusterClient:
         from kubernetes.config import ConfigException
 
         try:
-            config.load_config()
+            try:
+                config.load_kube_config()
+            except ConfigException:
+                config.load_incluster_config()
             self._namespace = _namespace_of(config)
         except ConfigException as e:
             raise ConfigError(f"no cluster is known: {_line(e)}", "set KUBECONFIG, or write ~/.kube/config") from e
