@@ -40,6 +40,8 @@ class RunSpec:
     tags: Mapping[str, str] = field(default_factory=dict)
     local_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     start_ms: int = field(default_factory=now_ms)
+    # Orders runs that start within one millisecond.
+    opened_ns: int = field(default_factory=time.time_ns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +154,7 @@ class BufferFile:
         folder.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^A-Za-z0-9-]+", "-", spec.name)[:40]
         # The time comes first: a parent run is then replayed before its children.
-        path = folder / f"{spec.start_ms}-{slug}-{spec.local_id[:12]}.jsonl"
+        path = folder / f"{spec.opened_ns}-{slug}-{spec.local_id[:12]}.jsonl"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         buffer = cls(path, descriptor)
