@@ -262,7 +262,7 @@ def test_replay_leaves_out_damage_and_finishes_what_was_killed(tracked: Settings
     held = BufferFile.create(folder, RunSpec(name="alive", experiment=tracked.experiment))
     buffer.close()
     (folder / "0-unreadable.jsonl").write_text("not json\n")
-    later = BufferFile.create(folder, RunSpec(name="unplaced", experiment="elsewhere", start_ms=1))
+    later = BufferFile.create(folder, RunSpec(name="unplaced", experiment="elsewhere", opened_ns=1))
     _client(tracked).create_experiment("elsewhere", "mlflow-artifacts:/0")  # files of it need a server
     later.append([Event(kind="artifact", values={"path": str(tracked.workspace / "mlflow.db")})])
     later.close()
