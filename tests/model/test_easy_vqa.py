@@ -123,22 +123,3 @@ def test_text_holds_every_pair_of_question_and_answer_once_without_images(train:
     assert set(pairs) == {(sample.question, sample.answer) for sample in train}
     assert not any(text.images for text in texts)
     assert len({text.id for text in texts}) == len(texts)
-
-
-def test_reading_asks_about_captions_every_case_once_without_images(train: list[Sample]) -> None:
-    captions = list(easy_vqa.captions(train))
-    cases = list(easy_vqa.reading(train, captions))
-    described = {sample.images[0]: sample.answer for sample in captions}
-    expected = {
-        (f"{described[sample.images[0]]}. {sample.question}", sample.answer)
-        for sample in train
-        if sample.images[0] in described
-    }
-    found = [(case.question, case.answer) for case in cases]
-    assert len(found) == len(set(found))
-    assert set(found) == expected
-    # What a caption says decides the answer, so that reading is enough.
-    assert len({question for question, _ in found}) == len(found)
-    assert not any(case.images for case in cases)
-    assert len({case.id for case in cases}) == len(cases)
-    assert list(easy_vqa.reading(train, [])) == []

@@ -84,32 +84,6 @@ def text_only(samples: list[Sample]) -> Iterator[Sample]:
         )
 
 
-def reading(samples: list[Sample], described: list[Sample]) -> Iterator[Sample]:
-    """Ask the questions about a picture's caption instead of the picture: every distinct case once, text alone.
-
-    A pretrained language model knows what "no" and "not" do to a question; one that starts from nothing learns it
-    here, where it costs no vision.
-
-    Args:
-        samples: Questions about pictures.
-        described: Captions of some of those pictures.
-    """
-    captions = {sample.images[0]: sample.answer for sample in described}
-    seen: set[tuple[str, str]] = set()
-    for sample in samples:
-        caption = captions.get(sample.images[0])
-        if caption is None or (caption, sample.question) in seen:
-            continue
-        seen.add((caption, sample.question))
-        yield vqa_sample(
-            id=f"reading-{sample.id}",
-            source="text",
-            image=None,
-            question=f"{caption}. {sample.question}",
-            answer=sample.answer,
-        )
-
-
 def split_validation(samples: list[Sample], num_images: int, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Hold out all questions of `num_images` random images; return (training, validation)."""
     keys = sorted({sample.images[0] for sample in samples})

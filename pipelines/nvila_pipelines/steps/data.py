@@ -35,9 +35,7 @@ def run(context: StepContext) -> dict[str, float]:
         "validation": write_jsonl(out / "validation.jsonl", validation),
         "test": write_jsonl(out / "test.jsonl", _questions("test", chosen["test"])),
         "captions": write_jsonl(out / "captions.jsonl", captions),
-        "text": write_jsonl(
-            out / "text.jsonl", [*easy_vqa.text_only(captions + train), *easy_vqa.reading(train, captions)]
-        ),
+        "text": write_jsonl(out / "text.jsonl", easy_vqa.text_only(captions + train)),
     }
     images = [
         (key, path.read_bytes())
