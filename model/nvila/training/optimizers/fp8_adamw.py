@@ -18,8 +18,8 @@ _FIELDS = ("codes", "scale", "power", "centre")
 class Fp8AdamW(torch.optim.Optimizer):
     """AdamW with FP8 moments and dynamic range expansion (COAT, arXiv 2410.19313, section 4 and algorithm 1).
 
-    The update is that of `torch.optim.AdamW`, except that weight decay joins the Adam direction under one learning
-    rate, which is the same. Moments are dequantized, updated in fp32 and rounded again in every step.
+    The update is that of `torch.optim.AdamW`. Moments are dequantized, updated in fp32 and rounded again in every step;
+    a step uses them before they are rounded.
 
     Args:
         params: Parameters or groups; fp32 master weights.
