@@ -162,11 +162,11 @@ class NVILAImageProcessor(BaseImageProcessor):
 
     def pixel_values(self, images: Sequence[Image.Image], plans: Sequence[TilePlan]) -> Tensor:
         """Cut RGB images as planned and normalise their tiles to (T, 3, size, size)."""
-        tiles = [
-            cut_tiles(image, plan, self._single if _is_single(plan) else self.tiling)
-            for image, plan in zip(images, plans, strict=True)
-        ]
-        return self.normalise(torch.cat(tiles))
+        return self.normalise(torch.cat([self.tile_levels(*one) for one in zip(images, plans, strict=True)]))
+
+    def tile_levels(self, image: Image.Image, plan: TilePlan) -> Tensor:
+        """Cut one RGB image as planned into tiles of bytes (T, 3, size, size), which `normalise` takes."""
+        return cut_tiles(image, plan, self._single if _is_single(plan) else self.tiling)
 
     def normalise(self, tiles_T3HW: Tensor) -> Tensor:
         """Scale bytes to what the tower takes: [-1, 1] with the usual mean and deviation of one half."""

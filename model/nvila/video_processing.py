@@ -124,12 +124,11 @@ class NVILAVideoProcessor(BaseImageProcessor):
 
     def pixel_values(self, video: Video) -> Tensor:
         """Turn the frames of a video into normalised tiles (T, 3, size, size)."""
-        tiles = NVILAImageProcessor(
-            size=self.size,
-            image_aspect_ratio=self.image_aspect_ratio,
-            image_mean=self.image_mean,
-            image_std=self.image_std,
-        )
+        return self._tiles.normalise(self.frame_levels(video))
+
+    def frame_levels(self, video: Video) -> Tensor:
+        """Turn the frames of a video into tiles of bytes (T, 3, size, size), which `normalise` takes."""
+        tiles = self._tiles
         plan = tiles.plan(*video.size)
 
         def cut(frame: NDArray[np.uint8]) -> Tensor:
@@ -137,7 +136,20 @@ class NVILAVideoProcessor(BaseImageProcessor):
 
         # One frame a thread at a time: torch releases the interpreter, and no second copy of all frames is made.
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-            return tiles.normalise(torch.cat(list(pool.map(cut, video.frames))))
+            return torch.cat(list(pool.map(cut, video.frames)))
+
+    def normalise(self, tiles_T3HW: Tensor) -> Tensor:
+        """Scale bytes to what the tower takes."""
+        return self._tiles.normalise(tiles_T3HW)
+
+    @property
+    def _tiles(self) -> NVILAImageProcessor:
+        return NVILAImageProcessor(
+            size=self.size,
+            image_aspect_ratio=self.image_aspect_ratio,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
 
 
 def as_videos(videos: Any) -> list[Any]:

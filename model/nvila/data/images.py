@@ -47,6 +47,7 @@ _DECODER_ERRORS = (
 )
 _LEVELS_16 = 65535
 _ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,18 @@ def load_image(
     raise DataError(f"cannot read an image from {where}", "give a path, bytes, a file object, an array or an image")
 
 
+def image_size(data: bytes, where: str, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Return width and height of an encoded image as `load_image` gives it, without decoding its pixels.
+
+    Raises:
+        DataError: It is no image, or too large. Damage behind the header goes unseen.
+    """
+    with _opened(data, where, limits) as image:
+        limits.check_pixels(*image.size, where)
+        width, height = image.size
+        return (height, width) if _orientation(image, where) in _SIDEWAYS else (width, height)
+
+
 def describe(source: object) -> str:
     """Name a source in messages: its path where it has one, otherwise what it is."""
     if isinstance(source, (str, os.PathLike)):
@@ -150,6 +163,12 @@ def _read_stream(stream: BinaryIO, where: str, limits: ImageLimits) -> bytes:
 
 
 def _decode(data: bytes, where: str, limits: ImageLimits) -> Image.Image:
+    with _opened(data, where, limits) as image:
+        return _to_rgb(image, where, limits)
+
+
+@contextmanager
+def _opened(data: bytes, where: str, limits: ImageLimits) -> Iterator[Image.Image]:
     from PIL import Image
 
     if not data:
@@ -160,7 +179,7 @@ def _decode(data: bytes, where: str, limits: ImageLimits) -> Image.Image:
     # Whether Pillow has AVIF, WebP or JPEG 2000 depends on how it was built.
     formats = [name for name in FORMATS if name in Image.OPEN]
     with _decoder_errors(where), Image.open(io.BytesIO(data), formats=formats) as image:
-        return _to_rgb(image, where, limits)
+        yield image
 
 
 @contextmanager
@@ -216,12 +235,17 @@ def _upright(image: Image.Image, where: str) -> Image.Image:
         7: turns.TRANSVERSE,
         8: turns.ROTATE_90,
     }
+    method = methods.get(_orientation(image, where))
+    return image.copy() if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image, where: str) -> int:
     try:
-        method = methods.get(image.getexif().get(_ORIENTATION, 1))
+        found = image.getexif().get(_ORIENTATION, 1)
     except _DECODER_ERRORS as e:
         logger.warning("%s: its EXIF data is unreadable and its orientation ignored: %s", where, e)
-        method = None
-    return image.copy() if method is None else image.transpose(method)
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _from_levels(image: Image.Image, where: str) -> Image.Image:
@@ -278,4 +302,4 @@ def _from_bytes(levels: np.ndarray[Any, Any]) -> Image.Image:
     return image.convert("RGB") if image.mode == "L" else image
 
 
-__all__ = ["DEFAULT_LIMITS", "FORMATS", "ImageLimits", "ImageSource", "describe", "load_image"]
+__all__ = ["DEFAULT_LIMITS", "FORMATS", "ImageLimits", "ImageSource", "describe", "image_size", "load_image"]

@@ -70,8 +70,13 @@ def pack(samples: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
     Raises:
         DataError: A sample is longer than a row.
     """
-    order = sorted(range(len(samples)), key=lambda index: -len(samples[index].ids))
-    if order and (longest := len(samples[order[0]].ids)) > max_length:
+    return [[samples[index] for index in row] for row in pack_lengths([len(one.ids) for one in samples], max_length)]
+
+
+def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Deal samples of the given lengths to rows as `pack` does, and return their positions."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    if order and (longest := lengths[order[0]]) > max_length:
         raise DataError(
             f"sample {order[0]} has {longest} tokens, more than the {max_length} of a packed row",
             "raise model.max_length or shorten the sample",
@@ -79,7 +84,7 @@ def pack(samples: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # what is left in each row that is not full, and its number, least first
     for index in order:
-        length = len(samples[index].ids)
+        length = lengths[index]
         fits = bisect_left(room, (length, -1))
         if fits == len(room):
             left, row = max_length, len(rows)
@@ -89,7 +94,7 @@ def pack(samples: Sequence[Encoded], max_length: int) -> list[list[Encoded]]:
         rows[row].append(index)
         if left > length:
             insort(room, (left - length, row))
-    return [[samples[index] for index in row] for row in sorted(map(sorted, rows))]
+    return sorted(map(sorted, rows))
 
 
 def collate_packed(rows: Sequence[Sequence[Encoded]], pad_token_id: int, *, pad_to_multiple_of: int = 1) -> Batch:
