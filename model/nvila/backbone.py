@@ -186,6 +186,8 @@ class NVILAModel(NVILAPreTrainedModel):
             if images is not None or videos is not None or _is_prompt(input_ids, past_key_values):
                 inputs_embeds = splice(inputs_embeds, input_ids, self.config.image_token_id, images, "image")
                 inputs_embeds = splice(inputs_embeds, input_ids, self.config.video_token_id, videos, "video")
+            if self.training and (images is None or not len(images)) and (videos is None or not len(videos)):
+                inputs_embeds = self._kept_in_step(inputs_embeds)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
             attention_mask = self._pair_mask(attention_mask, inputs_embeds.dtype)
         outputs = self.language_model(
@@ -196,6 +198,22 @@ class NVILAModel(NVILAPreTrainedModel):
             **kwargs,
         )
         return cast("BaseModelOutputWithPast", outputs)
+
+    def _kept_in_step(self, embeds_BLH: Tensor) -> Tensor:
+        """Run tower and projector for nothing where other processes may run them for their media.
+
+        Processes that train together reduce the gradients of all trained parts, and under ZeRO 3 fetch the weights of
+        all parts, trained or not: one that leaves a part out leaves the others waiting.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return embeds_BLH
+        parameters = [*self.vision_tower.parameters(), *self.mm_projector.parameters()]
+        takes_part = any(parameter.requires_grad or hasattr(parameter, "ds_id") for parameter in parameters)
+        if torch.distributed.get_world_size() == 1 or not takes_part:
+            return embeds_BLH
+        size = self.config.tile_size
+        blank = torch.zeros(1, 3, size, size, device=embeds_BLH.device)
+        return embeds_BLH + 0 * self._project(self._tower_features(blank), [None]).sum().to(embeds_BLH.dtype)
 
     def _tower_features(self, pixels_TCHW: Tensor) -> Tensor:
         """Run the tower up to the selected layer; the blocks behind it never influence the result."""

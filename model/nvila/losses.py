@@ -146,9 +146,13 @@ def head_cross_entropy(
     def chunk_nll(hidden_cH: Tensor, targets_c: Tensor) -> Tensor:
         return token_nll(head(hidden_cH), targets_c, soft)
 
+    hidden_kept, targets_kept = hidden_MH[keep_M], targets_M[keep_M]
+    calls = -(-len(targets_kept) // chunk)
+    if calls_must_agree(head):
+        calls = _agreed_calls(calls, hidden_MH.device)
     pieces = [
-        cast("Tensor", checkpoint(chunk_nll, hidden_cH, targets_c, use_reentrant=False))
-        for hidden_cH, targets_c in zip(hidden_MH[keep_M].split(chunk), targets_M[keep_M].split(chunk), strict=True)
+        cast("Tensor", checkpoint(chunk_nll, hidden_kept[start:end], targets_kept[start:end], use_reentrant=False))
+        for start, end in ((number * chunk, (number + 1) * chunk) for number in range(max(1, calls)))
     ]
     nll = torch.cat(pieces)
     if reduction == "none":
@@ -335,6 +339,20 @@ def _in_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _no_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
+
+
+def calls_must_agree(head: nn.Module) -> bool:
+    """Whether all processes of a group have to call a head equally often, because its weights are fetched from all."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sharded = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+    return several and sharded and torch.distributed.get_world_size() > 1
+
+
+def _agreed_calls(calls: int, device: torch.device) -> int:
+    """Return the largest number of calls that any process needs."""
+    most = torch.tensor([calls], device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _is_plain_linear(head: nn.Module) -> bool:

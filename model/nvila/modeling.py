@@ -17,7 +17,14 @@ from nvila.backbone import NVILAModel, NVILAPreTrainedModel
 from nvila.configuration import NVILAConfig
 from nvila.generation import MediaGenerationMixin
 from nvila.language_head import build_head
-from nvila.losses import IGNORE_INDEX, WHOLE_LOGITS, head_cross_entropy, supervised_nll, token_nll
+from nvila.losses import (
+    IGNORE_INDEX,
+    WHOLE_LOGITS,
+    calls_must_agree,
+    head_cross_entropy,
+    supervised_nll,
+    token_nll,
+)
 from nvila.time_tokens import soft_targets
 
 
@@ -178,7 +185,8 @@ class NVILAForConditionalGeneration(NVILAPreTrainedModel, MediaGenerationMixin):
         hidden_MH, targets_M = hidden_BLH[:, :-1][mask_BL], targets_BL[mask_BL]
         times = self.config.time_token_ids if self.training else []
         soft = soft_targets(times, self.config.soft_ce_std) if times else None
-        if len(targets_M) * self.lm_head.out_features <= WHOLE_LOGITS:
+        few = len(targets_M) * self.lm_head.out_features <= WHOLE_LOGITS
+        if few and not calls_must_agree(self.lm_head):
             soft = soft.to(targets_M.device) if soft is not None else None
             total = token_nll(self.lm_head(hidden_MH), targets_M, soft).sum()
         else:

@@ -75,6 +75,8 @@ def test_every_sample_comes_once_an_epoch_in_rows_and_batches_within_their_limit
     cost = budget["tile_positions"]
     work = [sum(row_length(sizes, row) + cost * row_tiles(sizes, row) for row in batch) for batch in batches]
     assert max(work) <= 8 * MAX
+    several = [row_length(sizes, row) + cost * row_tiles(sizes, row) for row in rows if len(row) > 1]
+    assert max(several, default=0) <= MAX
     if not budget["pack"]:
         assert all(len({int(sizes.groups[index]) for index in row}) == 1 for row in rows)
         assert all(len(row) <= budget["samples_per_image"] for row in rows)
@@ -211,6 +213,14 @@ def test_steps_of_epochs_are_counted() -> None:
     assert sampler.state_dict()["epoch"] == 1
 
 
+def test_the_size_of_a_forward_pass_may_change_on_a_resume() -> None:
+    sizes = make_sizes([20] * 64, [1] * 64, [number // 4 for number in range(64)])
+    first, second = (make(sizes, samples_per_image=3, micro_batch_tokens=size) for size in (MAX, 4 * MAX))
+    next(first)
+    second.load_state_dict(first.state_dict())
+    assert sorted(flat([next(first)])) == sorted(flat([next(second)]))
+
+
 def test_a_state_of_other_data_is_refused() -> None:
     state = make(make_sizes([5, 6, 7])).state_dict()
     for other in (
@@ -235,6 +245,13 @@ def test_a_state_of_other_data_is_refused() -> None:
         ),
         ([5], 1, {"micro_batch_tokens": 500}, "micro_batch_tokens 500 is more than batch_tokens 320"),
         ([5], 1, {"max_length": 0}, "max_length is 0"),
+        (
+            [9],
+            1,
+            {"micro_batch_tokens": 30, "pack": True},
+            "micro_batch_tokens is 30, but rows take up to 40 positions",
+        ),
+        ([9], 1, {"micro_batch_tokens": 30, "samples_per_image": 2}, "use micro_batch_tokens=40 or more"),
         ([5] * 9, 9, {"pack": True}, "320 cannot be dealt to 9 processes in rows of 40.*batch_tokens=360 or more"),
         (
             [40] * 20,

@@ -33,6 +33,9 @@ class Encoded:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
+# Data sets with many images for each question have few distinct conversations; others must not fill the memory.
+_MAX_CACHED = 20_000
+
 Layouts = Callable[[Sequence[Part]], Sequence[MediaLayout]]
 """Gives the layouts of all media of a conversation, in order; it sees all, as several images are tiled unlike one."""
 
@@ -88,6 +91,8 @@ class ConversationEncoder:
             ),
         )
         if key not in self._cache:
+            if len(self._cache) >= _MAX_CACHED:
+                self._cache.clear()
             self._cache[key] = self._encode(sample.messages, media, layouts)
         ids, labels = self._cache[key]
         if len(ids) > self.max_length:

@@ -75,14 +75,12 @@ class MediaReader:
 
     Args:
         processor: As `stage_processor` gives it.
-        merges_scales: Whether the model merges the scales of `dynamic_s2`, whatever the stage tiles.
     """
 
-    def __init__(self, processor: NVILAProcessor, *, merges_scales: bool = False) -> None:
+    def __init__(self, processor: NVILAProcessor) -> None:
         self._images: NVILAImageProcessor = processor.image_processor
         self._videos = processor.video_processor
         self._tokens = processor.media_tokens
-        self._merges_scales = merges_scales
         self._limits = ImageLimits(max_pixels=self._images.max_pixels)
 
     def measure(self, kind: MediaKind, key: str, read: Callable[[], bytes]) -> MediaSize:
@@ -142,7 +140,7 @@ class MediaReader:
         inputs: dict[str, Tensor] = {}
         if images:
             inputs["pixel_values"] = self._images.normalise(torch.cat([one.levels for one in images]))
-            if self._merges_scales:
+            if self._images.image_aspect_ratio == "dynamic_s2":
                 inputs["image_blocks"] = torch.tensor([one.block or (0, 0) for one in images], dtype=torch.long)
         if videos:
             inputs["pixel_values_videos"] = self._videos.normalise(torch.cat([one.levels for one in videos]))

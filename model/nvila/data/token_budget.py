@@ -57,8 +57,8 @@ class TokenBudget:
 
     Args:
         batch_tokens: Positions of a global batch.
-        micro_batch_tokens: Positions of one forward pass of one process, padding included.
-        max_length: Longest row.
+        micro_batch_tokens: Positions of one forward pass of one process, padding included. May change on a resume.
+        max_length: Longest row; for rows of several samples the work on their tiles is included.
         pack: Fill rows with whole samples; otherwise a row is one sample, or the samples of an image that share it,
             and rows of similar length stand together.
         samples_per_image: At most this many samples of an image share a row and one encoding of the image.
@@ -156,7 +156,9 @@ class TokenBudgetSampler:
         self._epoch, self._step = epoch, step
 
     def _fingerprint(self) -> str:
-        digest = hashlib.blake2b(json.dumps([self._seed, asdict(self._budget)], sort_keys=True).encode())
+        budget = asdict(self._budget)
+        del budget["micro_batch_tokens"]  # which follows the machine and moves no sample to another batch
+        digest = hashlib.blake2b(json.dumps([self._seed, budget], sort_keys=True).encode())
         for column in (self._sizes.lengths, self._sizes.tiles, self._sizes.prefixes, self._sizes.groups):
             digest.update(np.ascontiguousarray(column, np.int64).tobytes())
         return digest.hexdigest()[:32]
@@ -256,10 +258,13 @@ class _EpochPlan:
         if not self.budget.pack:
             return units
         # The samples of an image share its encoding, and a row has room for one prefix only.
-        shared = [unit for unit in units if len(unit) > 1]
-        single = [unit[0] for unit in units if len(unit) == 1]
-        rows = pack_lengths(self.sizes.lengths[single].tolist(), self.budget.max_length)
-        return shared + [tuple(single[index] for index in row) for row in rows]
+        full = [unit for unit in units if len(unit) > 1 or self._work(unit[0]) > self.budget.max_length]
+        single = [unit[0] for unit in units if len(unit) == 1 and self._work(unit[0]) <= self.budget.max_length]
+        rows = pack_lengths([self._work(index) for index in single], self.budget.max_length)
+        return full + [tuple(single[index] for index in row) for row in rows]
+
+    def _work(self, index: int) -> int:
+        return int(self.sizes.lengths[index] + self.budget.tile_positions * self.sizes.tiles[index])
 
 
 def _check(sizes: SampleSizes, budget: TokenBudget, world: int) -> None:
@@ -278,6 +283,11 @@ def _check(sizes: SampleSizes, budget: TokenBudget, world: int) -> None:
             f"micro_batch_tokens is {budget.micro_batch_tokens}, but a sample of {int(sizes.lengths[where])} positions "
             f"and {int(sizes.tiles[where])} tiles counts for {largest}",
             f"use micro_batch_tokens={largest} or more, or a smaller max_length or fewer tiles",
+        )
+    if (budget.pack or budget.samples_per_image > 1) and budget.micro_batch_tokens < budget.max_length:
+        raise ConfigError(
+            f"micro_batch_tokens is {budget.micro_batch_tokens}, but rows take up to {budget.max_length} positions",
+            f"use micro_batch_tokens={budget.max_length} or more, or a shorter max_length",
         )
     if budget.pack and budget.batch_tokens < world * budget.max_length and world > 1:
         raise ConfigError(
@@ -314,9 +324,7 @@ def _joins(sizes: SampleSizes, budget: TokenBudget, row: list[int], index: int) 
     first, prefix = row[0], int(sizes.prefixes[index])
     if not prefix or sizes.groups[first] != sizes.groups[index] or len(row) == budget.samples_per_image:
         return False
-    length = row_length(sizes, (*row, index))
-    work = length + budget.tile_positions * int(sizes.tiles[index])
-    return length <= budget.max_length and work <= budget.micro_batch_tokens
+    return row_length(sizes, (*row, index)) + budget.tile_positions * int(sizes.tiles[index]) <= budget.max_length
 
 
 def _sorted_in_windows(lengths: Ints, costs: Ints, window: int) -> Ints:
