@@ -121,6 +121,10 @@ class BatchFeed:
             [self._tiles["image", key] for key in images], [self._tiles["video", key] for key in videos]
         )
 
+    def steps_in(self, epochs: float) -> int:
+        """Count the steps of so many passes over the data."""
+        return self._sampler.num_steps(epochs)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position behind the last step that was taken; it fits any number of processes."""
         return dict(self._state)

@@ -110,7 +110,7 @@ def model_inputs(batch: Batch, feed: BatchFeed) -> dict[str, Any]:
 
 def test_every_sample_comes_once_an_epoch_whatever_the_number_of_processes(open_feed: OpenFeed) -> None:
     whole = open_feed(pack=False, batch_tokens=250)
-    steps = whole._sampler.num_steps(1)
+    steps = whole.steps_in(1)
     assert steps > 2
     alone = take(whole, steps)
     assert sum(ids(alone).values()) == 20
@@ -162,7 +162,7 @@ def test_only_a_few_steps_are_read_ahead_and_waiting_is_measured(
 
     monkeypatch.setattr(MediaReader, "decode", counted)
     feed = open_feed(batch_tokens=150)
-    one_epoch = feed._sampler.num_steps(1)
+    one_epoch = feed.steps_in(1)
     assert feed.waited_s == 0
     next(feed)
     first = feed.waited_s
@@ -251,9 +251,9 @@ def test_a_process_without_rows_gets_padding_that_adds_nothing(
 
 def test_mixtures_repeat_and_cut_data_sets(open_feed: OpenFeed, folder: Path) -> None:
     path = folder / "data.jsonl"
-    ones = ids(take(open_feed(), open_feed()._sampler.num_steps(1)))
+    ones = ids(take(open_feed(), open_feed().steps_in(1)))
     feed = open_feed(f"{path}*2 + {path}")
-    assert ids(take(feed, feed._sampler.num_steps(1))) == ones + ones + ones
+    assert ids(take(feed, feed.steps_in(1))) == ones + ones + ones
 
 
 def test_a_built_in_set_brings_its_media_along(open_feed: OpenFeed) -> None:

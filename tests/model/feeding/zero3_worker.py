@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
     rank = torch.distributed.get_rank()
     torch.set_num_threads(1)
     # As with a vocabulary of 150 thousand: the head is called chunk by chunk, once or more often.
-    nvila.modeling.WHOLE_LOGITS = 1
+    vars(nvila.modeling)["WHOLE_LOGITS"] = 1
     nvila.losses._CHUNK_ELEMENTS = 150
     model, processor = load_model(folder / "model")
     tokenizer = processor.tokenizer
