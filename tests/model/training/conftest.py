@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
     from nvila.data.media import ImageTable
     from nvila.training.config import ModelConfig, TrainConfig
 
 WORKER = Path(__file__).with_name("worker.py")
+
+
+RunGroup = Callable[..., "dict[str, list[Report]]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,31 +129,36 @@ def small_config(model_config: ModelConfig) -> TrainConfig:
     )
 
 
-def run_group(here: Path, jobs: Sequence[dict[str, Any]], port: int, timeout_s: float = 150) -> dict[str, list[Report]]:
-    """Do jobs in two processes of one group; returns the reports of both ranks by the name of the job."""
-    listing = here / f"jobs-{port}.json"
-    listing.write_text(json.dumps(list(jobs)), encoding="utf-8")
-    processes = []
-    for rank in ("0", "1"):
-        launched = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
-        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(WORKER), str(here), str(listing)]
-        processes.append(subprocess.Popen(command, env=os.environ | launched))
-    try:
-        assert [process.wait(timeout_s) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return {job["name"]: [Report.read(here / f"{job['name']}.{rank}.json") for rank in (0, 1)] for job in jobs}
+@pytest.fixture(scope="session")
+def run_group(training_folder: Path) -> RunGroup:
+    """Do jobs in two processes of one group; gives the reports of both ranks by the name of the job."""
+
+    def run(jobs: Sequence[dict[str, Any]], timeout_s: float = 150) -> dict[str, list[Report]]:
+        port = _free_port()
+        listing = training_folder / f"jobs-{port}.json"
+        listing.write_text(json.dumps(list(jobs)), encoding="utf-8")
+        processes = []
+        for rank in ("0", "1"):
+            launched = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+            launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            command = [sys.executable, str(WORKER), str(training_folder), str(listing)]
+            processes.append(subprocess.Popen(command, env=os.environ | launched))
+        try:
+            assert [process.wait(timeout_s) for process in processes] == [0, 0]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return {
+            job["name"]: [Report.read(training_folder / f"{job['name']}.{rank}.json") for rank in (0, 1)]
+            for job in jobs
+        }
+
+    return run
 
 
-def weights(directory: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(directory / "model.safetensors")
-
-
-def metric_lines(out_dir: Path) -> list[tuple[str, int, float, float]]:
-    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(line["stage"], line["step"], line["loss"], line["loss_smooth"]) for line in map(json.loads, lines)]
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

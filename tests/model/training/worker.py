@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from nvila.training.config import TrainConfig
 from nvila.training.engine import build_engine
 from nvila.training.interrupts import watched_signals
 from nvila.training.observer import StageStart, StepRecord
+from nvila.training.processes import barrier
 
 Job = Mapping[str, Any]
 
@@ -94,7 +96,7 @@ def broken(job: Job) -> Iterator[list[list[str]]]:
         stack.enter_context(patch.object(training, "GroupBatches", batches))
         if "kill_at_sync" in job:
             stack.enter_context(patch.object(os, "fsync", _killing(os.fsync, job["kill_at_sync"])))
-        if "poison" in job:
+        if job.get("poison"):
             build = build_engine
             stack.enter_context(
                 patch.object(training, "build_engine", lambda *args: _poisoned(build(*args), job["poison"], seen))
@@ -136,6 +138,10 @@ def run_job(here: Path, job: Job) -> None:
     words = AutoTokenizer.from_pretrained(here / "words")
     images = ImageTable.open(here / "images.parquet")
     recorder, error = Recorder(job), None
+    if "copy_from" in job:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.copytree(job["copy_from"], job["out"])
+        barrier()
     with broken(job) as seen, watched_signals() as stop:
         try:
             training.train(config, data, images, words, Path(job["out"]), observers=[recorder], stop=stop)
