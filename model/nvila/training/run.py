@@ -153,6 +153,11 @@ def trained_parts(model: NVILAForConditionalGeneration, stage: StageConfig) -> l
     return groups
 
 
+def recompute_activations(model: NVILAForConditionalGeneration) -> None:
+    """Have tower and decoder keep the inputs of their layers only, and compute the rest again in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _train_stage(
     model: NVILAForConditionalGeneration,
     groups: list[list[Encoded]],
@@ -169,7 +174,7 @@ def _train_stage(
     if config.precision.name == "fp8" and not applied.converted:
         run.notice("precision fp8 converted no layer: every layer is below train.fp8.min_features or skipped")
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     sampler = GroupSampler(
         groups,
         images_per_step=stage.images_per_step,

@@ -90,7 +90,8 @@ def reports(run_group: Any, small_config: TrainConfig, stopped_alone: Path, fold
     resumed = job(
         "one-to-two", one_stage(small_config, 3), out=str(folder / "one-to-two"), copy_from=str(stopped_alone)
     )
-    return run_group([stopped_job(one_stage(small_config, 1), folder, "zero-1"), resumed | {"poison": None}])
+    jobs = [stopped_job(one_stage(small_config, 1), folder, "zero-1"), resumed | {"poison": None}]
+    return dict(run_group(jobs))
 
 
 @pytest.fixture(scope="module")

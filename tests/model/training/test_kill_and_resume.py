@@ -198,3 +198,34 @@ def test_checkpoint_of_other_settings_is_refused(
     report = zygote.run("other", changed, out)
     assert report.error[0] == 2
     assert "written with stages.all.steps=7, it is 8 now" in report.error[1]
+
+
+def test_checkpoint_that_cannot_be_written_costs_nothing_else(
+    zygote: Zygote, small_config: TrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    # Room for the model, not for its moments beside it; the checkpoint behind the second step was written before.
+    size = (whole / "2-all" / FILES[0]).stat().st_size
+    report = zygote.run("full", small_config, out, limit_at=["all", 3, 2 * size], kill_at=["all", 7])
+    assert report == -signal.SIGKILL
+    left = [path.name for path in (out / ".checkpoints" / "2-all").iterdir()]
+    assert left == ["step-00000002"]
+    report = zygote.run("full", small_config, out, limit_at=["all", 3, 2 * size])
+    assert report.error is None
+    told = [text for text in report.notices if "no checkpoint was saved" in text]
+    assert [text[:16] for text in told] == ["stage all step 4", "stage all step 6"]
+    assert "(File too large); training goes on" in told[0]
+    assert (out / "2-all" / FILES[0]).read_bytes() == (whole / "2-all" / FILES[0]).read_bytes()
+
+
+def test_model_that_cannot_be_written_ends_the_run_loudly(
+    zygote: Zygote, small_config: TrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = zygote.run("full", small_config, out, limit_at=["align", 3, 100_000])
+    assert report.error[0] == 1
+    assert "the model of a finished stage cannot be written to" in report.error[1]
+    assert "1-align" in report.error[1]
+    assert not list(out.glob("*-*"))
+    # What was saved before is still there to go on from.
+    assert finish(zygote, small_config, out, whole).started == [["align", 2, 1], ["all", 0, 1]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -36,13 +37,14 @@ Job = Mapping[str, Any]
 
 
 class Recorder:
-    """Remembers what a run tells, and kills this process after a step."""
+    """Remembers what a run tells; after a step it kills this process, or lets it write no larger files from then on."""
 
     def __init__(self, job: Job) -> None:
         self.notices: list[str] = []
         self.steps: list[list[Any]] = []
         self.started: list[list[Any]] = []
         self._kill_at = job.get("kill_at")
+        self._limit_at = job.get("limit_at")
 
     def on_stage_start(self, start: StageStart) -> None:
         self.started.append([start.stage, start.first_step, start.world_size])
@@ -52,6 +54,9 @@ class Recorder:
         self.steps.append([record.stage, record.step, loss, record.skipped, record.samples])
         if self._kill_at == [record.stage, record.step]:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._limit_at and self._limit_at[:2] == [record.stage, record.step]:
+            size = self._limit_at[2]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def on_notice(self, text: str) -> None:
         self.notices.append(text)
