@@ -16,6 +16,7 @@ def main(spec_path: str) -> None:
     from nvila.data.tokenizers import build_word_tokenizer
     from nvila.progress import SILENT
     from nvila.training.config import TrainConfig
+    from nvila.training.interrupts import watched_signals
     from nvila.training.run import train
     from nvila_pipelines.steps.curate import texts
     from nvila_platform.telemetry import EventLog
@@ -32,7 +33,8 @@ def main(spec_path: str) -> None:
     images = ImageTable.open(data / IMAGES_FILE)
     # One rank reports; the others would say the same.
     reporter = EventLog(Path(spec["events"]), step="train") if os.environ.get("RANK", "0") == "0" else SILENT
-    train(config, datasets, images, tokenizer, Path(spec["out"]), reporter)
+    with watched_signals() as stop:
+        train(config, datasets, images, tokenizer, Path(spec["out"]), reporter, stop=stop)
 
 
 if __name__ == "__main__":
