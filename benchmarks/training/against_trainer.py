@@ -48,6 +48,7 @@ from nvila.data import easy_vqa
 from nvila.data.collation import collate
 from nvila.data.conversation import Encoded
 from nvila.data.feeding import BatchFeed
+from nvila.data.mixtures import Registry
 from nvila.data.records import Sample
 from nvila.data.stage_data import StageData, open_stage_data
 from nvila.data.token_budget import TokenBudget
@@ -255,9 +256,8 @@ def write_data(folder: Path, count: int, seed: int) -> None:
 def open_feed(folder: Path, name: str, processor: NVILAProcessor, batch_tokens: int) -> BatchFeed:
     """Open a folder as a training stage does."""
     budget = TokenBudget(batch_tokens=batch_tokens, micro_batch_tokens=batch_tokens, max_length=MAX_LENGTH, pack=True)
-    return open_stage_data(
-        StageData(expression=str(folder / name), budget=budget, max_bad=0.0), processor, folder / "index"
-    )
+    stage = StageData(expression=str(folder / name), budget=budget, max_bad=0.0)
+    return open_stage_data(stage, Registry().open(stage.expression), processor, folder / "index")
 
 
 def build_models(

@@ -121,6 +121,11 @@ class BatchFeed:
             [self._tiles["image", key] for key in images], [self._tiles["video", key] for key in videos]
         )
 
+    @property
+    def directory(self) -> Path:
+        """Folder of the index."""
+        return self._store.directory
+
     def steps_in(self, epochs: float) -> int:
         """Count the steps of so many passes over the data."""
         return self._sampler.num_steps(epochs)

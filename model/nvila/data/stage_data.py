@@ -11,8 +11,8 @@ from torch import nn
 
 from nvila.data.feeding import BadMedia, BatchFeed, read_bad_media
 from nvila.data.media_tiles import MediaReader, StageTiling, stage_processor
-from nvila.data.mixtures import Registry
 from nvila.data.readers.locations import FileSystems
+from nvila.data.readers.record import CountedStream
 from nvila.data.sample_encoding import SampleEncoder
 from nvila.data.sample_store import QUARANTINE, SampleStore, build_store
 from nvila.data.token_budget import TokenBudget, TokenBudgetSampler
@@ -46,12 +46,12 @@ class StageData:
 
 def open_stage_data(
     stage: StageData,
+    stream: CountedStream,
     processor: NVILAProcessor,
     directory: Path,
     *,
     rank: int = 0,
     world: int = 1,
-    registry: Registry | None = None,
     filesystems: FileSystems | None = None,
     reporter: Reporter = SILENT,
 ) -> BatchFeed:
@@ -59,16 +59,16 @@ def open_stage_data(
 
     Args:
         stage: What to open.
+        stream: What the expression of the stage names.
         processor: The model's processor.
         directory: Where indices of data go.
         rank: This process.
         world: Number of processes.
-        registry: Names of data sets; None knows the built-in ones and paths.
         filesystems: File systems besides local files.
         reporter: Receives progress and what was set aside.
 
     Raises:
-        ConfigError: The expression or the budget cannot be used, or not even one image fits into a row.
+        ConfigError: The budget cannot be used, or not even one image fits into a row.
         DataError: The data cannot be read, or too much of it cannot be used.
         InfrastructureError: A service that has data does not answer.
     """
@@ -76,7 +76,6 @@ def open_stage_data(
     reader = MediaReader(own)
     reader.check_room(stage.budget.max_length)
     encoder = SampleEncoder(own.tokenizer, reader, stage.budget.max_length, label_quirk=stage.label_quirk)
-    stream = (registry or Registry(filesystems=filesystems)).open(stage.expression)
     folder = index_folder(stage, own, directory)
     store = build_store(
         stream, reader, encoder, folder, max_bad=stage.max_bad, filesystems=filesystems, reporter=reporter

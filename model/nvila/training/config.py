@@ -44,25 +44,33 @@ class StageConfig:
 
     Args:
         name: Folder and metric prefix of the stage.
-        data: Which data set of the run feeds it.
+        data: Which data set of the run feeds it; with `batch_tokens` also any other, or a mixture of them.
         steps: Optimizer steps.
         lr: Peak learning rate of every trained part; a part that is not named stays frozen.
-        images_per_step: Rows of a batch over all processes; a row is an image with its samples.
+        images_per_step: Rows of a batch over all processes; a row is an image with its samples. 0 with `batch_tokens`.
         samples_per_image: At most this many samples of an image go into one row.
         warmup_steps: Linear warm-up.
         schedule: Decay after the warm-up, to zero.
         max_shift_pixels: Random translation of the image, the same for all its samples; 0 turns it off.
+        batch_tokens: Positions of a batch over all processes, instead of `images_per_step`.
+        micro_batch_tokens: Positions of one forward pass of one process; None takes its share of the batch at once.
+        pack: Fill rows with whole samples up to the longest conversation; else rows of similar length stand together.
+        max_bad: Largest share of samples that may be unusable.
     """
 
     name: str
     data: str
     steps: int
     lr: Mapping[PartName, float]
-    images_per_step: int
-    samples_per_image: int
+    images_per_step: int = 0
+    samples_per_image: int = 1
     warmup_steps: int
     schedule: Schedule
     max_shift_pixels: int = 0
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    pack: bool = False
+    max_bad: float = 0.01
 
     def __post_init__(self) -> None:
         unknown = set(self.lr) - set(PARTS)
@@ -70,6 +78,13 @@ class StageConfig:
             raise ConfigError(
                 f"stages.{self.name}.lr names {sorted(unknown) or 'no part'}", f"parts are {', '.join(PARTS)}"
             )
+        if (self.images_per_step > 0) == (self.batch_tokens is not None):
+            which = "neither" if self.batch_tokens is None else "both"
+            raise ConfigError(f"stages.{self.name} has {which} images_per_step and batch_tokens", "give one of them")
+        alone = {"micro_batch_tokens": self.micro_batch_tokens is not None, "pack": self.pack}
+        if self.batch_tokens is None and any(alone.values()):
+            field = next(name for name, given in alone.items() if given)
+            raise ConfigError(f"stages.{self.name}.{field} needs batch_tokens", "give batch_tokens, or leave it out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

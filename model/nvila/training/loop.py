@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +24,7 @@ from nvila.training.metrics import MetricsLog, drop_lines
 from nvila.training.observer import StageObserver, StageStart, StepRecord
 from nvila.training.precision import autocast
 from nvila.training.processes import gathered, rank, total, world_size
-
-
-class PixelSource(Protocol):
-    """Gives the normalised tiles (T, 3, h, w) of images by key."""
-
-    def __call__(self, keys: tuple[str, ...]) -> Tensor:
-        """Return tiles in the order of `keys`."""
+from nvila.training.stage_feed import MediaTensors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,7 +34,7 @@ class StageLoop:
     Args:
         engine: Model and optimizer.
         batches: Gives the data.
-        pixels: Gives the tiles of images.
+        pixels: Gives the pixels of media.
         stage: What to train.
         config: The run.
         pad_token_id: Id at padded positions.
@@ -53,7 +47,7 @@ class StageLoop:
 
     engine: TrainEngine
     batches: BatchSource
-    pixels: PixelSource
+    pixels: MediaTensors
     stage: StageConfig
     config: TrainConfig
     pad_token_id: int
@@ -151,10 +145,12 @@ class StageLoop:
         part, loading = 0.0, 0.0
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             begin = time.monotonic()
-            tiles = random_shift(self.pixels(batch.images), self.stage.max_shift_pixels, self._noise)
+            media = self.pixels.tensors(batch.images, batch.videos)
+            if "pixel_values" in media:
+                media["pixel_values"] = random_shift(media["pixel_values"], self.stage.max_shift_pixels, self._noise)
             loading += time.monotonic() - begin
-            with autocast(self.config.precision, tiles.device.type):
-                loss = self.engine(**model_inputs(batch, tiles)).loss
+            with autocast(self.config.precision, batch.input_ids.device.type):
+                loss = self.engine(**model_inputs(batch, media)).loss
             value, weight = float(loss.detach()), count / supervised
             part += value * weight
             # The backend averages over processes. A loss that is no number must not end in a gradient that is one:
@@ -232,14 +228,13 @@ def learning_rate_scale(step: int, stage: StageConfig) -> float:
     return warm * decay
 
 
-def model_inputs(batch: Batch, tiles: Tensor) -> dict[str, Tensor]:
+def model_inputs(batch: Batch, media: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the keyword arguments of a training forward pass."""
-    return {
+    return media | {
         "input_ids": batch.input_ids,
         "labels": batch.labels,
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,
-        "pixel_values": tiles,
     }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -16,16 +17,18 @@ from transformers import PreTrainedTokenizerBase
 
 from nvila.assembly import build_model, build_processor, load_model, save_model
 from nvila.configuration import NVILAConfig
-from nvila.data.conversation import ConversationEncoder, Encoded
+from nvila.data.conversation import ConversationEncoder
 from nvila.data.media import ImageTable
+from nvila.data.mixtures import Registry
+from nvila.data.readers.locations import FileSystems
 from nvila.data.records import Sample
 from nvila.data.sampling import GroupSampler
 from nvila.data.tensors import PixelCache, encode_groups
-from nvila.errors import ConfigError, ResourceError, nearest
+from nvila.errors import ResourceError
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 from nvila.progress import SILENT, Reporter
-from nvila.training.batches import GroupBatches
+from nvila.training.batches import BatchSource, GroupBatches
 from nvila.training.checkpoints import Checkpoints
 from nvila.training.config import PARTS, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
@@ -35,6 +38,7 @@ from nvila.training.metrics import MetricsLog
 from nvila.training.observer import StageObserver
 from nvila.training.precision import apply_precision
 from nvila.training.processes import barrier, from_first, rank, world_size
+from nvila.training.stage_feed import DataSources, MediaTensors, check_data, token_feed
 
 CHECKPOINTS_FOLDER = ".checkpoints"
 SKIPPED_FILE = "skipped.jsonl"
@@ -59,6 +63,44 @@ class _Run:
         return Checkpoints(directory, self.config, stage, self.notice)
 
 
+class _Feeds:
+    """Opens the data of stages; what stages of image groups share is made once."""
+
+    def __init__(
+        self, config: TrainConfig, sources: DataSources, processor: NVILAProcessor, pixels: PixelCache | None
+    ) -> None:
+        self._sources, self._processor, self._pixels = sources, processor, pixels
+        encoder = ConversationEncoder(processor.tokenizer, processor.num_image_tokens, config.model.max_length)
+        # All of them now, so that a sample that is too long is found before anything is trained.
+        names = dict.fromkeys(stage.data for stage in config.stages if stage.batch_tokens is None)
+        self._groups = {name: encode_groups(sources.datasets[name], encoder) for name in names}
+
+    @contextmanager
+    def open(
+        self, stage: StageConfig, number: int, model: NVILAForConditionalGeneration, run: _Run
+    ) -> Iterator[tuple[BatchSource, MediaTensors]]:
+        """Give the batches of a stage and the pixels of their media."""
+        config = run.config
+        if stage.batch_tokens is not None:
+            reporter = run.log.reporter
+            opened = token_feed(stage, config, number, model, self._processor, self._sources, run.out_dir, reporter)
+            with opened as feed:
+                yield feed, feed
+            return
+        if self._pixels is None:
+            keys, size = _image_keys(self._sources.datasets), config.model.vision["image_size"]
+            self._pixels = PixelCache.build(self._sources.images, keys, size)
+        sampler = GroupSampler(
+            self._groups[stage.data],
+            images_per_step=stage.images_per_step,
+            samples_per_image=stage.samples_per_image,
+            seed=config.seed * 1000 + number,
+            rank=rank(),
+            world=world_size(),
+        )
+        yield GroupBatches(sampler), self._pixels
+
+
 def train(
     config: TrainConfig,
     datasets: Mapping[str, Sequence[Sample]],
@@ -70,6 +112,8 @@ def train(
     pixels: PixelCache | None = None,
     observers: Sequence[StageObserver] = (),
     stop: StopRequest | None = None,
+    registry: Registry | None = None,
+    filesystems: FileSystems | None = None,
 ) -> Path:
     """Run all stages and return the folder of the final model.
 
@@ -87,6 +131,8 @@ def train(
         pixels: Tiles of all images, for a caller that has decoded them already.
         observers: Told about every step; on the first process only.
         stop: Ends the run after the step that it comes in, with a checkpoint.
+        registry: Names of data sets for stages with a token budget; None knows the built-in ones and paths.
+        filesystems: File systems of such data besides local files.
 
     Raises:
         ConfigError: A stage names data that does not exist, the data is empty, or a checkpoint to go on from was
@@ -95,15 +141,13 @@ def train(
         ResourceError: The disk is too full for the model of a stage.
         NvilaError: More steps had no finite loss and gradient than `config.health` bears.
     """
-    for stage in config.stages:
-        if stage.data not in datasets:
-            raise ConfigError(f"stages.{stage.name}.data is '{stage.data}'", nearest(stage.data, datasets))
+    sources = DataSources(datasets=datasets, images=images, registry=registry, filesystems=filesystems)
+    check_data(config, sources)
     out_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
     processor = build_processor(cast("NVILAConfig", model.config), tokenizer)
-    encoder = ConversationEncoder(tokenizer, model.config.num_image_tokens, config.model.max_length)
-    groups = {name: encode_groups(samples, encoder) for name, samples in datasets.items()}
+    feeds = _Feeds(config, sources, processor, pixels)
     # One process speaks for all; they run in step and would only repeat it.
     first = rank() == 0
     log = MetricsLog(out_dir / "metrics.jsonl" if first else Path(os.devnull), reporter=reporter if first else SILENT)
@@ -120,8 +164,8 @@ def train(
         if directory.is_dir():
             log.reporter.notice(f"stage {stage.name} is already trained; going on from it")
         else:
-            pixels = pixels or PixelCache.build(images, _image_keys(datasets), config.model.vision["image_size"])
-            weights, stopping = _train_stage(model, groups[stage.data], pixels, stage, number, run)
+            with feeds.open(stage, number, model, run) as (batches, tensors):
+                weights, stopping = _train_stage(model, batches, tensors, stage, number, run)
             _save(model, processor, directory, weights)
             run.checkpoints(number, stage).clear()
         if stopping and number < len(config.stages):
@@ -160,8 +204,8 @@ def recompute_activations(model: NVILAForConditionalGeneration) -> None:
 
 def _train_stage(
     model: NVILAForConditionalGeneration,
-    groups: list[list[Encoded]],
-    pixels: PixelCache,
+    batches: BatchSource,
+    pixels: MediaTensors,
     stage: StageConfig,
     number: int,
     run: _Run,
@@ -175,18 +219,10 @@ def _train_stage(
         run.notice("precision fp8 converted no layer: every layer is below train.fp8.min_features or skipped")
     if config.gradient_checkpointing:
         recompute_activations(model)
-    sampler = GroupSampler(
-        groups,
-        images_per_step=stage.images_per_step,
-        samples_per_image=stage.samples_per_image,
-        seed=config.seed * 1000 + number,
-        rank=rank(),
-        world=world_size(),
-    )
     engine = build_engine(model, parameter_groups, config)
     loop = StageLoop(
         engine=engine,
-        batches=GroupBatches(sampler),
+        batches=batches,
         pixels=pixels,
         stage=stage,
         config=config,

@@ -19,6 +19,8 @@ def main(spec_path: str) -> None:
     from nvila.training.interrupts import watched_signals
     from nvila.training.run import train
     from nvila_pipelines.steps.curate import texts
+    from nvila_platform.s3_filesystem import data_filesystems
+    from nvila_platform.settings import Settings
     from nvila_platform.telemetry import EventLog
 
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
@@ -34,7 +36,16 @@ def main(spec_path: str) -> None:
     # One rank reports; the others would say the same.
     reporter = EventLog(Path(spec["events"]), step="train") if os.environ.get("RANK", "0") == "0" else SILENT
     with watched_signals() as stop:
-        train(config, datasets, images, tokenizer, Path(spec["out"]), reporter, stop=stop)
+        train(
+            config,
+            datasets,
+            images,
+            tokenizer,
+            Path(spec["out"]),
+            reporter,
+            stop=stop,
+            filesystems=data_filesystems(Settings.load()),
+        )
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ def open_feed(processor_of: Callable[[str], NVILAProcessor], folder: Path, tmp_p
     def open_(
         expression: str | None = None, *, mode: str = "dynamic", rank: int = 0, world: int = 1, **changes: Any
     ) -> BatchFeed:
+        from nvila.data.mixtures import Registry
         from nvila.data.stage_data import StageData, open_stage_data
         from nvila.data.token_budget import TokenBudget
 
@@ -149,7 +150,10 @@ def open_feed(processor_of: Callable[[str], NVILAProcessor], folder: Path, tmp_p
         budget |= {name: changes.pop(name) for name in list(changes) if name in TokenBudget.__dataclass_fields__}
         reporter = {"reporter": changes.pop("reporter")} if "reporter" in changes else {}
         stage = StageData(expression=expression or str(folder / "data.jsonl"), budget=TokenBudget(**budget), **changes)
-        feed = open_stage_data(stage, processor_of(mode), tmp_path / "index", rank=rank, world=world, **reporter)
+        stream = Registry().open(stage.expression)
+        feed = open_stage_data(
+            stage, stream, processor_of(mode), tmp_path / "index", rank=rank, world=world, **reporter
+        )
         opened.append(feed)
         return feed
 
