@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from nvila.errors import nearest
 from nvila.training.config import (
     PARTS,
     Attention,
@@ -49,6 +50,10 @@ Projector = Literal[
     "mlp_downsample_3x3_s2",
     "mlp_downsample_3x3_s2_new",
 ]
+
+
+# What the steps before training make.
+OWN_DATA = ("captions", "selected", "text")
 
 
 def rule(field: str, problem: str, fix: str) -> PydanticCustomError:
@@ -184,15 +189,42 @@ class LearningRates(Section):
 class StageSection(Section):
     """One training stage."""
 
-    data: Literal["captions", "selected", "text"]
+    # Data of the run (captions, selected, text); with batch_tokens also any data set, path, or mixture of them.
+    data: Annotated[str, Field(min_length=1)]
     steps: Count
     lr: LearningRates
-    images_per_step: Count
-    samples_per_image: Count
+    # How much goes into a step: so many images with their samples, or so many positions.
+    images_per_step: Count | None = None
+    batch_tokens: Count | None = None
+    micro_batch_tokens: Count | None = None
+    pack: bool = False
+    max_bad: Ratio = 0.01
+    samples_per_image: Count = 1
     warmup_steps: CountOrZero
     # "Schedule" is a Literal of nvila: the names live there.
     schedule: Schedule
     max_shift_pixels: CountOrZero
+
+    @model_validator(mode="after")
+    def _has_a_batch(self) -> Self:
+        if (self.images_per_step is None) == (self.batch_tokens is None):
+            which = "neither images_per_step nor" if self.batch_tokens is None else "both images_per_step and"
+            raise rule("", f"has {which} batch_tokens", "give one of them, and null for the other")
+        if self.batch_tokens is not None:
+            if self.micro_batch_tokens is not None and self.micro_batch_tokens > self.batch_tokens:
+                raise rule(
+                    "micro_batch_tokens",
+                    f"is {self.micro_batch_tokens}, more than batch_tokens {self.batch_tokens}",
+                    f"use at most {self.batch_tokens}",
+                )
+            return self
+        for field in ("micro_batch_tokens", "pack"):
+            if getattr(self, field):
+                raise rule(field, "needs batch_tokens", "give batch_tokens instead of images_per_step")
+        if self.data not in OWN_DATA:
+            hint = f"{nearest(self.data, OWN_DATA)}, or give batch_tokens instead of images_per_step"
+            raise rule("data", f"is '{self.data}', which only a stage with batch_tokens can read", hint)
+        return self
 
     @model_validator(mode="after")
     def _warms_up(self) -> Self:
@@ -207,7 +239,7 @@ class StageSection(Section):
     def to_config(self, name: str) -> StageConfig:
         """Return the form that the training loop takes."""
         values: dict[str, Any] = self.model_dump(exclude={"lr"})
-        return StageConfig(name=name, lr=self.lr.rates(), **values)
+        return StageConfig(name=name, lr=self.lr.rates(), **values | {"images_per_step": self.images_per_step or 0})
 
 
 Stages = Annotated[dict[StageName, StageSection], Field(min_length=1)]
@@ -316,7 +348,7 @@ class TrainSection(Section):
                 "use backend deepspeed with zero_stage 1 or higher",
             )
         for name, stage in self.stages.items():
-            if stage.images_per_step % self.num_processes:
+            if stage.images_per_step is not None and stage.images_per_step % self.num_processes:
                 raise rule(
                     f"stages.{name}.images_per_step",
                     f"is {stage.images_per_step} and cannot be dealt to {self.num_processes} processes",

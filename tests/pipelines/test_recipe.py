@@ -51,6 +51,15 @@ def test_train_config_takes_over_what_the_recipe_says() -> None:
     assert config.betas == recipe.train.betas
 
 
+def test_a_stage_may_count_tokens_and_read_any_data() -> None:
+    changes = "{images_per_step: null, batch_tokens: 4096, micro_batch_tokens: 1024, pack: true, data: a*2 + s3://b/c}"
+    stage = (
+        load_recipe("quickstart", [f"train.stages.align={changes}", "train.num_processes=2"]).train_config().stages[1]
+    )
+    assert (stage.images_per_step, stage.batch_tokens, stage.micro_batch_tokens, stage.pack) == (0, 4096, 1024, True)
+    assert stage.data == "a*2 + s3://b/c"
+
+
 def test_projector_names_are_those_of_the_model_layer() -> None:
     from nvila.vision.projectors import PROJECTORS
     from nvila_pipelines.recipe_schema import Projector
@@ -263,6 +272,15 @@ def test_mistakes_in_an_override_are_named(override: str, message: str) -> None:
         ("train.stages.align.lr.projector=null", "train.stages.align.lr names no part"),
         ("train={backend: torch, num_processes: 2}", "train.backend is torch, one process, but num_processes is 2"),
         ("train.num_processes=1009", "images_per_step is .* cannot be dealt to 1009 processes"),
+        ("train.stages.align.batch_tokens=4096", "has both images_per_step and batch_tokens"),
+        ("train.stages.align.images_per_step=null", "has neither images_per_step nor batch_tokens"),
+        ("train.stages.align.pack=true", "align.pack needs batch_tokens"),
+        ("train.stages.align.micro_batch_tokens=9", "align.micro_batch_tokens needs batch_tokens"),
+        ("train.stages.align.data=caption", "align.data is 'caption'.*did you mean 'captions'.*or give batch_tokens"),
+        (
+            "train.stages.align={images_per_step: null, batch_tokens: 9, micro_batch_tokens: 10}",
+            "align.micro_batch_tokens is 10, more than batch_tokens 9",
+        ),
     ],
 )
 def test_fields_that_do_not_go_together_are_named(override: str, message: str) -> None:

@@ -15,7 +15,7 @@ from nvila.assembly import load_model
 from nvila.data.collation import collate
 from nvila.data.conversation import ConversationEncoder, Encoded
 from nvila.data.records import Sample, vqa_sample
-from nvila.training.engine import _import_deepspeed
+from nvila.training.deepspeed_engine import _import_deepspeed
 
 
 def samples() -> tuple[Sample, ...]:
