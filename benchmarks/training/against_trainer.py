@@ -18,8 +18,6 @@ python benchmarks/training/against_trainer.py --quick
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import sys
 import tempfile
 import time
@@ -34,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench_result import Claim, claim, write_result
 from torch import Tensor, nn
+from training.mixed_data import questions, write_data
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -44,12 +43,10 @@ from transformers import (
 )
 
 from nvila.configuration import NVILAConfig
-from nvila.data import easy_vqa
 from nvila.data.collation import collate
 from nvila.data.conversation import Encoded
 from nvila.data.feeding import BatchFeed
 from nvila.data.mixtures import Registry
-from nvila.data.records import Sample
 from nvila.data.stage_data import StageData, open_stage_data
 from nvila.data.token_budget import TokenBudget
 from nvila.data.tokenizers import build_word_tokenizer, token_id
@@ -61,7 +58,7 @@ GOAL = 1.8
 MAX_LENGTH = 512
 LEARNING_RATE = 1e-3
 VOCABULARY = 1024
-HELD_OUT = 48
+HELD_OUT = 32
 VISION: dict[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 64,
@@ -125,7 +122,7 @@ def main() -> int:
     repeats, steps = (2, 3) if args.quick else (5, 10)
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory(prefix="nvila-bench-") as folder:
-        contest, details = run(Path(folder), args.samples_per_step, repeats, steps, 400 if args.quick else 3000)
+        contest, details = run(Path(folder), args.samples_per_step, repeats, steps, 120 if args.quick else 2000)
     claims = conclude(contest)
     for one in claims:
         print(f"{one.id}: {one.ratio:.4g} ({one.low:.4g} to {one.high:.4g}), goal {one.goal}, met {one.met}")
@@ -141,8 +138,8 @@ def run(folder: Path, batch: int, repeats: int, steps: int, count: int) -> tuple
     processor = NVILAProcessor.from_config(cast("NVILAConfig", ours.config), tokenizer)
     write_data(folder / "train", count, seed=0)
     write_data(folder / "held-out", HELD_OUT, seed=1)
-    lengths, prepared = prepare(open_feed(folder, "train", processor, 10**6))
-    _, held_out = prepare(open_feed(folder, "held-out", processor, 10**6))
+    lengths, prepared = prepare(open_feed(folder, "train", processor, 4 * MAX_LENGTH))
+    _, held_out = prepare(open_feed(folder, "held-out", processor, 4 * MAX_LENGTH))
     feed = open_feed(folder, "train", processor, round(batch * mean(lengths)))
     grouped = LlavaForConditionalGeneration(theirs.config)
     grouped.load_state_dict(theirs.state_dict())
@@ -217,40 +214,6 @@ def conclude(contest: Contest) -> list[Claim]:
             "as many steps of as many tokens, of other random samples",
         ),
     ]
-
-
-def questions() -> list[tuple[str, str]]:
-    """All questions of the set with their answers."""
-    return [(sample.question, sample.answer) for sample in easy_vqa.questions("train")]
-
-
-def write_data(folder: Path, count: int, seed: int) -> None:
-    """Write LLaVA-format samples: six in ten are one question, three a dialogue about a picture, one a long text."""
-    folder.mkdir()
-    draw = random.Random(seed)
-    by_image: dict[str, list[Sample]] = {}
-    for sample in easy_vqa.questions("train"):
-        by_image.setdefault(sample.images[0], []).append(sample)
-    files = dict(easy_vqa.image_files("train"))
-    keys = sorted(by_image)
-    with (folder / "data.jsonl").open("w", encoding="utf-8") as out:
-        for number in range(count):
-            key, kind = draw.choice(keys), draw.random()
-            asked = draw.sample(by_image[key], 1) if kind < 0.6 else list(by_image[key])
-            if kind >= 0.9:
-                asked = [draw.choice(by_image[draw.choice(keys)]) for _ in range(draw.randint(15, 25))]
-            turns = [
-                {"from": who, "value": text}
-                for one in asked
-                for who, text in (("human", one.question), ("gpt", one.answer))
-            ]
-            record: dict[str, Any] = {"id": str(number), "conversations": turns}
-            if kind < 0.9:
-                name = f"{key.replace('/', '-')}.png"
-                (folder / name).write_bytes(files[key].read_bytes())
-                turns[0]["value"] = f"<image>{turns[0]['value']}"
-                record["image"] = name
-            out.write(json.dumps(record) + "\n")
 
 
 def open_feed(folder: Path, name: str, processor: NVILAProcessor, batch_tokens: int) -> BatchFeed:

@@ -211,12 +211,9 @@ class StageSection(Section):
             which = "neither images_per_step nor" if self.batch_tokens is None else "both images_per_step and"
             raise rule("", f"has {which} batch_tokens", "give one of them, and null for the other")
         if self.batch_tokens is not None:
-            if self.micro_batch_tokens is not None and self.micro_batch_tokens > self.batch_tokens:
-                raise rule(
-                    "micro_batch_tokens",
-                    f"is {self.micro_batch_tokens}, more than batch_tokens {self.batch_tokens}",
-                    f"use at most {self.batch_tokens}",
-                )
+            if (self.micro_batch_tokens or 0) > self.batch_tokens:
+                problem = f"is {self.micro_batch_tokens}, more than batch_tokens {self.batch_tokens}"
+                raise rule("micro_batch_tokens", problem, f"use at most {self.batch_tokens}")
             return self
         for field in ("micro_batch_tokens", "pack"):
             if getattr(self, field):

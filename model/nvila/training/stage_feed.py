@@ -110,11 +110,10 @@ def token_feed(
         ConfigError: The data or the budget cannot be used.
         DataError: Too much of the data cannot be used.
     """
-    assert stage.batch_tokens is not None
-    length = config.model.max_length
+    length, batch = config.model.max_length, stage.batch_tokens or 0
     budget = TokenBudget(
-        batch_tokens=stage.batch_tokens,
-        micro_batch_tokens=stage.micro_batch_tokens or max(stage.batch_tokens // world_size(), length),
+        batch_tokens=batch,
+        micro_batch_tokens=stage.micro_batch_tokens or max(batch // world_size(), length),
         max_length=length,
         pack=stage.pack,
         samples_per_image=stage.samples_per_image,
