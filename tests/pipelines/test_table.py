@@ -125,6 +125,8 @@ def test_unknown_step_names_the_nearest() -> None:
 
 def test_the_watch_sees_what_is_not_in_a_row(micro: Recipe, watched: Watch) -> None:
     view = watched(micro, "curate")
+    assert view.curate is not None
+    assert micro.curate is not None
     assert view.curate.keep_rate == micro.curate.keep_rate
     assert view.train.betas == micro.train.betas
     assert view.scorer_config("small") == micro.scorer_config("small")

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,14 +20,8 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.augmentation import random_shift
 from nvila.training.config import StageConfig, TrainConfig
 from nvila.training.engine import TrainEngine
+from nvila.training.media import MediaTensors
 from nvila.training.precision import autocast
-
-
-class PixelSource(Protocol):
-    """Gives the normalised tiles (T, 3, h, w) of images by key."""
-
-    def __call__(self, keys: tuple[str, ...]) -> Tensor:
-        """Return tiles in the order of `keys`."""
 
 
 @dataclass(slots=True)
@@ -68,7 +61,7 @@ def learning_rate_scale(step: int, stage: StageConfig) -> float:
 def run_stage(
     engine: TrainEngine,
     batches: Iterator[list[list[Encoded]]],
-    pixels: PixelSource,
+    pixels: MediaTensors,
     stage: StageConfig,
     config: TrainConfig,
     *,
@@ -88,9 +81,11 @@ def run_stage(
     started, tokens = time.monotonic(), 0
     for step in range(stage.steps):
         batch = collate(next(batches), pad_token_id)
-        tiles = random_shift(pixels(batch.images), stage.max_shift_pixels, noise)
-        with autocast(config.precision, tiles.device.type):
-            loss = engine(**model_inputs(batch, tiles)).loss
+        media = pixels.tensors(batch.images, batch.videos)
+        if "pixel_values" in media:
+            media["pixel_values"] = random_shift(media["pixel_values"], stage.max_shift_pixels, noise)
+        with autocast(config.precision, batch.input_ids.device.type):
+            loss = engine(**model_inputs(batch, media)).loss
         scale = global_token_weight(batch)
         value = check_finite(loss, stage.name, step)
         engine.backward(loss * scale)
@@ -103,14 +98,13 @@ def run_stage(
         reporter.progress(stage.name, step + 1, stage.steps, metrics)
 
 
-def model_inputs(batch: Batch, tiles: Tensor) -> dict[str, Tensor]:
+def model_inputs(batch: Batch, media: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the keyword arguments of a training forward pass."""
-    return {
+    return media | {
         "input_ids": batch.input_ids,
         "labels": batch.labels,
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,
-        "pixel_values": tiles,
     }
 
 
