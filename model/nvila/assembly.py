@@ -18,7 +18,7 @@ from transformers import (
 from nvila.checkpoints.shards import REFUSED_SUFFIXES
 from nvila.configuration import NVILAConfig
 from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, token_id
-from nvila.errors import CheckpointError
+from nvila.errors import CheckpointError, ConfigError
 from nvila.finite import check_weights
 from nvila.image_processing import NVILAImageProcessor
 from nvila.modeling import NVILAForConditionalGeneration
@@ -46,6 +46,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVIL
 
     Raises:
         CheckpointError: Pretrained parts are of another shape than the recipe says.
+        ConfigError: The vocabulary has no room for the tokenizer.
     """
     if config.base is not None:
         from nvila.base_models import build_from_bases
@@ -59,6 +60,11 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVIL
         "eos_token_id": tokenizer.eos_token_id,
         **config.language,
     }
+    if language["vocab_size"] < len(tokenizer):
+        raise ConfigError(
+            f"model.language.vocab_size is {language['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens",
+            f"use {len(tokenizer)} or more, or null",
+        )
     nvila = NVILAConfig(
         vision_config=dict(config.vision),
         text_config=language,

@@ -98,6 +98,19 @@ class Recipe(Section):
         config = self._training(self.model, self.train.stages, precision, self.train.backend)
         return replace(config, optimizer=self.train.optimizer)
 
+    def up_to(self, stage: str) -> Recipe:
+        """Return the recipe with the training stages up to one of them.
+
+        Raises:
+            ConfigError: There is no such stage.
+        """
+        stages = self.train.stages
+        if stage not in stages:
+            raise ConfigError(f"recipe {self.name} has no stage '{stage}'", nearest(stage, stages))
+        names = list(stages)
+        kept = {name: stages[name] for name in names[: names.index(stage) + 1]}
+        return self.model_copy(update={"train": self.train.model_copy(update={"stages": kept})})
+
     def scorer_config(self, scorer: str) -> TrainConfig:
         """Return the training run of the `small` or `large` scorer: fp32 in one process, otherwise like the main one.
 

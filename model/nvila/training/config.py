@@ -17,6 +17,7 @@ Attention = Literal["eager", "sdpa"]
 OptimizerName = Literal["adamw", "fp8_adamw"]
 Fp8Backend = Literal["auto", "emulated", "torchao", "transformer_engine"]
 Fp8Format = Literal["e4m3", "e5m2"]
+Offload = Literal["none", "optimizer"]
 Tiling = Literal["resize", "pad", "dynamic", "dynamic_s2"]
 PoolSize = tuple[int, int, int]
 SINGLE_TILE: Tiling = "resize"
