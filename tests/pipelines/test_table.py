@@ -29,6 +29,7 @@ CHANGES = {
     "gate": "gate.min_accuracy=0.5",
     "register": "register.alias=champion",
     "serve": "serve.questions=5",
+    "plan": "plan.gpus=2",
 }
 CHANGES_KEY_OF = {
     "name": set[str](),
@@ -43,6 +44,7 @@ CHANGES_KEY_OF = {
     "gate": {"gate"},
     "register": {"register"},
     "serve": {"serve"},
+    "plan": set[str](),
 }
 
 

@@ -16,11 +16,8 @@ def run(context: StepContext) -> dict[str, float]:
 
     Outputs: `<number>-<stage>/` for every stage, `model/`, `metrics.jsonl`.
     """
-    from nvila_pipelines.training.stages import adopt_stages
     from nvila_platform.launch import LocalLauncher
 
-    if adopted := adopt_stages(context.recipe, context.refs, context.settings, context.out_dir):
-        context.reporter.notice(f"taken over from a shorter run: {', '.join(adopted)}")
     config, out = context.recipe.train_config(), context.out_dir
     spec = out / ".train.json"
     spec.write_text(
