@@ -16,7 +16,7 @@ from nvila.training.optimizers import build_optimizer
 from nvila.training.planning.devices import GPUS
 from nvila.training.planning.memory import Share, stage_activations
 from nvila.training.planning.plan import AssumedSample, Hardware, plan_training
-from nvila.training.planning.sizes import nvila_config, part_sizes
+from nvila.training.planning.sizes import meta_model, nvila_config, part_sizes
 from nvila.training.planning.states import state_bytes
 from nvila.training.run import trained_parts
 
@@ -82,7 +82,7 @@ def test_states_are_exact(optimizer: OptimizerName, lr: dict[PartName, float]) -
         for value in state.values()
         if isinstance(value, Tensor)
     )
-    sizes = part_sizes(nvila_config(config), stage(lr))
+    sizes = part_sizes(meta_model(nvila_config(config)), stage(lr))
     planned = state_bytes(
         sum(part.total for part in sizes.values()),
         [size for part in sizes.values() for size in part.trained],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nvila.errors import ConfigError
 from nvila.training.config import PARTS, ModelConfig, PartName, StageConfig, TrainConfig
@@ -16,6 +16,7 @@ from nvila.training.planning.sizes import (
     PartSizes,
     SampleSize,
     longest_image,
+    meta_model,
     nvila_config,
     part_sizes,
     sample_size,
@@ -23,6 +24,7 @@ from nvila.training.planning.sizes import (
 
 if TYPE_CHECKING:
     from nvila.configuration import NVILAConfig
+    from nvila.modeling import NVILAForConditionalGeneration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ def plan_training(
     Raises:
         ConfigError: The GPUs do not divide a batch, or a stage has no room for one image.
     """
-    model = nvila_config(config.model)
+    model = meta_model(nvila_config(config.model))
     return tuple(
         _plan_stage(config.for_stage(stage), stage, model, assumed.get(stage.name, AssumedSample()), hardware)
         for stage in config.stages
@@ -129,9 +131,14 @@ def plan_dict(plan: StagePlan) -> dict[str, Any]:
 
 
 def _plan_stage(
-    config: TrainConfig, stage: StageConfig, model: NVILAConfig, assumed: AssumedSample, hardware: Hardware
+    config: TrainConfig,
+    stage: StageConfig,
+    meta: NVILAForConditionalGeneration,
+    assumed: AssumedSample,
+    hardware: Hardware,
 ) -> StagePlan:
-    sizes = part_sizes(model, stage, config.precision.fp8.min_features if config.precision.name == "fp8" else 0)
+    model = cast("NVILAConfig", meta.config)
+    sizes = part_sizes(meta, stage, config.precision.fp8.min_features if config.precision.name == "fp8" else 0)
     sample = sample_size(
         model,
         stage,

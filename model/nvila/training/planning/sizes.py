@@ -10,6 +10,7 @@ from nvila.training.config import PARTS, SINGLE_TILE, ModelConfig, PartName, Sta
 
 if TYPE_CHECKING:
     from nvila.configuration import NVILAConfig
+    from nvila.modeling import NVILAForConditionalGeneration
 
 # Of the tokenizer of a tiny data set, where a recipe leaves the vocabulary to it.
 ASSUMED_WORDS = 256
@@ -67,23 +68,32 @@ def nvila_config(model: ModelConfig) -> NVILAConfig:
     )
 
 
-def part_sizes(config: NVILAConfig, stage: StageConfig, min_features: int = 0) -> dict[PartName, PartSizes]:
-    """Count the parameters of every part as a stage trains them, without memory.
-
-    Args:
-        config: The model.
-        stage: Which parts learn.
-        min_features: Smallest side of a linear layer that precision fp8 converts; 0 for other precisions.
-    """
+def meta_model(config: NVILAConfig) -> NVILAForConditionalGeneration:
+    """Build a model without memory for its weights."""
     import torch
-    from torch import nn
 
     from nvila.modeling import NVILAForConditionalGeneration
-    from nvila.training.run import trained_parts
 
     with torch.device("meta"):
         model = NVILAForConditionalGeneration(config)
     model.tie_weights()
+    return model
+
+
+def part_sizes(
+    model: NVILAForConditionalGeneration, stage: StageConfig, min_features: int = 0
+) -> dict[PartName, PartSizes]:
+    """Count the parameters of every part as a stage trains them.
+
+    Args:
+        model: The model, as `meta_model` builds it; which parameters are frozen is changed.
+        stage: Which parts learn.
+        min_features: Smallest side of a linear layer that precision fp8 converts; 0 for other precisions.
+    """
+    from torch import nn
+
+    from nvila.training.run import trained_parts
+
     trained = {group.name: tuple(p.numel() for p in group.parameters) for group in trained_parts(model, stage)}
     tower = model.model.vision_tower
     modules: dict[PartName, list[nn.Module]] = {
@@ -92,7 +102,7 @@ def part_sizes(config: NVILAConfig, stage: StageConfig, min_features: int = 0) -
         "language": [model.model.language_model, model.lm_head],
     }
     used: dict[PartName, list[nn.Module]] = {
-        "vision": [tower.embeddings, *tower.encoder.layers[: config.num_vision_blocks]],
+        "vision": [tower.embeddings, *tower.encoder.layers[: model.config.num_vision_blocks]],
         "projector": [model.model.mm_projector],
         "language": [model.model.language_model],
     }
