@@ -45,7 +45,7 @@ def planned(recipe: Recipe, *, memory: str | None = None, stages: Sequence[str] 
     )
     if stages is not None:
         config = replace(config, stages=tuple(stage for stage in config.stages if stage.name in stages))
-    assumed = {stage.name: _assumed(section.data.get(stage.name, AssumedData())) for stage in config.stages}
+    assumed = {stage.name: assumed_sample(recipe, stage.name) for stage in config.stages}
     return TrainingPlan(
         recipe=recipe.name,
         precision=config.precision.name,
@@ -74,7 +74,9 @@ def plan_json(recipe: Recipe, plan: TrainingPlan) -> dict[str, Any]:
     }
 
 
-def _assumed(data: AssumedData) -> AssumedSample:
+def assumed_sample(recipe: Recipe, stage: str) -> AssumedSample:
+    """Return what the recipe takes a sample of a stage to be."""
+    data = recipe.plan.data.get(stage, AssumedData())
     return AssumedSample(
         samples=data.samples,
         images=((data.image_width, data.image_height),) * data.images,
