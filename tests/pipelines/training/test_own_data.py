@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import Qwen2Config, SiglipVisionConfig, SiglipVisionModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from nvila.assembly import load_model
 from nvila.base_models import local_bases
-from nvila.configuration import NVILAConfig
 from nvila.errors import CapabilityError, CheckpointError, ConfigError, DataError, InfrastructureError
-from nvila.parts import byte_tokenizer
 from nvila.progress import SILENT
 from nvila.training.config import BaseModels
 from nvila_pipelines.lifecycle import new_run
@@ -35,7 +36,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> BaseModels:
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=4
     )
     SiglipVisionModel(tower).save_pretrained(root / "vision")
-    tokenizer = byte_tokenizer(NVILAConfig.from_preset("tiny-nvila"))
+    # As Qwen's, bytes and special tokens without gaps, but no merges.
+    backend = Tokenizer(BPE({character: id for id, character in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     decoder = Qwen2Config(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=len(tokenizer) + 7, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
