@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from tests.charts.crd_validation import CrdSchemas
+
 GOLDEN = Path(__file__).parent / "golden"
+CRDS = Path(__file__).resolve().parents[2] / "shared" / "crds"
 GoldenCheck = Callable[[str, str], None]
 
 
@@ -88,3 +95,21 @@ def golden(request: pytest.FixtureRequest) -> GoldenCheck:
             pytest.fail(f"{diff}\n\nIf this change is meant, accept it with: make golden", pytrace=False)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def crds() -> CrdSchemas:
+    """Definitions of the custom resources that charts and manifests make."""
+    if not CRDS.is_dir():
+        pytest.skip(f"the custom resource definitions are not here: {CRDS}")
+    spec = importlib.util.spec_from_file_location(
+        "crd_validation", Path(__file__).parent / "charts" / "crd_validation.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered first: dataclasses look their own module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    schemas: CrdSchemas = module.CrdSchemas(CRDS)
+    return schemas
