@@ -129,12 +129,15 @@ def curate(data: Path | str, models: dict[str, Path], out: Path, *, processes: i
     command += ["--processes", str(processes), "--threads", "1", "--shard-size", "1024", "--log-format", "json"]
     command += ["--workspace", str(out.parent / "workspace"), "--json"]
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    memory = _Memory(process.pid)
-    code = process.wait()
+    log = out.with_suffix(".log")
+    with log.open("wb") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        memory = _Memory(process.pid)
+        code = process.wait()
     seconds = time.monotonic() - started
     if code != 0:
-        raise SystemExit(f"{' '.join(command)} failed with {code}")
+        said = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise SystemExit(f"{said}\n{' '.join(command)} failed with {code}")
     shards = sorted((out / "shards").glob("scores-*.parquet"), key=lambda path: path.stat().st_mtime)
     # From the first shard of the last process to begin, so that start-up does not count.
     scoring = shards[-1].stat().st_mtime - shards[processes - 1].stat().st_mtime
