@@ -42,6 +42,7 @@ outputs in DIR:
   report.html        histograms, scatter and examples; needs no network
   manifest.json      digests of all of this, and what it was made of
 """
+_SOURCE_LETTERS = 48
 _WHERE = ("out", "media_dir", "mixtures", "max_bad")
 _SCORING = ("small", "large", "dtype", "device", "sequential", "processes", "threads", "shard_size", "batch_tokens")
 _CLUSTER = ("image", "gpus", "cpu", "memory", "claim", "namespace", "job_name", "submit")
@@ -203,10 +204,14 @@ def show(result: CurationResult, *, as_json: bool) -> None:
     if as_json:
         emit_json(result.to_dict())
         return
+    from nvila_pipelines.report.formats import shortened
+
     rows = [("source", "records", "scored", "kept", "from delta")]
     for source, count in result.sources.items():
         boundary = "-" if count.boundary is None else f"{count.boundary:+.3f}"
-        rows.append((source, f"{count.records:,}", f"{count.scored:,}", f"{count.kept:,}", boundary))
+        rows.append(
+            (shortened(source, _SOURCE_LETTERS), f"{count.records:,}", f"{count.scored:,}", f"{count.kept:,}", boundary)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for name, *cells in rows:
         padded = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))

@@ -22,6 +22,8 @@ _RANKS: dict[End, Callable[[Score], float]] = {
     "redundant": lambda score: abs(score.delta),
     "distracting": lambda score: score.delta,
 }
+# Letters of a question or answer: six samples shall be seen at a glance.
+MAX_LETTERS = 160
 # Pictures of one sample; a document of fifty pages would fill the page.
 MAX_PICTURES = 4
 NUM_WRONG = 12
@@ -181,9 +183,9 @@ def _scored(score: Score, sample: Sample, images: Pictures) -> Card:
         alt=alt,
         more=tuple(shown[1:]),
         source=score.source,
-        question=shortened(sample.question),
+        question=shortened(sample.question, MAX_LETTERS),
         facts=(
-            ("answer" if len(answers) == 1 else "answers", shortened(" / ".join(answers))),
+            ("answer" if len(answers) == 1 else "answers", shortened(" / ".join(answers), MAX_LETTERS)),
             *left_out,
             ("likely to small", _likelihood(score.small)),
             ("likely to large", _likelihood(score.large)),

@@ -85,11 +85,13 @@ def test_a_killed_run_goes_on_where_it_was(drive: Drive, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_it_does_not_matter_where_a_run_is_killed(drive: Drive, tmp_path: Path) -> None:
     check(POINTS, drive, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_that_is_killed_again_and_again_comes_to_its_end(drive: Drive, tmp_path: Path) -> None:
     jobs: Jobs = [("peace", None), *(("killed", point) for point in POINTS), ("killed", None)]
     peace, *killed, last = drive(jobs)
