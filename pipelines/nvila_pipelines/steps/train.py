@@ -7,6 +7,8 @@ import shutil
 
 from nvila_pipelines.steps.context import StepContext
 from nvila_platform.artifacts import write_atomically
+from nvila_platform.training.backup import restore
+from nvila_platform.training.backup_store import open_backups
 from nvila_platform.training.history import HISTORY_FILE, read_history
 
 _SPEED = "tokens_per_second"
@@ -20,6 +22,9 @@ def run(context: StepContext) -> dict[str, float]:
     from nvila_platform.launch import LocalLauncher
 
     config, out = context.recipe.train_config(), context.out_dir
+    backups = open_backups(context.settings, out.name)
+    if backups is not None:
+        restore(backups, out, context.reporter.notice)
     spec = out / ".train.json"
     spec.write_text(
         json.dumps(

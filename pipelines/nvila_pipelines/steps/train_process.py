@@ -26,6 +26,7 @@ def main(spec_path: str) -> None:
     from nvila_platform.settings import Settings
     from nvila_platform.telemetry import EventLog
     from nvila_platform.training import observe_training
+    from nvila_platform.training.backup import backed_up
 
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     config = TrainConfig.from_dict(spec["config"])
@@ -42,8 +43,11 @@ def main(spec_path: str) -> None:
         # One rank reports; the others would say the same.
         train(config, datasets, images, tokenizer, out, SILENT)
         return
-    events = EventLog(Path(spec["events"]), step="train")
-    with observe_training(config, Settings.load(), out_dir=out, reporter=events, vocabulary=len(tokenizer)) as observer:
+    events, settings = EventLog(Path(spec["events"]), step="train"), Settings.load()
+    with (
+        backed_up(settings, out, events.notice),
+        observe_training(config, settings, out_dir=out, reporter=events, vocabulary=len(tokenizer)) as observer,
+    ):
         train(config, datasets, images, tokenizer, out, _Notices(events), observers=(observer,))
 
 
