@@ -7,6 +7,7 @@ Money is computed from the prices in the settings; without a price there is no m
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from nvila_platform.settings import Settings
 
 EnergySource = Literal["measured", "estimated"]
 
+_USAGE = re.compile(r"core_hours|gpu_hours|energy_kwh_(measured|estimated)|cost_[a-z]{3}")
 _SECONDS_PER_HOUR = 3600.0
 _JOULES_PER_KWH = 3.6e6
 
@@ -128,9 +130,23 @@ def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def is_usage(name: str) -> bool:
-    """Whether a metric is one of `Usage.metrics`."""
-    return name in ("core_hours", "gpu_hours") or name.startswith(("energy_kwh_", "cost_"))
+def usage_of(metrics: Mapping[str, float], part: str = "") -> dict[str, float]:
+    """Pick what `Usage.metrics` named out of a step's metrics.
+
+    Args:
+        metrics: Metrics of the step.
+        part: Which part of the step, named behind each metric; empty for the step as a whole.
+
+    Example:
+        >>> usage_of({"loss": 0.5, "core_hours": 2.0, "core_hours_align": 1.0}, "align")
+        {'core_hours': 1.0}
+    """
+    ending = f"_{part}" if part else ""
+    return {
+        name.removesuffix(ending): value
+        for name, value in metrics.items()
+        if name.endswith(ending) and _USAGE.fullmatch(name.removesuffix(ending))
+    }
 
 
 def _core_seconds() -> float:

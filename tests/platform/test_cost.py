@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nvila_platform import energy
-from nvila_platform.cost import Usage, UsageMeter, is_usage, priced, summed
+from nvila_platform.cost import Usage, UsageMeter, priced, summed, usage_of
 from nvila_platform.energy import Gpus, open_gpus
 from nvila_platform.settings import Settings
 
@@ -169,5 +169,10 @@ def test_sums_keep_measured_and_estimated_apart() -> None:
         "energy_kwh_estimated": 2,
         "cost_usd": 6,
     }
-    assert all(is_usage(name) for name in total)
-    assert not is_usage("loss")
+
+
+def test_usage_is_found_among_the_metrics_of_a_step() -> None:
+    metrics = {"loss": 0.5, "core_hours": 2.0, "cost_usd": 3.0, "cost_usd_align": 1.0, "energy_kwh_measured_align": 4.0}
+    assert usage_of(metrics) == {"core_hours": 2.0, "cost_usd": 3.0}
+    assert usage_of(metrics, "align") == {"cost_usd": 1.0, "energy_kwh_measured": 4.0}
+    assert usage_of(metrics, "ali") == {}

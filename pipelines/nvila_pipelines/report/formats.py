@@ -67,6 +67,18 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def amount(value: float | None) -> str:
+    """Format hours, energy or money, which may be very small.
+
+    Example:
+        >>> amount(0.00012345)
+        '0.000123'
+    """
+    if value is None:
+        return MISSING
+    return f"{value:,.2f}" if value >= 100 else f"{value:.3g}" if value else "0"
+
+
 def shortened(text: str, limit: int = 280) -> str:
     """Cut a long text, so that one record cannot fill the page."""
     return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
