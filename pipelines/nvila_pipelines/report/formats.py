@@ -71,12 +71,16 @@ def amount(value: float | None) -> str:
     """Format hours, energy or money, which may be very small.
 
     Example:
-        >>> amount(0.00012345)
-        '0.000123'
+        >>> amount(0.00012345), amount(0.00000012)
+        ('0.000123', 'under 0.0001')
     """
     if value is None:
         return MISSING
-    return f"{value:,.2f}" if value >= 100 else f"{value:.3g}" if value else "0"
+    if value >= 100:
+        return f"{value:,.2f}"
+    if value >= 0.0001:
+        return f"{value:.3g}"
+    return "under 0.0001" if value else "0"
 
 
 def shortened(text: str, limit: int = 280) -> str:

@@ -108,7 +108,7 @@ def training_curve(
         axes.plot([x for x, _ in shown], [y for _, y in shown], color=KEPT, linewidth=1.6)
         if marks:
             axes.plot(list(marks), [0.03 * top] * len(marks), linestyle="none", marker="x", color=MARK, label="skipped")
-            axes.legend(**_LEGEND, loc="upper right")
+            axes.legend(**_LEGEND, loc="lower right", bbox_to_anchor=(1.02, 0.96))
         axes.set_ylim(0, top * 1.15)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -116,7 +116,7 @@ def training_curve(
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
 
-    return _svg(draw, (3.0, 2.2), name, alt)
+    return _svg(draw, (3.0, 2.2), name, alt, headroom=0.2)
 
 
 def delta_histogram(histogram: DeltaHistogram, *, name: str, alt: str) -> str:
@@ -252,8 +252,8 @@ def _plain_number(value: float) -> str:
 
 
 def _thinned(curve: list[tuple[X, float]], limit: int = 400) -> list[tuple[X, float]]:
-    thin: list[tuple[X, float]] = curve[:: max(1, math.ceil(len(curve) / limit))]
-    return [*thin, curve[-1]] if curve and thin[-1] != curve[-1] else thin
+    thin = curve[:: max(1, math.ceil(len(curve) / limit))]
+    return thin + curve[-1:] if curve and thin[-1] != curve[-1] else thin
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
