@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.augmentation import random_shift
 from nvila.training.config import StageConfig, TrainConfig
 from nvila.training.engine import TrainEngine
+from nvila.training.observer import StageObserver, StepRecord
 from nvila.training.precision import autocast
 
 
@@ -75,6 +76,7 @@ def run_stage(
     pad_token_id: int,
     log: MetricsLog,
     reporter: Reporter = SILENT,
+    observers: Sequence[StageObserver] = (),
 ) -> None:
     """Train for the steps of one stage.
 
@@ -87,8 +89,10 @@ def run_stage(
     noise = torch.Generator().manual_seed(config.seed + 1_000_003 * int(os.environ.get("RANK", "0")))
     started, tokens = time.monotonic(), 0
     for step in range(stage.steps):
+        began = time.monotonic()
         batch = collate(next(batches), pad_token_id)
         tiles = random_shift(pixels(batch.images), stage.max_shift_pixels, noise)
+        data_seconds = time.monotonic() - began
         with autocast(config.precision, tiles.device.type):
             loss = engine(**model_inputs(batch, tiles)).loss
         scale = global_token_weight(batch)
@@ -101,6 +105,23 @@ def run_stage(
             stage.name, step, value, lr_scale, tokens, time.monotonic() - started, last=step + 1 == stage.steps
         )
         reporter.progress(stage.name, step + 1, stage.steps, metrics)
+        # Every process takes part in the sums, whether it has observers or not.
+        tokens_now, samples, images = over_all_processes(batch.num_tokens, batch.num_samples, len(tiles))
+        record = StepRecord(
+            stage=stage.name,
+            step=step + 1,
+            steps=stage.steps,
+            loss=value,
+            grad_norm=math.nan,
+            lr_scale=lr_scale,
+            tokens=tokens_now,
+            samples=samples,
+            images=images,
+            seconds=time.monotonic() - began,
+            data_seconds=data_seconds,
+        )
+        for observer in observers:
+            observer.on_step(record)
 
 
 def model_inputs(batch: Batch, tiles: Tensor) -> dict[str, Tensor]:
@@ -122,6 +143,15 @@ def global_token_weight(batch: Batch) -> float:
     count = torch.tensor([float(batch.num_supervised)])
     torch.distributed.all_reduce(count)
     return batch.num_supervised * world / float(count)
+
+
+def over_all_processes(*counts: int) -> tuple[int, ...]:
+    """Sum counts over all processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return counts
+    total = torch.tensor(counts, dtype=torch.int64)
+    torch.distributed.all_reduce(total)
+    return tuple(int(count) for count in total)
 
 
 def check_finite(loss: Tensor, stage: str, step: int) -> float:

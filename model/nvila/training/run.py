@@ -26,6 +26,7 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.config import PARTS, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
 from nvila.training.loop import MetricsLog, run_stage
+from nvila.training.observer import StageObserver, StageStart
 from nvila.training.precision import apply_precision
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def train(
     reporter: Reporter = SILENT,
     *,
     pixels: PixelCache | None = None,
+    observers: Sequence[StageObserver] = (),
 ) -> Path:
     """Run all stages and return the folder of the final model.
 
@@ -54,6 +56,7 @@ def train(
         out_dir: Where stages and `metrics.jsonl` go.
         reporter: Receives progress.
         pixels: Tiles of all images, for a caller that has decoded them already.
+        observers: Follow the stages that train; usually of the first process only.
 
     Raises:
         ConfigError: A stage names data that does not exist, or the data is empty.
@@ -77,7 +80,7 @@ def train(
         else:
             pixels = pixels or PixelCache.build(images, _image_keys(datasets), config.model.vision["image_size"])
             _drop_lines(log.path, stage.name)
-            _train_stage(model, groups[stage.data], pixels, stage, config, number, log, reporter)
+            _train_stage(model, groups[stage.data], pixels, stage, config, number, log, reporter, observers)
             if _rank() == 0:
                 _save(model, processor, directory)
         # Also after a stage that just ran: the next one then starts from what was saved, as it would after a restart.
@@ -116,6 +119,7 @@ def _train_stage(
     number: int,
     log: MetricsLog,
     reporter: Reporter,
+    observers: Sequence[StageObserver],
 ) -> None:
     model.set_attn_implementation(config.attention)
     parameter_groups = trained_parts(model, stage)
@@ -130,6 +134,15 @@ def _train_stage(
         rank=_rank(),
         world=int(os.environ.get("WORLD_SIZE", "1")),
     )
+    start = StageStart(
+        stage=stage.name,
+        steps=stage.steps,
+        first_step=0,
+        parameters=sum(parameter.numel() for group in parameter_groups for parameter in group.parameters),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    for observer in observers:
+        observer.on_stage_start(start)
     engine = build_engine(model, parameter_groups, config)
     try:
         run_stage(
@@ -141,9 +154,12 @@ def _train_stage(
             pad_token_id=model.config.text_config.pad_token_id,
             log=log,
             reporter=reporter,
+            observers=observers,
         )
     finally:
         engine.close()
+    for observer in observers:
+        observer.on_stage_end(stage.name)
     model.eval()
 
 

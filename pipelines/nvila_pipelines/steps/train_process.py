@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nvila.progress import Reporter
 
 
 def main(spec_path: str) -> None:
@@ -18,7 +23,10 @@ def main(spec_path: str) -> None:
     from nvila.training.config import TrainConfig
     from nvila.training.run import train
     from nvila_pipelines.steps.curate import texts
+    from nvila_platform.settings import Settings
     from nvila_platform.telemetry import EventLog
+    from nvila_platform.training import observe_training
+    from nvila_platform.training.backup import backed_up
 
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     config = TrainConfig.from_dict(spec["config"])
@@ -30,9 +38,30 @@ def main(spec_path: str) -> None:
     }
     tokenizer = build_word_tokenizer(texts(datasets["text"]), model_max_length=config.model.max_length)
     images = ImageTable.open(data / IMAGES_FILE)
-    # One rank reports; the others would say the same.
-    reporter = EventLog(Path(spec["events"]), step="train") if os.environ.get("RANK", "0") == "0" else SILENT
-    train(config, datasets, images, tokenizer, Path(spec["out"]), reporter)
+    out = Path(spec["out"])
+    if os.environ.get("RANK", "0") != "0":
+        # One rank reports; the others would say the same.
+        train(config, datasets, images, tokenizer, out, SILENT)
+        return
+    events, settings = EventLog(Path(spec["events"]), step="train"), Settings.load()
+    with (
+        backed_up(settings, out, events.notice),
+        observe_training(config, settings, out_dir=out, reporter=events, vocabulary=len(tokenizer)) as observer,
+    ):
+        train(config, datasets, images, tokenizer, out, _Notices(events), observers=(observer,))
+
+
+class _Notices:
+    """Passes notices on; progress comes from the observer, which measures it."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def progress(self, phase: str, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+        pass
+
+    def notice(self, text: str) -> None:
+        self._reporter.notice(text)
 
 
 if __name__ == "__main__":
