@@ -49,7 +49,7 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
     Raises:
         NvilaError: A step failed; the same command goes on from there.
     """
-    from nvila_pipelines.report import write_report
+    from nvila_pipelines.report import write_plots, write_report
 
     started = time.monotonic()
     run = new_run(recipe, settings)
@@ -65,6 +65,9 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
         # The step that finished last was made of all the others.
         lineage = trace(store, list(refs.values())[-1].digest)
         watch.bridge.log_report(write_report(artifacts, summary.to_dict(), lineage, run.directory / "report.html"))
+        figures = write_plots(artifacts, run.directory / "plots", settings.workspace)
+        if figures is not None:
+            watch.bridge.log_report(figures)
     summary = summary.finished(time.monotonic() - started)
     write_atomically(run.directory / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
     return summary

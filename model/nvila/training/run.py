@@ -26,6 +26,7 @@ from nvila.training.config import PARTS, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
 from nvila.training.loop import MetricsLog, run_stage
 from nvila.training.media import Feed, MediaTable, MediaTensors
+from nvila.training.observer import StageObserver, StageStart
 from nvila.training.precision import apply_precision
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def train(
     *,
     pixels: PixelCache | None = None,
     videos: MediaTable | None = None,
+    observers: Sequence[StageObserver] = (),
 ) -> Path:
     """Run all stages and return the folder of the final model.
 
@@ -56,6 +58,7 @@ def train(
         reporter: Receives progress.
         pixels: Tiles of all images, for a caller that has decoded them already.
         videos: Videos of all samples, by their keys.
+        observers: Follow the stages that train; usually of the first process only.
 
     Raises:
         ConfigError: A stage names data that does not exist, or the data is empty.
@@ -78,7 +81,8 @@ def train(
         else:
             _drop_lines(log.path, stage.name)
             processor = _stage_processor(model, processor, stage)
-            _train_stage(model, feed.stage(stage, config.model, processor), stage, config, number, log, reporter)
+            fed = feed.stage(stage, config.model, processor)
+            _train_stage(model, fed, stage, config, number, log, reporter, observers)
             if _rank() == 0:
                 _save(model, processor, directory)
         # Also after a stage that just ran: the next one then starts from what was saved, as it would after a restart.
@@ -116,6 +120,7 @@ def _train_stage(
     number: int,
     log: MetricsLog,
     reporter: Reporter,
+    observers: Sequence[StageObserver],
 ) -> None:
     groups, pixels = fed
     stage, config = stage.resolved(len(groups)), config.for_stage(stage)
@@ -132,6 +137,15 @@ def _train_stage(
         rank=_rank(),
         world=int(os.environ.get("WORLD_SIZE", "1")),
     )
+    start = StageStart(
+        stage=stage.name,
+        steps=stage.steps,
+        first_step=0,
+        parameters=sum(parameter.numel() for group in parameter_groups for parameter in group.parameters),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    for observer in observers:
+        observer.on_stage_start(start)
     engine = build_engine(model, parameter_groups, config)
     try:
         run_stage(
@@ -143,9 +157,12 @@ def _train_stage(
             pad_token_id=model.config.text_config.pad_token_id,
             log=log,
             reporter=reporter,
+            observers=observers,
         )
     finally:
         engine.close()
+    for observer in observers:
+        observer.on_stage_end(stage.name)
     model.eval()
 
 

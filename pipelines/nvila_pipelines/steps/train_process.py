@@ -23,15 +23,27 @@ def main(spec_path: str) -> None:
     from nvila.progress import SILENT
     from nvila.training.config import TrainConfig
     from nvila.training.run import train
+    from nvila_platform.settings import Settings
     from nvila_platform.telemetry import EventLog
+    from nvila_platform.training import observe_training
+    from nvila_platform.training.backup import backed_up
 
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     config = TrainConfig.from_dict(spec["config"])
-    # One rank reports; the others would say the same.
-    reporter = EventLog(Path(spec["events"]), step="train") if os.environ.get("RANK", "0") == "0" else SILENT
-    datasets, images, videos = _data(config, Path(spec["data"]), Path(spec["selection"]), reporter)
+    data, selection, out = Path(spec["data"]), Path(spec["selection"]), Path(spec["out"])
+    if os.environ.get("RANK", "0") != "0":
+        # One rank reports; the others would say the same.
+        datasets, images, videos = _data(config, data, selection, SILENT)
+        train(config, datasets, images, _tokenizer(config, datasets), out, SILENT, videos=videos)
+        return
+    events, settings = EventLog(Path(spec["events"]), step="train"), Settings.load()
+    datasets, images, videos = _data(config, data, selection, events)
     tokenizer = _tokenizer(config, datasets)
-    train(config, datasets, images, tokenizer, Path(spec["out"]), reporter, videos=videos)
+    with (
+        backed_up(settings, out, events.notice),
+        observe_training(config, settings, out_dir=out, reporter=events, vocabulary=len(tokenizer)) as observer,
+    ):
+        train(config, datasets, images, tokenizer, out, _Notices(events), videos=videos, observers=(observer,))
 
 
 def _data(
@@ -69,6 +81,19 @@ def _tokenizer(config: TrainConfig, datasets: Mapping[str, Sequence[Sample]]) ->
     names = ("text", "clips") if "text" in datasets else tuple(datasets)
     words = [text for name in names for text in texts(datasets.get(name, []))]
     return build_word_tokenizer(words, model_max_length=config.model.max_length)
+
+
+class _Notices:
+    """Passes notices on; progress comes from the observer, which measures it."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def progress(self, phase: str, done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
+        pass
+
+    def notice(self, text: str) -> None:
+        self._reporter.notice(text)
 
 
 if __name__ == "__main__":
