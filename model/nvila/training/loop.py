@@ -6,10 +6,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,14 +20,9 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.augmentation import random_shift
 from nvila.training.config import StageConfig, TrainConfig
 from nvila.training.engine import TrainEngine
+from nvila.training.media import MediaTensors
+from nvila.training.observer import StageObserver, StepRecord
 from nvila.training.precision import autocast
-
-
-class PixelSource(Protocol):
-    """Gives the normalised tiles (T, 3, h, w) of images by key."""
-
-    def __call__(self, keys: tuple[str, ...]) -> Tensor:
-        """Return tiles in the order of `keys`."""
 
 
 @dataclass(slots=True)
@@ -68,13 +62,14 @@ def learning_rate_scale(step: int, stage: StageConfig) -> float:
 def run_stage(
     engine: TrainEngine,
     batches: Iterator[list[list[Encoded]]],
-    pixels: PixelSource,
+    pixels: MediaTensors,
     stage: StageConfig,
     config: TrainConfig,
     *,
     pad_token_id: int,
     log: MetricsLog,
     reporter: Reporter = SILENT,
+    observers: Sequence[StageObserver] = (),
 ) -> None:
     """Train for the steps of one stage.
 
@@ -87,10 +82,14 @@ def run_stage(
     noise = torch.Generator().manual_seed(config.seed + 1_000_003 * int(os.environ.get("RANK", "0")))
     started, tokens = time.monotonic(), 0
     for step in range(stage.steps):
+        began = time.monotonic()
         batch = collate(next(batches), pad_token_id)
-        tiles = random_shift(pixels(batch.images), stage.max_shift_pixels, noise)
-        with autocast(config.precision, tiles.device.type):
-            loss = engine(**model_inputs(batch, tiles)).loss
+        media = pixels.tensors(batch.images, batch.videos)
+        if "pixel_values" in media:
+            media["pixel_values"] = random_shift(media["pixel_values"], stage.max_shift_pixels, noise)
+        data_seconds = time.monotonic() - began
+        with autocast(config.precision, batch.input_ids.device.type):
+            loss = engine(**model_inputs(batch, media)).loss
         scale = global_token_weight(batch)
         value = check_finite(loss, stage.name, step)
         engine.backward(loss * scale)
@@ -101,16 +100,37 @@ def run_stage(
             stage.name, step, value, lr_scale, tokens, time.monotonic() - started, last=step + 1 == stage.steps
         )
         reporter.progress(stage.name, step + 1, stage.steps, metrics)
+        # Every process takes part in the sums, whether it has observers or not.
+        tokens_now, samples, images = over_all_processes(batch.num_tokens, batch.num_samples, num_tiles(media))
+        record = StepRecord(
+            stage=stage.name,
+            step=step + 1,
+            steps=stage.steps,
+            loss=value,
+            grad_norm=math.nan,
+            lr_scale=lr_scale,
+            tokens=tokens_now,
+            samples=samples,
+            images=images,
+            seconds=time.monotonic() - began,
+            data_seconds=data_seconds,
+        )
+        for observer in observers:
+            observer.on_step(record)
 
 
-def model_inputs(batch: Batch, tiles: Tensor) -> dict[str, Tensor]:
+def num_tiles(media: dict[str, Tensor]) -> int:
+    """Return how many tiles and frames the tower sees."""
+    return sum(media[name].flatten(0, -4).shape[0] for name in ("pixel_values", "pixel_values_videos") if name in media)
+
+
+def model_inputs(batch: Batch, media: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the keyword arguments of a training forward pass."""
-    return {
+    return media | {
         "input_ids": batch.input_ids,
         "labels": batch.labels,
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,
-        "pixel_values": tiles,
     }
 
 
@@ -122,6 +142,15 @@ def global_token_weight(batch: Batch) -> float:
     count = torch.tensor([float(batch.num_supervised)])
     torch.distributed.all_reduce(count)
     return batch.num_supervised * world / float(count)
+
+
+def over_all_processes(*counts: int) -> tuple[int, ...]:
+    """Sum counts over all processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return counts
+    total = torch.tensor(counts, dtype=torch.int64)
+    torch.distributed.all_reduce(total)
+    return tuple(int(count) for count in total)
 
 
 def check_finite(loss: Tensor, stage: str, step: int) -> float:
