@@ -86,8 +86,22 @@ def build_from_bases(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def with_local_bases(config: ModelConfig) -> ModelConfig:
-    """Return a model whose pretrained parts are folders, so that every process reads the same files."""
-    return config if config.base is None else replace(config, base=local_bases(config.base))
+    """Return a model whose pretrained parts are folders, checked against the recipe.
+
+    Raises:
+        ConfigError: As in `local_bases`, as are the errors below.
+        CheckpointError: A part has another width or depth than the recipe says.
+    """
+    if config.base is None:
+        return config
+    base = local_bases(config.base)
+    for part, folder, expected in (
+        ("vision", base.vision, config.vision),
+        ("language", base.language, config.language),
+    ):
+        raw = _config(Path(folder), part)
+        _check_shape(part, folder, raw.get("vision_config", raw), expected)
+    return replace(config, base=base)
 
 
 def _local(name: str, part: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nvila.data.conversation import ConversationEncoder, Encoded
-from nvila.data.media import ImageTable
 from nvila.data.media_layout import MediaLayout
 from nvila.data.records import Part, Sample
 from nvila.data.tensors import PixelCache, encode_groups
@@ -18,6 +17,16 @@ from nvila.processing import NVILAProcessor
 from nvila.training.config import SINGLE_TILE, ModelConfig, StageConfig
 
 ImageSource = Callable[[str], Any]
+
+
+class MediaTable(Protocol):
+    """Media by key, as `nvila.data.media.ImageTable` has them."""
+
+    def image(self, key: str) -> Any:
+        """Decode one image to RGB."""
+
+    def encoded(self, key: str) -> bytes:
+        """Return the bytes of one medium."""
 
 
 class MediaTensors(Protocol):
@@ -93,8 +102,8 @@ class Feed:
     def __init__(
         self,
         datasets: Mapping[str, Sequence[Sample]],
-        images: ImageTable,
-        videos: ImageTable | None = None,
+        images: MediaTable,
+        videos: MediaTable | None = None,
         pixels: PixelCache | None = None,
     ) -> None:
         self._datasets = datasets

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from nvila.assembly import build_model, build_processor, load_model, save_model
 from nvila.configuration import NVILAConfig
 from nvila.data.conversation import Encoded
-from nvila.data.media import ImageTable
 from nvila.data.records import Sample
 from nvila.data.sampling import GroupSampler
 from nvila.data.tensors import PixelCache
@@ -26,7 +25,7 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.config import PARTS, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
 from nvila.training.loop import MetricsLog, run_stage
-from nvila.training.media import Feed, MediaTensors
+from nvila.training.media import Feed, MediaTable, MediaTensors
 from nvila.training.observer import StageObserver, StageStart
 from nvila.training.precision import apply_precision
 
@@ -36,13 +35,13 @@ logger = logging.getLogger(__name__)
 def train(
     config: TrainConfig,
     datasets: Mapping[str, Sequence[Sample]],
-    images: ImageTable,
+    images: MediaTable,
     tokenizer: PreTrainedTokenizerBase,
     out_dir: Path,
     reporter: Reporter = SILENT,
     *,
     pixels: PixelCache | None = None,
-    videos: ImageTable | None = None,
+    videos: MediaTable | None = None,
     observers: Sequence[StageObserver] = (),
 ) -> Path:
     """Run all stages and return the folder of the final model.

@@ -37,6 +37,8 @@ def run(context: StepContext) -> dict[str, float]:
     from nvila.data.tensors import PixelCache
 
     config, data = context.recipe.curate, context.inputs["data"]
+    if config is None and not (data / IMAGES_FILE).is_file():
+        return {"kept": float(write_jsonl(context.out_dir / "selected.jsonl", []))}  # stages read their data themselves
     samples = load_samples(data, "train")
     if config is None:
         return {"kept": float(write_jsonl(context.out_dir / "selected.jsonl", samples))}

@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvila.errors import ConfigError
 from nvila_pipelines.steps.context import StepContext
 
 if TYPE_CHECKING:
@@ -18,16 +17,17 @@ def run(context: StepContext) -> dict[str, float]:
     """Write the splits, captions and images of easy-VQA, and generated clips.
 
     Outputs: `train.jsonl`, `validation.jsonl`, `test.jsonl`, `captions.jsonl`, `text.jsonl`, `images.parquet`; with
-    clips also `clips.jsonl` and `videos.parquet`.
+    clips also `clips.jsonl` and `videos.parquet`. Without a built-in data set only `registry.json`, which says where
+    the data are named that stages read themselves.
 
     Raises:
-        ConfigError: The recipe has no built-in data set.
+        DataError: The registry does not exist.
     """
     if context.recipe.data.dataset is None:
-        raise ConfigError(
-            f"recipe {context.recipe.name} has no built-in data set, which this step writes",
-            "train it with `nvila train`, or set data.dataset=easy-vqa data.validation_images=400",
-        )
+        from nvila_pipelines.training.mixtures import write_registry
+
+        write_registry(context.recipe.data.registry, context.out_dir)
+        return {}
     from nvila.data import easy_vqa
     from nvila.data.dataset import IMAGES_FILE
     from nvila.data.media import write_image_table
