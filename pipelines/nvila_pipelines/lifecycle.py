@@ -18,11 +18,12 @@ from nvila_pipelines.steps.runner import RunContext, run_step, step_key
 from nvila_pipelines.steps.table import STEPS, step_spec
 from nvila_pipelines.summary import Summary, summarize
 from nvila_pipelines.tracking_bridge import TrackingBridge
+from nvila_pipelines.training.stages import STEP, adopt_stages
 from nvila_platform.artifacts import storage_errors, write_atomically
 from nvila_platform.lineage import trace
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store
-from nvila_platform.telemetry import ProgressView, follow
+from nvila_platform.telemetry import EventLog, ProgressView, follow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,9 @@ def run_until(recipe: Recipe, settings: Settings, step: str, *, view: ProgressVi
     with RunWatch(run, recipe, view):
         for name in steps_before(step):
             inputs = {key: refs[source] for key, source in STEPS[name].inputs.items()}
+            if name == STEP:
+                with EventLog(run.events_path, step=name) as events:
+                    adopt_stages(recipe, inputs, settings, events)
             refs[name] = run_step(name, recipe, inputs, run)
     return refs[step]
 

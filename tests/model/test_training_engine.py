@@ -53,7 +53,7 @@ def run(model: NVILAForConditionalGeneration, model_config: ModelConfig, batch: 
         assert engine.module is trained
         losses = []
         for scale in SCALES:
-            loss = engine(**model_inputs(batch, tiles(batch.images))).loss
+            loss = engine(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss
             losses.append(float(loss.detach()))
             engine.backward(loss)
             engine.step(scale)
@@ -70,7 +70,7 @@ def by_hand(model: NVILAForConditionalGeneration, batch: Batch, tiles: PixelCach
     moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
     for step, scale in enumerate(SCALES, start=1):
         trained.zero_grad()
-        trained(**model_inputs(batch, tiles(batch.images))).loss.backward()
+        trained(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss.backward()
         used = [p for parameters in groups.values() for p in parameters if p.grad is not None]
         norm = torch.stack([p.grad.square().sum() for p in used if p.grad is not None]).sum().sqrt()
         shrink = min(1.0, 0.5 / (norm.item() + 1e-6))

@@ -54,7 +54,7 @@ def test_formula_agrees_with_counted_operations(
     )
     trained_parts(fresh_model, stage)
     with FlopCounterMode(display=False) as counter:
-        fresh_model(**model_inputs(batch, tiles(batch.images))).loss.backward()
+        fresh_model(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss.backward()
     length = batch.input_ids.shape[1]
     assert batch.num_tokens == 2 * length
     found = model_flops(fresh_model.config).step(

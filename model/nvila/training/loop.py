@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,15 +20,9 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.augmentation import random_shift
 from nvila.training.config import StageConfig, TrainConfig
 from nvila.training.engine import TrainEngine
+from nvila.training.media import MediaTensors
 from nvila.training.observer import StageObserver, StepRecord
 from nvila.training.precision import autocast
-
-
-class PixelSource(Protocol):
-    """Gives the normalised tiles (T, 3, h, w) of images by key."""
-
-    def __call__(self, keys: tuple[str, ...]) -> Tensor:
-        """Return tiles in the order of `keys`."""
 
 
 @dataclass(slots=True)
@@ -69,7 +62,7 @@ def learning_rate_scale(step: int, stage: StageConfig) -> float:
 def run_stage(
     engine: TrainEngine,
     batches: Iterator[list[list[Encoded]]],
-    pixels: PixelSource,
+    pixels: MediaTensors,
     stage: StageConfig,
     config: TrainConfig,
     *,
@@ -91,10 +84,12 @@ def run_stage(
     for step in range(stage.steps):
         began = time.monotonic()
         batch = collate(next(batches), pad_token_id)
-        tiles = random_shift(pixels(batch.images), stage.max_shift_pixels, noise)
+        media = pixels.tensors(batch.images, batch.videos)
+        if "pixel_values" in media:
+            media["pixel_values"] = random_shift(media["pixel_values"], stage.max_shift_pixels, noise)
         data_seconds = time.monotonic() - began
-        with autocast(config.precision, tiles.device.type):
-            loss = engine(**model_inputs(batch, tiles)).loss
+        with autocast(config.precision, batch.input_ids.device.type):
+            loss = engine(**model_inputs(batch, media)).loss
         scale = global_token_weight(batch)
         value = check_finite(loss, stage.name, step)
         engine.backward(loss * scale)
@@ -106,7 +101,7 @@ def run_stage(
         )
         reporter.progress(stage.name, step + 1, stage.steps, metrics)
         # Every process takes part in the sums, whether it has observers or not.
-        tokens_now, samples, images = over_all_processes(batch.num_tokens, batch.num_samples, len(tiles))
+        tokens_now, samples, images = over_all_processes(batch.num_tokens, batch.num_samples, num_tiles(media))
         record = StepRecord(
             stage=stage.name,
             step=step + 1,
@@ -124,14 +119,18 @@ def run_stage(
             observer.on_step(record)
 
 
-def model_inputs(batch: Batch, tiles: Tensor) -> dict[str, Tensor]:
+def num_tiles(media: dict[str, Tensor]) -> int:
+    """Return how many tiles and frames the tower sees."""
+    return sum(media[name].flatten(0, -4).shape[0] for name in ("pixel_values", "pixel_values_videos") if name in media)
+
+
+def model_inputs(batch: Batch, media: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the keyword arguments of a training forward pass."""
-    return {
+    return media | {
         "input_ids": batch.input_ids,
         "labels": batch.labels,
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,
-        "pixel_values": tiles,
     }
 
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nvila.assembly import build_model, build_processor, load_model, save_model
 from nvila.configuration import NVILAConfig
-from nvila.data.conversation import ConversationEncoder, Encoded
+from nvila.data.conversation import Encoded
 from nvila.data.media import ImageTable
 from nvila.data.records import Sample
 from nvila.data.sampling import GroupSampler
-from nvila.data.tensors import PixelCache, encode_groups
+from nvila.data.tensors import PixelCache
 from nvila.errors import ConfigError, nearest
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
@@ -26,6 +26,7 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.config import PARTS, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
 from nvila.training.loop import MetricsLog, run_stage
+from nvila.training.media import Feed, MediaTensors
 from nvila.training.observer import StageObserver, StageStart
 from nvila.training.precision import apply_precision
 
@@ -41,6 +42,7 @@ def train(
     reporter: Reporter = SILENT,
     *,
     pixels: PixelCache | None = None,
+    videos: ImageTable | None = None,
     observers: Sequence[StageObserver] = (),
 ) -> Path:
     """Run all stages and return the folder of the final model.
@@ -56,6 +58,7 @@ def train(
         out_dir: Where stages and `metrics.jsonl` go.
         reporter: Receives progress.
         pixels: Tiles of all images, for a caller that has decoded them already.
+        videos: Videos of all samples, by their keys.
         observers: Follow the stages that train; usually of the first process only.
 
     Raises:
@@ -68,8 +71,7 @@ def train(
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
     processor = build_processor(cast("NVILAConfig", model.config), tokenizer)
-    encoder = ConversationEncoder(tokenizer, model.config.num_image_tokens, config.model.max_length)
-    groups = {name: encode_groups(samples, encoder) for name, samples in datasets.items()}
+    feed = Feed(datasets, images, videos, pixels)
     # One process speaks for all; they run in step and would only repeat it.
     log = MetricsLog(out_dir / "metrics.jsonl" if _rank() == 0 else Path(os.devnull))
     reporter = reporter if _rank() == 0 else SILENT
@@ -78,13 +80,14 @@ def train(
         if directory.is_dir():
             reporter.notice(f"stage {stage.name} is already trained; going on from it")
         else:
-            pixels = pixels or PixelCache.build(images, _image_keys(datasets), config.model.vision["image_size"])
             _drop_lines(log.path, stage.name)
-            _train_stage(model, groups[stage.data], pixels, stage, config, number, log, reporter, observers)
+            processor = _stage_processor(model, processor, stage)
+            fed = feed.stage(stage, config.model, processor)
+            _train_stage(model, fed, stage, config, number, log, reporter, observers)
             if _rank() == 0:
                 _save(model, processor, directory)
         # Also after a stage that just ran: the next one then starts from what was saved, as it would after a restart.
-        model, _ = load_model(_wait_for(directory))
+        model, processor = load_model(_wait_for(directory))
     return directory
 
 
@@ -112,8 +115,7 @@ def trained_parts(model: NVILAForConditionalGeneration, stage: StageConfig) -> l
 
 def _train_stage(
     model: NVILAForConditionalGeneration,
-    groups: list[list[Encoded]],
-    pixels: PixelCache,
+    fed: tuple[list[list[Encoded]], MediaTensors],
     stage: StageConfig,
     config: TrainConfig,
     number: int,
@@ -121,6 +123,8 @@ def _train_stage(
     reporter: Reporter,
     observers: Sequence[StageObserver],
 ) -> None:
+    groups, pixels = fed
+    stage, config = stage.resolved(len(groups)), config.for_stage(stage)
     model.set_attn_implementation(config.attention)
     parameter_groups = trained_parts(model, stage)
     applied = apply_precision(model.model.language_model, config.precision)
@@ -184,8 +188,17 @@ def _drop_lines(path: Path, stage: str) -> None:
         path.write_text("".join(kept), encoding="utf-8")
 
 
-def _image_keys(datasets: Mapping[str, Sequence[Sample]]) -> list[str]:
-    return [key for samples in datasets.values() for sample in samples for key in sample.images]
+def _stage_processor(
+    model: NVILAForConditionalGeneration, processor: NVILAProcessor, stage: StageConfig
+) -> NVILAProcessor:
+    """Let the model look at videos as a stage says, from there on, and return the processor that belongs to it."""
+    if stage.frames is None and stage.pool_sizes is None:
+        return processor
+    if stage.frames is not None:
+        model.config.num_video_frames = stage.frames
+    if stage.pool_sizes is not None:
+        model.config.video_pool_sizes = [list(size) for size in stage.pool_sizes]
+    return build_processor(cast("NVILAConfig", model.config), processor.tokenizer)
 
 
 def _rank() -> int:

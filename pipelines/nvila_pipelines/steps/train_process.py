@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nvila.data.records import Sample
     from nvila.progress import Reporter
 
 
 def main(spec_path: str) -> None:
     """Read a specification that the train step wrote and train."""
-    from nvila.data.dataset import IMAGES_FILE, load_samples
+    from nvila.base_models import base_tokenizer
+    from nvila.data.dataset import IMAGES_FILE, VIDEOS_FILE
     from nvila.data.media import ImageTable
-    from nvila.data.records import read_jsonl
     from nvila.data.tokenizers import build_word_tokenizer
     from nvila.progress import SILENT
     from nvila.training.config import TrainConfig
@@ -31,24 +32,38 @@ def main(spec_path: str) -> None:
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     config = TrainConfig.from_dict(spec["config"])
     data = Path(spec["data"])
-    datasets = {
-        "selected": list(read_jsonl(Path(spec["selection"]) / "selected.jsonl")),
-        "captions": load_samples(data, "captions"),
-        "text": load_samples(data, "text"),
-    }
-    tokenizer = build_word_tokenizer(texts(datasets["text"]), model_max_length=config.model.max_length)
+    datasets = _datasets(data, Path(spec["selection"]))
+    if config.model.base is not None:
+        tokenizer = base_tokenizer(config.model.base)
+    else:
+        words = [text for name in ("text", "clips") for text in texts(datasets.get(name, []))]
+        tokenizer = build_word_tokenizer(words, model_max_length=config.model.max_length)
     images = ImageTable.open(data / IMAGES_FILE)
+    videos = ImageTable.open(data / VIDEOS_FILE) if (data / VIDEOS_FILE).is_file() else None
     out = Path(spec["out"])
     if os.environ.get("RANK", "0") != "0":
         # One rank reports; the others would say the same.
-        train(config, datasets, images, tokenizer, out, SILENT)
+        train(config, datasets, images, tokenizer, out, SILENT, videos=videos)
         return
     events, settings = EventLog(Path(spec["events"]), step="train"), Settings.load()
     with (
         backed_up(settings, out, events.notice),
         observe_training(config, settings, out_dir=out, reporter=events, vocabulary=len(tokenizer)) as observer,
     ):
-        train(config, datasets, images, tokenizer, out, _Notices(events), observers=(observer,))
+        train(config, datasets, images, tokenizer, out, _Notices(events), videos=videos, observers=(observer,))
+
+
+def _datasets(data: Path, selection: Path) -> dict[str, list[Sample]]:
+    """Read the samples that stages may name."""
+    from nvila.data.dataset import VIDEOS_FILE, load_samples
+    from nvila.data.records import read_jsonl
+
+    datasets = {
+        "selected": list(read_jsonl(selection / "selected.jsonl")),
+        "captions": load_samples(data, "captions"),
+        "text": load_samples(data, "text"),
+    }
+    return datasets | ({"clips": load_samples(data, "clips")} if (data / VIDEOS_FILE).is_file() else {})
 
 
 class _Notices:

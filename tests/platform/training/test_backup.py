@@ -20,7 +20,7 @@ from nvila_platform.training.backup import CheckpointUploader, backed_up, restor
 from nvila_platform.training.backup_store import BackupStore, FolderBackups, open_backups
 
 if TYPE_CHECKING:
-    from tests.platform.conftest import S3Service
+    from tests.conftest import S3Service
 
 CHECKPOINTS = ".checkpoints/1-align"
 
