@@ -49,13 +49,15 @@ class TrainingObserver:
         self._peak_flops = peak_flops
         self._flops = flops or {}
         self._meter: StageMeter | None = None
-        self._due = dict.fromkeys(map(id, self._sinks), 0.0)
+        self._due: dict[int, float] = {}
 
     def on_stage_start(self, start: StageStart) -> None:
         """Begin to measure a stage."""
         flops = self._flops.get(start.stage)
         meter = StageMeter(start, self._settings, peak_flops=self._peak_flops, flops=flops)
         self._meter = meter
+        # The first step of a stage is told, however short the stage before was.
+        self._due = dict.fromkeys(map(id, self._sinks), 0.0)
         self._tell(self._sinks, lambda sink: sink.on_stage_start(meter))
 
     def on_step(self, record: StepRecord) -> None:

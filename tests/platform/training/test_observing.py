@@ -90,6 +90,10 @@ def test_fast_steps_are_thinned_but_skipped_and_last_ones_always_told(
     for step in range(1, 11):
         observer.on_step(record(step, skipped=step == 5))
     assert [done for _, done, _, _ in heard.events] == [1, 5, 10]
+    observer.on_stage_start(start("vision"))
+    for step in range(1, 4):
+        observer.on_step(record(step, stage="vision"))
+    assert [(stage, done) for stage, done, _, _ in heard.events[3:]] == [("vision", 1)]
 
 
 def test_steps_outside_a_stage_are_ignored(heard: Heard, record: MakeRecord) -> None:
