@@ -30,15 +30,15 @@ def main(spec_path: str) -> None:
 
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     config = TrainConfig.from_dict(spec["config"])
-    out, first = Path(spec["out"]), os.environ.get("RANK", "0") == "0"
-    # One rank reports; the others would say the same.
-    events = EventLog(Path(spec["events"]), step="train") if first else SILENT
-    datasets, images, videos = _data(config, Path(spec["data"]), Path(spec["selection"]), events)
-    tokenizer = _tokenizer(config, datasets)
-    if not first:
-        train(config, datasets, images, tokenizer, out, SILENT, videos=videos)
+    data, selection, out = Path(spec["data"]), Path(spec["selection"]), Path(spec["out"])
+    if os.environ.get("RANK", "0") != "0":
+        # One rank reports; the others would say the same.
+        datasets, images, videos = _data(config, data, selection, SILENT)
+        train(config, datasets, images, _tokenizer(config, datasets), out, SILENT, videos=videos)
         return
-    settings = Settings.load()
+    events, settings = EventLog(Path(spec["events"]), step="train"), Settings.load()
+    datasets, images, videos = _data(config, data, selection, events)
+    tokenizer = _tokenizer(config, datasets)
     with (
         backed_up(settings, out, events.notice),
         observe_training(config, settings, out_dir=out, reporter=events, vocabulary=len(tokenizer)) as observer,
