@@ -168,9 +168,7 @@ def train_watched(out: Path, settings: Settings, pairs: int, *, everything: bool
     tokenizer = inputs["tokenizer"]
     if everything:
         settings = replace(settings, metrics_address="127.0.0.1:0")
-        observer = observe_training(
-            config, settings, out_dir=out, reporter=EventLog(out / "events.jsonl", "train"), vocabulary=len(tokenizer)
-        )
+        observer = observe_training(config, settings, out_dir=out, reporter=EventLog(out / "events.jsonl", "train"))
     else:
         observer = TrainingObserver([TrackingSink(open_tracker(settings, "train"))], settings)
     tracker = next(sink._tracker for sink in observer._sinks if isinstance(sink, TrackingSink))

@@ -158,7 +158,7 @@ def test_settings_decide_who_is_told(
     heard: Heard, config: TrainConfig, record: MakeRecord, start: MakeStart, tmp_path: Path
 ) -> None:
     settings = Settings.load(tmp_path, {"NVILA_PEAK_TFLOPS": "0.001"})
-    with observe_training(config, settings, out_dir=tmp_path, reporter=heard, vocabulary=50) as observer:
+    with observe_training(config, settings, out_dir=tmp_path, reporter=heard) as observer:
         observer.on_stage_start(start())
         observer.on_step(record())
         observer.on_notice("a notice")
@@ -171,7 +171,7 @@ def test_settings_decide_who_is_told(
 def test_without_a_known_peak_there_is_no_mfu(
     heard: Heard, config: TrainConfig, record: MakeRecord, start: MakeStart, tmp_path: Path
 ) -> None:
-    with observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard, vocabulary=50) as one:
+    with observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard) as one:
         one.on_stage_start(start())
         one.on_step(record())
     assert "mfu" not in heard.events[0][3]
@@ -182,13 +182,13 @@ def test_decoder_without_a_formula_is_named(heard: Heard, config: TrainConfig, t
 
     other = replace(config, model=replace(config.model, language={"model_type": "gpt2"}))
     settings = Settings.load(tmp_path, {"NVILA_PEAK_TFLOPS": "1"})
-    observe_training(other, settings, out_dir=tmp_path, reporter=heard, vocabulary=50).close()
+    observe_training(other, settings, out_dir=tmp_path, reporter=heard).close()
     assert heard.notices == ["no MFU: there is no formula for the operations of a decoder of type 'gpt2'"]
 
 
 def test_history_that_cannot_be_written_is_a_notice(heard: Heard, config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / HISTORY_FILE).mkdir()
-    observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard, vocabulary=50).close()
+    observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard).close()
     assert len(heard.notices) == 1
     assert "no history" in heard.notices[0]
 
