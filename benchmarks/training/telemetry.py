@@ -168,14 +168,11 @@ def train_watched(out: Path, settings: Settings, pairs: int, *, everything: bool
     tokenizer = inputs["tokenizer"]
     if everything:
         settings = replace(settings, metrics_address="127.0.0.1:0")
-        observer = observe_training(
-            config, settings, out_dir=out, reporter=EventLog(out / "events.jsonl", "train"), vocabulary=len(tokenizer)
-        )
+        observer = observe_training(config, settings, out_dir=out, reporter=EventLog(out / "events.jsonl", "train"))
     else:
         observer = TrainingObserver([TrackingSink(open_tracker(settings, "train"))], settings)
     tracker = next(sink._tracker for sink in observer._sinks if isinstance(sink, TrackingSink))
     observer._sinks.append(ManyValues(tracker))
-    observer._due[id(observer._sinks[-1])] = 0.0
     alternating = Alternating(observer)
     port = next((sink.port for sink in observer._sinks if hasattr(sink, "port")), None)
     scraper = subprocess.Popen([sys.executable, "-c", SCRAPER, str(port)]) if port else None

@@ -20,6 +20,7 @@ from nvila.training.flops import DecoderShape, model_flops
 from nvila.training.hardware import PEAKS, memory_bytes, peak_flops
 from nvila.training.loop import model_inputs
 from nvila.training.observer import StepRecord
+from nvila.training.planning.devices import gpu_named
 from nvila.training.run import trained_parts
 from nvila.training.throughput import Throughput
 
@@ -105,6 +106,27 @@ def test_unknown_kind_of_decoder_is_named() -> None:
 )
 def test_peak_by_device_name(device: str, precision: Any, tera: float | None) -> None:
     assert peak_flops(device, precision) == (None if tera is None else tera * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+    ],
+)
+def test_a_plan_and_a_run_measure_against_the_same_peak(device: str, name: str) -> None:
+    gpu = gpu_named(name)
+    fp8 = None if gpu.fp8_tflops is None else gpu.fp8_tflops * 1e12
+    assert (peak_flops(device, "bf16"), peak_flops(device, "fp8")) == (gpu.bf16_tflops * 1e12, fp8)
+
+
+def test_projector_behind_merged_scales_is_left_out() -> None:
+    assert model_flops(NVILAConfig.from_preset("nvila-8b")).projector_per_tile == 0
+    assert model_flops(NVILAConfig.from_preset("nvila-lite-8b")).projector_per_tile > 0
 
 
 def test_fp8_is_twice_as_fast_where_there_is_any() -> None:

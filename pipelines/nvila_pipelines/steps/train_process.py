@@ -41,7 +41,7 @@ def main(spec_path: str) -> None:
     tokenizer = _tokenizer(config, datasets)
     with (
         backed_up(settings, out, events.notice),
-        observe_training(config, settings, out_dir=out, reporter=events, vocabulary=len(tokenizer)) as observer,
+        observe_training(config, settings, out_dir=out, reporter=events) as observer,
     ):
         train(config, datasets, images, tokenizer, out, _Notices(events), videos=videos, observers=(observer,))
 

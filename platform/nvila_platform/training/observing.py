@@ -49,13 +49,15 @@ class TrainingObserver:
         self._peak_flops = peak_flops
         self._flops = flops or {}
         self._meter: StageMeter | None = None
-        self._due = dict.fromkeys(map(id, self._sinks), 0.0)
+        self._due: dict[int, float] = {}
 
     def on_stage_start(self, start: StageStart) -> None:
         """Begin to measure a stage."""
         flops = self._flops.get(start.stage)
         meter = StageMeter(start, self._settings, peak_flops=self._peak_flops, flops=flops)
         self._meter = meter
+        # The first step of a stage is told, however short the stage before was.
+        self._due = dict.fromkeys(map(id, self._sinks), 0.0)
         self._tell(self._sinks, lambda sink: sink.on_stage_start(meter))
 
     def on_step(self, record: StepRecord) -> None:
@@ -110,9 +112,7 @@ class TrainingObserver:
         return sink.interval_s != float("inf")
 
 
-def observe_training(
-    config: TrainConfig, settings: Settings, *, out_dir: Path, reporter: Reporter, vocabulary: int
-) -> TrainingObserver:
+def observe_training(config: TrainConfig, settings: Settings, *, out_dir: Path, reporter: Reporter) -> TrainingObserver:
     """Build the observer that the settings ask for, to be used as a context manager by the first process of a run.
 
     Args:
@@ -120,7 +120,6 @@ def observe_training(
         settings: Prices, addresses, and who tracks.
         out_dir: Folder of the run's outputs; the history goes beside them.
         reporter: Gets progress, and a notice when `/metrics` cannot be offered.
-        vocabulary: Tokens of the language model.
 
     Raises:
         CapabilityError: `/metrics` is asked for and prometheus-client is not installed.
@@ -140,7 +139,7 @@ def observe_training(
 
         sinks.append(TrackingSink(open_tracker(settings, "train")))
     peak = _peak_flops(config, settings)
-    flops = _flops(config, vocabulary, reporter) if peak else {}
+    flops = _flops(config, reporter) if peak else {}
     return TrainingObserver(sinks, settings, peak_flops=peak, flops=flops)
 
 
@@ -152,19 +151,13 @@ def _peak_flops(config: TrainConfig, settings: Settings) -> float | None:
     return peak_flops(device_name(), config.precision.name)
 
 
-def _flops(config: TrainConfig, vocabulary: int, reporter: Reporter) -> dict[str, StepFlops]:
-    from nvila.configuration import NVILAConfig
+def _flops(config: TrainConfig, reporter: Reporter) -> dict[str, StepFlops]:
     from nvila.errors import CapabilityError
     from nvila.training.flops import model_flops
+    from nvila.training.planning.sizes import nvila_config
 
-    model = NVILAConfig(
-        vision_config=dict(config.model.vision),
-        text_config={**config.model.language, "vocab_size": vocabulary},
-        mm_projector_type=config.model.projector,
-        mm_vision_select_layer=config.model.select_layer,
-    )
     try:
-        formula = model_flops(model)
+        formula = model_flops(nvila_config(config.model))
     except CapabilityError as e:
         reporter.notice(f"no MFU: {e.message}")
         return {}

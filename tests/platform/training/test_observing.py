@@ -90,6 +90,10 @@ def test_fast_steps_are_thinned_but_skipped_and_last_ones_always_told(
     for step in range(1, 11):
         observer.on_step(record(step, skipped=step == 5))
     assert [done for _, done, _, _ in heard.events] == [1, 5, 10]
+    observer.on_stage_start(start("vision"))
+    for step in range(1, 4):
+        observer.on_step(record(step, stage="vision"))
+    assert [(stage, done) for stage, done, _, _ in heard.events[3:]] == [("vision", 1)]
 
 
 def test_steps_outside_a_stage_are_ignored(heard: Heard, record: MakeRecord) -> None:
@@ -154,7 +158,7 @@ def test_settings_decide_who_is_told(
     heard: Heard, config: TrainConfig, record: MakeRecord, start: MakeStart, tmp_path: Path
 ) -> None:
     settings = Settings.load(tmp_path, {"NVILA_PEAK_TFLOPS": "0.001"})
-    with observe_training(config, settings, out_dir=tmp_path, reporter=heard, vocabulary=50) as observer:
+    with observe_training(config, settings, out_dir=tmp_path, reporter=heard) as observer:
         observer.on_stage_start(start())
         observer.on_step(record())
         observer.on_notice("a notice")
@@ -167,7 +171,7 @@ def test_settings_decide_who_is_told(
 def test_without_a_known_peak_there_is_no_mfu(
     heard: Heard, config: TrainConfig, record: MakeRecord, start: MakeStart, tmp_path: Path
 ) -> None:
-    with observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard, vocabulary=50) as one:
+    with observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard) as one:
         one.on_stage_start(start())
         one.on_step(record())
     assert "mfu" not in heard.events[0][3]
@@ -178,13 +182,13 @@ def test_decoder_without_a_formula_is_named(heard: Heard, config: TrainConfig, t
 
     other = replace(config, model=replace(config.model, language={"model_type": "gpt2"}))
     settings = Settings.load(tmp_path, {"NVILA_PEAK_TFLOPS": "1"})
-    observe_training(other, settings, out_dir=tmp_path, reporter=heard, vocabulary=50).close()
+    observe_training(other, settings, out_dir=tmp_path, reporter=heard).close()
     assert heard.notices == ["no MFU: there is no formula for the operations of a decoder of type 'gpt2'"]
 
 
 def test_history_that_cannot_be_written_is_a_notice(heard: Heard, config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / HISTORY_FILE).mkdir()
-    observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard, vocabulary=50).close()
+    observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard).close()
     assert len(heard.notices) == 1
     assert "no history" in heard.notices[0]
 

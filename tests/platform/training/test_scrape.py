@@ -72,7 +72,7 @@ def test_port_in_use_is_a_notice_and_training_goes_on(heard: Heard, config: Trai
         with pytest.raises(ResourceError, match="choose another port"):
             ScrapeSink(f"127.0.0.1:{port}")
         settings = Settings.load(tmp_path, {"NVILA_METRICS_ADDRESS": str(port)})
-        observe_training(config, settings, out_dir=tmp_path, reporter=heard, vocabulary=50).close()
+        observe_training(config, settings, out_dir=tmp_path, reporter=heard).close()
     assert len(heard.notices) == 1
     assert heard.notices[0].startswith(f"no /metrics: NVILA_METRICS_ADDRESS=127.0.0.1:{port}")
 
