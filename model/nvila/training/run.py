@@ -155,7 +155,8 @@ def trained_parts(model: NVILAForConditionalGeneration, stage: StageConfig) -> l
 
 def recompute_activations(model: NVILAForConditionalGeneration) -> None:
     """Have tower and decoder keep the inputs of their layers only, and compute the rest again in the backward pass."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _train_stage(
@@ -169,6 +170,7 @@ def _train_stage(
     """Train one stage; returns its weights where the model does not hold them, and whether to stop behind it."""
     config = run.config
     model.set_attn_implementation(config.attention)
+    model.model.blank_without_media = world_size() > 1
     parameter_groups = trained_parts(model, stage)
     applied = apply_precision(model.model.language_model, config.precision)
     if config.precision.name == "fp8" and not applied.converted:
