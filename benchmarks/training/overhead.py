@@ -102,7 +102,7 @@ class Bench:
         """Run the steps of the stage and look at nothing."""
         for _ in range(self.stage.steps):
             batch = collate(self.rows, self.pad)
-            loss = engine(**model_inputs(batch, self.pixels(batch.images))).loss
+            loss = engine(**model_inputs(batch, self.pixels.tensors(batch.images, ()))).loss
             engine.backward(loss)
             engine.step(1e-3)
 

@@ -53,7 +53,7 @@ def run(model: NVILAForConditionalGeneration, model_config: ModelConfig, batch: 
         assert engine.module is trained
         losses = []
         for scale in SCALES:
-            loss = engine(**model_inputs(batch, tiles(batch.images))).loss
+            loss = engine(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss
             losses.append(float(loss.detach()))
             engine.backward(loss)
             engine.step(scale)
@@ -70,7 +70,7 @@ def by_hand(model: NVILAForConditionalGeneration, batch: Batch, tiles: PixelCach
     moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
     for step, scale in enumerate(SCALES, start=1):
         trained.zero_grad()
-        trained(**model_inputs(batch, tiles(batch.images))).loss.backward()
+        trained(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss.backward()
         used = [p for parameters in groups.values() for p in parameters if p.grad is not None]
         norm = torch.stack([p.grad.square().sum() for p in used if p.grad is not None]).sum().sqrt()
         shrink = min(1.0, 0.5 / (norm.item() + 1e-6))
@@ -162,7 +162,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_fewer_activations(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = trained(**model_inputs(batch, tiles(batch.images))).loss
+            loss = trained(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss
         loss.backward()
         return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}, kept
 
@@ -183,7 +183,7 @@ def test_blank_tile_gives_every_parameter_a_gradient_and_changes_nothing(
     for blank in (False, True):
         trained = copy.deepcopy(model).train()
         trained.model.blank_without_media = blank
-        loss = trained(**model_inputs(batch, torch.empty(0, 3, 1, 1))).loss
+        loss = trained(**model_inputs(batch, {})).loss
         loss.backward()
         found[blank] = float(loss.detach()), {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
     assert found[True][0] == found[False][0]

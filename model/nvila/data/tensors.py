@@ -46,3 +46,8 @@ class PixelCache:
         if not keys:
             return torch.empty(0, 3, 1, 1)
         return torch.stack([self.tiles[key] for key in keys]).float().div_(127.5).sub_(1)
+
+    def tensors(self, images: Sequence[str], videos: Sequence[str]) -> dict[str, Tensor]:
+        """Return the model's inputs for the images of a batch; it holds no videos."""
+        assert not videos
+        return {"pixel_values": self(tuple(images))}

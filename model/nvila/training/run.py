@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nvila.assembly import build_model, build_processor, load_model, save_model
 from nvila.configuration import NVILAConfig
-from nvila.data.conversation import ConversationEncoder, Encoded
+from nvila.data.conversation import Encoded
 from nvila.data.media import ImageTable
 from nvila.data.records import Sample
 from nvila.data.sampling import GroupSampler
-from nvila.data.tensors import PixelCache, encode_groups
+from nvila.data.tensors import PixelCache
 from nvila.errors import ConfigError, ResourceError, nearest
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
@@ -31,6 +31,7 @@ from nvila.training.config import PARTS, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
 from nvila.training.interrupts import StopRequest
 from nvila.training.loop import StageLoop
+from nvila.training.media import Feed, MediaTensors
 from nvila.training.metrics import MetricsLog
 from nvila.training.observer import StageObserver
 from nvila.training.precision import apply_precision
@@ -68,6 +69,7 @@ def train(
     reporter: Reporter = SILENT,
     *,
     pixels: PixelCache | None = None,
+    videos: ImageTable | None = None,
     observers: Sequence[StageObserver] = (),
     stop: StopRequest | None = None,
 ) -> Path:
@@ -85,7 +87,8 @@ def train(
         out_dir: Where stages, `metrics.jsonl` and the samples of skipped steps (`skipped.jsonl`) go.
         reporter: Receives progress.
         pixels: Tiles of all images, for a caller that has decoded them already.
-        observers: Told about every step; on the first process only.
+        videos: Videos of all samples, by their keys.
+        observers: Follow the stages that train; those of the first process only.
         stop: Ends the run after the step that it comes in, with a checkpoint.
 
     Raises:
@@ -102,8 +105,7 @@ def train(
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
     processor = build_processor(cast("NVILAConfig", model.config), tokenizer)
-    encoder = ConversationEncoder(tokenizer, model.config.num_image_tokens, config.model.max_length)
-    groups = {name: encode_groups(samples, encoder) for name, samples in datasets.items()}
+    feed = Feed(datasets, images, videos, pixels)
     # One process speaks for all; they run in step and would only repeat it.
     first = rank() == 0
     log = MetricsLog(out_dir / "metrics.jsonl" if first else Path(os.devnull), reporter=reporter if first else SILENT)
@@ -120,14 +122,15 @@ def train(
         if directory.is_dir():
             log.reporter.notice(f"stage {stage.name} is already trained; going on from it")
         else:
-            pixels = pixels or PixelCache.build(images, _image_keys(datasets), config.model.vision["image_size"])
-            weights, stopping = _train_stage(model, groups[stage.data], pixels, stage, number, run)
+            processor = _stage_processor(model, processor, stage)
+            fed = feed.stage(stage, config.model, processor)
+            weights, stopping = _train_stage(model, fed, stage, number, run)
             _save(model, processor, directory, weights)
             run.checkpoints(number, stage).clear()
         if stopping and number < len(config.stages):
             run.stop.end(f"after stage {stage.name}")
         # Also after a stage that just ran: the next one then starts from what was saved, as it would after a restart.
-        model, _ = load_model(directory)
+        model, processor = load_model(directory)
     return directory
 
 
@@ -161,14 +164,14 @@ def recompute_activations(model: NVILAForConditionalGeneration) -> None:
 
 def _train_stage(
     model: NVILAForConditionalGeneration,
-    groups: list[list[Encoded]],
-    pixels: PixelCache,
+    fed: tuple[list[list[Encoded]], MediaTensors],
     stage: StageConfig,
     number: int,
     run: _Run,
 ) -> tuple[dict[str, Tensor] | None, bool]:
     """Train one stage; returns its weights where the model does not hold them, and whether to stop behind it."""
-    config = run.config
+    groups, pixels = fed
+    stage, config = stage.resolved(len(groups)), run.config.for_stage(stage)
     model.set_attn_implementation(config.attention)
     model.model.blank_without_media = world_size() > 1
     parameter_groups = trained_parts(model, stage)
@@ -237,5 +240,14 @@ def _save(
         )
 
 
-def _image_keys(datasets: Mapping[str, Sequence[Sample]]) -> list[str]:
-    return [key for samples in datasets.values() for sample in samples for key in sample.images]
+def _stage_processor(
+    model: NVILAForConditionalGeneration, processor: NVILAProcessor, stage: StageConfig
+) -> NVILAProcessor:
+    """Let the model look at videos as a stage says, from there on, and return the processor that belongs to it."""
+    if stage.frames is None and stage.pool_sizes is None:
+        return processor
+    if stage.frames is not None:
+        model.config.num_video_frames = stage.frames
+    if stage.pool_sizes is not None:
+        model.config.video_pool_sizes = [list(size) for size in stage.pool_sizes]
+    return build_processor(cast("NVILAConfig", model.config), processor.tokenizer)

@@ -86,6 +86,7 @@ def test_samples_without_a_number_are_set_aside(tmp_path: Path, change: Callable
     assert pq.read_table(tmp_path / "scores.parquet")["status"].to_pylist() == ["ok", "ok", "not_finite", "ok"]
     assert json.loads((tmp_path / "quarantine.jsonl").read_text())["where"] == "train.jsonl:3"
     literal = change("curate.centre=none", "curate.resolution=0", "curate.keep_rate=0.5").curate
+    assert literal is not None
     assert _ranked(samples, deltas, literal) == ([2.0, 0.0, None, 1.0], [True, False, False, True])
 
 
