@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -84,9 +85,21 @@ def build_processor(model_config: NVILAConfig, tokenizer: PreTrainedTokenizerBas
     return NVILAProcessor.from_config(model_config, tokenizer)
 
 
-def save_model(model: NVILAForConditionalGeneration, processor: NVILAProcessor, directory: Path) -> None:
-    """Write model and processor as a Hugging Face folder (safetensors)."""
-    model.save_pretrained(directory)
+def save_model(
+    model: NVILAForConditionalGeneration,
+    processor: NVILAProcessor,
+    directory: Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write model and processor as a Hugging Face folder (safetensors).
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        directory: The folder.
+        weights: Weights by name, for a model that does not hold them itself.
+    """
+    model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
     processor.save_pretrained(directory)
 
 

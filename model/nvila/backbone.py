@@ -57,7 +57,13 @@ class NVILAPreTrainedModel(PreTrainedModel):
 
 
 class NVILAModel(NVILAPreTrainedModel):
-    """Tower, projector and decoder without the language-model head."""
+    """Tower, projector and decoder without the language-model head.
+
+    `blank_without_media` has a training pass without images and videos look at one blank tile, without any effect on
+    the result: processes that train together must use the same modules, also when some of them have text alone.
+    """
+
+    blank_without_media: bool = False
 
     def __init__(self, config: NVILAConfig) -> None:
         super().__init__(config)
@@ -203,6 +209,8 @@ class NVILAModel(NVILAPreTrainedModel):
             if images is not None or videos is not None or _is_prompt(input_ids, past_key_values):
                 inputs_embeds = splice(inputs_embeds, input_ids, self.config.image_token_id, images, "image")
                 inputs_embeds = splice(inputs_embeds, input_ids, self.config.video_token_id, videos, "video")
+            if self.blank_without_media and self.training and not _any_rows(images, videos):
+                inputs_embeds = inputs_embeds + self._blank()
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
             attention_mask = self._pair_mask(attention_mask, inputs_embeds.dtype)
         outputs = self.language_model(
@@ -213,6 +221,12 @@ class NVILAModel(NVILAPreTrainedModel):
             **kwargs,
         )
         return cast("BaseModelOutputWithPast", outputs)
+
+    def _blank(self) -> Tensor:
+        """Return a zero that every parameter of tower and projector takes part in."""
+        size = cast("NVILAConfig", self.config).tile_size
+        pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=self.vision_tower.dtype)
+        return (self._project(self.tower_features(pixels), [None]) * 0).sum()
 
     def _project(self, features_TNC: Tensor, blocks: list[Grid | None]) -> Tensor:
         """Merge scales where the model has several, and project; tokens (M, H) of each image in raster order."""
@@ -264,6 +278,10 @@ def _check_finite(**media: Tensor | None) -> None:
     for name, values in media.items():
         if values is not None:
             check_finite(values, name)
+
+
+def _any_rows(*features: Tensor | None) -> bool:
+    return any(one is not None and len(one) > 0 for one in features)
 
 
 def _is_prompt(input_ids_BL: Tensor, cache: Cache | None) -> bool:

@@ -96,7 +96,14 @@ class Recipe(Section):
         """Return the training run."""
         precision = PrecisionConfig(name=self.train.precision, fp8=self.train.fp8.to_config())
         config = self._training(self.model, self.train.stages, precision, self.train.backend)
-        return replace(config, optimizer=self.train.optimizer)
+        return replace(
+            config,
+            optimizer=self.train.optimizer,
+            offload=self.train.offload,
+            gradient_checkpointing=self.train.gradient_checkpointing,
+            checkpoints=self.train.checkpoints.to_config(),
+            health=self.train.health.to_config(),
+        )
 
     def up_to(self, stage: str) -> Recipe:
         """Return the recipe with the training stages up to one of them.

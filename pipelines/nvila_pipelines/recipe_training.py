@@ -10,9 +10,12 @@ from pydantic import Field, model_validator
 from nvila.training.config import (
     PARTS,
     Attention,
+    CheckpointConfig,
     Fp8Backend,
     Fp8Config,
     Fp8Format,
+    HealthConfig,
+    Offload,
     OptimizerName,
     PartName,
     Precision,
@@ -28,6 +31,7 @@ from nvila_pipelines.recipe_fields import (
     PoolSizes,
     Ratio,
     Section,
+    Share,
     StageName,
     rule,
 )
@@ -149,6 +153,31 @@ class Fp8Section(Section):
         return Fp8Config(**self.model_dump())
 
 
+class CheckpointsSection(Section):
+    """When the middle of a stage is saved; see `nvila.training.config.CheckpointConfig`."""
+
+    every_steps: Count | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    keep: Count = 2
+
+    def to_config(self) -> CheckpointConfig:
+        """Return the form that the training loop takes."""
+        return CheckpointConfig(**self.model_dump())
+
+
+class HealthSection(Section):
+    """What a run bears before it stops; see `nvila.training.config.HealthConfig`."""
+
+    max_skipped_in_row: CountOrZero = 3
+    max_skipped: CountOrZero = 20
+    spike_threshold: Annotated[float, Field(gt=0)] | None = 10.0
+    stall_share: Share | None = 0.5
+
+    def to_config(self) -> HealthConfig:
+        """Return the form that the training loop takes."""
+        return HealthConfig(**self.model_dump())
+
+
 class TrainSection(Section):
     """The training run."""
 
@@ -164,6 +193,10 @@ class TrainSection(Section):
     betas: Annotated[tuple[Moment, Moment], Field(strict=False)]
     weight_decay: Ratio
     max_grad_norm: Annotated[float, Field(gt=0)]
+    offload: Offload = "none"
+    gradient_checkpointing: bool = False
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    health: HealthSection = HealthSection()
     stages: Stages
 
     @model_validator(mode="after")
@@ -171,6 +204,12 @@ class TrainSection(Section):
         if self.backend == "torch" and self.num_processes > 1:
             raise rule(
                 "backend", f"is torch, one process, but num_processes is {self.num_processes}", "use backend deepspeed"
+            )
+        if self.offload != "none" and (self.backend == "torch" or self.zero_stage == 0):
+            raise rule(
+                "offload",
+                f"is {self.offload}, which backend {self.backend} with zero_stage {self.zero_stage} cannot do",
+                "use backend deepspeed with zero_stage 1 or higher",
             )
         for name, stage in self.stages.items():
             if advice := batch_advice(stage.images_per_step, self.num_processes):

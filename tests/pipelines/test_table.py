@@ -15,7 +15,7 @@ from nvila_platform.store import ArtifactRef
 
 Watch = Callable[[Recipe, str], Any]
 
-# One change for every section, and two for fields that only part of a section's readers see.
+# One change for every section, and some for fields that only part of a section's readers see.
 CHANGES = {
     "name": "name=other",
     "seed": "seed=7",
@@ -24,6 +24,13 @@ CHANGES = {
     "curate": "curate.keep_rate=0.25",
     "train.betas": "train.betas=[0.8, 0.9]",
     "train.precision": "train.precision=fp32",
+    # How the work is done: unfinished work goes on when it changes.
+    "train.num_processes": "train.num_processes=2",
+    "train.num_threads": "train.num_threads=2",
+    "train.zero_stage": "train.zero_stage=3",
+    "train.offload": "train.offload=optimizer",
+    "train.gradient_checkpointing": "train.gradient_checkpointing=true",
+    "train.checkpoints": "train.checkpoints.every_steps=5",
     "quantize": "quantize.vision=none",
     "evaluate": "evaluate.batch_size=3",
     "gate": "gate.min_accuracy=0.5",
@@ -39,6 +46,12 @@ CHANGES_KEY_OF = {
     "curate": {"curate"},
     "train.betas": {"curate", "train"},
     "train.precision": {"train"},
+    "train.num_processes": set[str](),
+    "train.num_threads": set[str](),
+    "train.zero_stage": set[str](),
+    "train.offload": set[str](),
+    "train.gradient_checkpointing": set[str](),
+    "train.checkpoints": set[str](),
     "quantize": {"quantize"},
     "evaluate": {"evaluate-wide", "evaluate-quantized"},
     "gate": {"gate"},

@@ -186,6 +186,54 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When the middle of a stage is saved; a stage that is shorter than the interval writes nothing.
+
+    Args:
+        every_steps: Save after so many steps; None never does.
+        every_minutes: Save when so much time has passed since the last save or the start; None never does.
+        keep: How many to keep; the one before the newest is what a damaged newest falls back to.
+    """
+
+    every_steps: int | None = None
+    every_minutes: float | None = 10.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("every_steps", self.every_steps, 1), ("keep", self.keep, 1)):
+            if value is not None and value < least:
+                raise ConfigError(f"train.checkpoints.{name} is {value}", f"use {least} or more")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            raise ConfigError(f"train.checkpoints.every_minutes is {self.every_minutes}", "use more than 0, or null")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthConfig:
+    """What a training run bears before it stops or says something.
+
+    Args:
+        max_skipped_in_row: Steps without a finite loss and gradient that may follow each other.
+        max_skipped: Such steps of a stage in all.
+        spike_threshold: A loss so many robust standard deviations above the running median is told; None tells none.
+        stall_share: Share of the time of recent steps spent waiting for data from which on it is told; None tells none.
+    """
+
+    max_skipped_in_row: int = 3
+    max_skipped: int = 20
+    spike_threshold: float | None = 10.0
+    stall_share: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped_in_row", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.health.{name} is {getattr(self, name)}", "use 0 or more")
+        if self.spike_threshold is not None and self.spike_threshold <= 0:
+            raise ConfigError(f"train.health.spike_threshold is {self.spike_threshold}", "use more than 0, or null")
+        if self.stall_share is not None and not 0 < self.stall_share <= 1:
+            raise ConfigError(f"train.health.stall_share is {self.stall_share}", "use a share from 0 to 1, or null")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """A whole training run.
 
@@ -201,6 +249,10 @@ class TrainConfig:
         weight_decay: Decoupled weight decay.
         max_grad_norm: Clipping threshold of the global gradient norm.
         seed: Seeds initialisation, sampling and augmentation.
+        offload: `optimizer` keeps its state and its work in main memory (DeepSpeed ZeRO 1 and higher).
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        checkpoints: When the middle of a stage is saved.
+        health: What a run bears before it stops.
     """
 
     model: ModelConfig
@@ -214,8 +266,18 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
+    offload: Offload = "none"
+    gradient_checkpointing: bool = False
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
+        if self.offload != "none" and (self.backend != "deepspeed" or self.zero_stage == 0):
+            raise ConfigError(
+                f"train.offload={self.offload} needs DeepSpeed and ZeRO, but train.backend is {self.backend} and "
+                f"train.zero_stage {self.zero_stage}",
+                "use train.backend=deepspeed train.zero_stage=2, or train.offload=none",
+            )
         names = [stage.name for stage in self.stages]
         if not names:
             raise ConfigError("train.stages has no stage", "name at least one")
@@ -253,6 +315,8 @@ class TrainConfig:
             name=values["precision"]["name"], fp8=Fp8Config(**fp8 | {"skip": tuple(fp8["skip"])})
         )
         values["betas"] = tuple(values["betas"])
+        values["checkpoints"] = CheckpointConfig(**values["checkpoints"])
+        values["health"] = HealthConfig(**values["health"])
         return cls(**values)
 
 

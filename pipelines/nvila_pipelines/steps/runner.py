@@ -78,6 +78,9 @@ class RunContext:
 def step_config(spec: StepSpec, recipe: Recipe) -> dict[str, Any]:
     """Return the part of a recipe that a step's result depends on."""
     values = recipe.to_dict()
+    for name in spec.placement:
+        section, _, field = name.rpartition(".")
+        del _field(values, section)[field]
     return {name: _field(values, name) for name in spec.sections} | dict(spec.options)
 
 

@@ -22,6 +22,7 @@ def main(spec_path: str) -> None:
     """Read a specification that the train step wrote and train."""
     from nvila.progress import SILENT
     from nvila.training.config import TrainConfig
+    from nvila.training.interrupts import watched_signals
     from nvila.training.run import train
     from nvila_platform.settings import Settings
     from nvila_platform.telemetry import EventLog
@@ -34,7 +35,8 @@ def main(spec_path: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         # One rank reports; the others would say the same.
         datasets, images, videos = _data(config, data, selection, SILENT)
-        train(config, datasets, images, _tokenizer(config, datasets), out, SILENT, videos=videos)
+        with watched_signals() as stop:
+            train(config, datasets, images, _tokenizer(config, datasets), out, SILENT, videos=videos, stop=stop)
         return
     events, settings = EventLog(Path(spec["events"]), step="train"), Settings.load()
     datasets, images, videos = _data(config, data, selection, events)
@@ -42,8 +44,11 @@ def main(spec_path: str) -> None:
     with (
         backed_up(settings, out, events.notice),
         observe_training(config, settings, out_dir=out, reporter=events) as observer,
+        watched_signals() as stop,
     ):
-        train(config, datasets, images, tokenizer, out, _Notices(events), videos=videos, observers=(observer,))
+        train(
+            config, datasets, images, tokenizer, out, _Notices(events), videos=videos, observers=(observer,), stop=stop
+        )
 
 
 def _data(
