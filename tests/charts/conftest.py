@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,17 +9,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import yaml
 
-if TYPE_CHECKING:
-    from tests.charts.crd_validation import CrdSchemas
-
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / ".tools" / "bin"
-CRDS = ROOT.parent / "shared" / "crds"
 
 Document = dict[str, Any]
 
@@ -96,19 +91,3 @@ def render(helm: Helm) -> Callable[..., list[Document]]:
         return known[key]
 
     return documents
-
-
-@pytest.fixture(scope="session")
-def crds() -> CrdSchemas:
-    """Definitions of the custom resources that charts make."""
-    if not CRDS.is_dir():
-        pytest.skip(f"the custom resource definitions are not here: {CRDS}")
-    spec = importlib.util.spec_from_file_location("crd_validation", Path(__file__).with_name("crd_validation.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Registered first: dataclasses look their own module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    schemas: CrdSchemas = module.CrdSchemas(CRDS)
-    return schemas

@@ -174,6 +174,26 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_fewer_activations(
         assert torch.equal(found[name], gradient), name
 
 
+def test_blank_tile_gives_every_parameter_a_gradient_and_changes_nothing(
+    model: NVILAForConditionalGeneration, encoder: ConversationEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    text = vqa_sample(id="t", source="s", image=None, question="what color?", answer="red")
+    batch = collate([[encoder(text)]], pad_token_id=0)
+    found = {}
+    for blank in (False, True):
+        trained = copy.deepcopy(model).train()
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda blank=blank: blank)
+        loss = trained(**model_inputs(batch, {})).loss
+        loss.backward()
+        found[blank] = float(loss.detach()), {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
+    assert found[True][0] == found[False][0]
+    added = {name: grad for name, grad in found[True][1].items() if name not in found[False][1]}
+    assert {name.split(".")[1] for name in added} == {"vision_tower", "mm_projector"}
+    assert not any(grad.any() for grad in added.values())
+    assert all(torch.equal(found[True][1][name], grad) for name, grad in found[False][1].items())
+
+
 def test_torch_backend_refuses_several_processes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(CapabilityError, match=r"backend=torch runs one process.*backend=deepspeed"):

@@ -36,6 +36,7 @@ CHANGES = {
     "gate": "gate.min_accuracy=0.5",
     "register": "register.alias=champion",
     "serve": "serve.questions=5",
+    "plan": "plan.gpus=2",
 }
 CHANGES_KEY_OF = {
     "name": set[str](),
@@ -56,6 +57,7 @@ CHANGES_KEY_OF = {
     "gate": {"gate"},
     "register": {"register"},
     "serve": {"serve"},
+    "plan": set[str](),
 }
 
 
@@ -138,6 +140,8 @@ def test_unknown_step_names_the_nearest() -> None:
 
 def test_the_watch_sees_what_is_not_in_a_row(micro: Recipe, watched: Watch) -> None:
     view = watched(micro, "curate")
+    assert view.curate is not None
+    assert micro.curate is not None
     assert view.curate.keep_rate == micro.curate.keep_rate
     assert view.train.betas == micro.train.betas
     assert view.scorer_config("small") == micro.scorer_config("small")

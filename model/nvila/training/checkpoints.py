@@ -7,6 +7,7 @@ the state of random generators, and optimizer moments in FP8, which would be rou
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -238,13 +239,15 @@ def _processes(engine: TrainEngine) -> list[Any]:
 def _settings(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
     """Return what a checkpoint's weights depend on, by dotted name and in JSON form."""
     values = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    return _flat(values, "train") | _flat(asdict(stage), f"stages.{stage.name}")
+    flat = _flat(values, "train") | _flat(asdict(stage), f"stages.{stage.name}")
+    # As it comes back from a checkpoint: JSON has lists where we have tuples.
+    return dict(json.loads(json.dumps(flat)))
 
 
 def _flat(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return {key: one for part, inner in value.items() for key, one in _flat(inner, f"{name}.{part}").items()}
-    return {name: list(value) if isinstance(value, tuple) else value}
+    return {name: value}
 
 
 def _free_name(path: Path) -> Path:

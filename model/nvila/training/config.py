@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from nvila.errors import ConfigError
@@ -17,6 +18,22 @@ OptimizerName = Literal["adamw", "fp8_adamw"]
 Fp8Backend = Literal["auto", "emulated", "torchao", "transformer_engine"]
 Fp8Format = Literal["e4m3", "e5m2"]
 Offload = Literal["none", "optimizer"]
+Tiling = Literal["resize", "pad", "dynamic", "dynamic_s2"]
+PoolSize = tuple[int, int, int]
+SINGLE_TILE: Tiling = "resize"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModels:
+    """Pretrained parts that a model starts from, instead of new weights.
+
+    Args:
+        vision: Folder or Hub id of a SigLIP-style vision tower.
+        language: Folder or Hub id of a causal language model, with its tokenizer.
+    """
+
+    vision: str
+    language: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +46,14 @@ class ModelConfig:
         projector: Projector variant.
         select_layer: Hidden state of the tower that feeds the projector.
         max_length: Longest conversation in tokens.
+        tiling: How an image becomes tiles, a name in `nvila.vision.tiling.TILINGS`.
+        min_tiles: Fewest tiles that `dynamic` cuts.
+        max_tiles: Most tiles that `dynamic` cuts, and `dynamic_s2` at its last scale.
+        s2_scales: Sides in pixels of the scales of `dynamic_s2`; empty for 1, 2 and 3 times the tower's image size.
+        frames: Frames taken of a video.
+        pool_sizes: Temporal, vertical and horizontal pooling of video tokens, one triple a level.
+        time_tokens: Tokens that stand for points in time; 0 for none.
+        base: Pretrained parts; None starts from new weights.
     """
 
     vision: Mapping[str, Any]
@@ -36,6 +61,26 @@ class ModelConfig:
     projector: str
     select_layer: int
     max_length: int
+    tiling: Tiling = SINGLE_TILE
+    min_tiles: int = 1
+    max_tiles: int = 12
+    s2_scales: tuple[int, ...] = ()
+    frames: int = 8
+    pool_sizes: tuple[PoolSize, ...] = ((1, 1, 1),)
+    time_tokens: int = 0
+    base: BaseModels | None = None
+
+    def media_fields(self) -> dict[str, Any]:
+        """Return the fields of `NVILAConfig` that say how images and videos are looked at."""
+        return {
+            "image_aspect_ratio": self.tiling,
+            "min_tiles": self.min_tiles,
+            "max_tiles": self.max_tiles,
+            "s2_scales": list(self.s2_scales),
+            "num_video_frames": self.frames,
+            "video_pool_sizes": [list(size) for size in self.pool_sizes],
+            "num_time_tokens": self.time_tokens,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,32 +90,50 @@ class StageConfig:
     Args:
         name: Folder and metric prefix of the stage.
         data: Which data set of the run feeds it; with `batch_tokens` also any other, or a mixture of them.
-        steps: Optimizer steps.
+        steps: Optimizer steps; 0 takes as many as `epochs` need.
         lr: Peak learning rate of every trained part; a part that is not named stays frozen.
         images_per_step: Rows of a batch over all processes; a row is an image with its samples. 0 with `batch_tokens`.
         samples_per_image: At most this many samples of an image go into one row.
-        warmup_steps: Linear warm-up.
+        warmup_steps: Linear warm-up; 0 with a `warmup_ratio` takes that share of the steps.
         schedule: Decay after the warm-up, to zero.
         max_shift_pixels: Random translation of the image, the same for all its samples; 0 turns it off.
         batch_tokens: Positions of a batch over all processes, instead of `images_per_step`.
         micro_batch_tokens: Positions of one forward pass of one process; None takes its share of the batch at once.
         pack: Fill rows with whole samples up to the longest conversation; else rows of similar length stand together.
         max_bad: Largest share of samples that may be unusable.
+        epochs: Passes over the data, instead of `steps`.
+        warmup_ratio: Share of the steps, instead of `warmup_steps`.
+        tiling: `resize` for one tile an image; None cuts images as the model does.
+        max_length: Longest conversation in tokens; None takes the model's.
+        frames: Frames taken of a video, from this stage on; None keeps what the model has.
+        pool_sizes: Pooling of video tokens, likewise.
+        max_grad_norm: Clipping threshold; None takes the run's, as for the two below.
+        weight_decay: Decoupled weight decay.
+        attention: Attention implementation.
     """
 
     name: str
     data: str
-    steps: int
+    steps: int = 0
     lr: Mapping[PartName, float]
     images_per_step: int = 0
     samples_per_image: int = 1
-    warmup_steps: int
+    warmup_steps: int = 0
     schedule: Schedule
     max_shift_pixels: int = 0
     batch_tokens: int | None = None
     micro_batch_tokens: int | None = None
     pack: bool = False
     max_bad: float = 0.01
+    epochs: float | None = None
+    warmup_ratio: float = 0.0
+    tiling: Tiling | None = None
+    max_length: int | None = None
+    frames: int | None = None
+    pool_sizes: tuple[PoolSize, ...] | None = None
+    max_grad_norm: float | None = None
+    weight_decay: float | None = None
+    attention: Attention | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.lr) - set(PARTS)
@@ -85,6 +148,21 @@ class StageConfig:
         if self.batch_tokens is None and any(alone.values()):
             field = next(name for name, given in alone.items() if given)
             raise ConfigError(f"stages.{self.name}.{field} needs batch_tokens", "give batch_tokens, or leave it out")
+        if not self.steps and self.epochs is None:
+            raise ConfigError(f"stages.{self.name} has no length", "give steps or epochs")
+
+    def resolved(self, rows: int) -> StageConfig:
+        """Return the stage with its steps and its warm-up as numbers.
+
+        Args:
+            rows: Images with their samples, or single samples, that one pass over the data has.
+        """
+        return self.of_length(self.steps or max(1, round((self.epochs or 0) * rows / self.images_per_step)))
+
+    def of_length(self, steps: int) -> StageConfig:
+        """Return the stage with so many steps, and its warm-up as a number."""
+        warmup = self.warmup_steps or math.ceil(self.warmup_ratio * steps)
+        return replace(self, steps=steps, warmup_steps=warmup, epochs=None, warmup_ratio=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +303,14 @@ class TrainConfig:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"train.stages has two stages named '{twice[0]}'", "give every stage its own name")
 
+        for stage in self.stages:
+            _check_tiling(stage, self.model)
+
+    def for_stage(self, stage: StageConfig) -> TrainConfig:
+        """Return the run as a stage sees it: what the stage sets itself replaces the run's own value."""
+        own = {name: getattr(stage, name) for name in ("max_grad_norm", "weight_decay", "attention")}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form that the training process reads."""
         return asdict(self)
@@ -233,8 +319,15 @@ class TrainConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> TrainConfig:
         """Rebuild what `to_dict` returned."""
         values = dict(raw)
-        values["model"] = ModelConfig(**values["model"])
-        values["stages"] = tuple(StageConfig(**stage) for stage in values["stages"])
+        model = values["model"]
+        base = None if model["base"] is None else BaseModels(**model["base"])
+        values["model"] = ModelConfig(
+            **model
+            | {"base": base, "s2_scales": tuple(model["s2_scales"]), "pool_sizes": _pool_sizes(model["pool_sizes"])}
+        )
+        values["stages"] = tuple(
+            StageConfig(**stage | {"pool_sizes": _pool_sizes(stage["pool_sizes"])}) for stage in values["stages"]
+        )
         fp8 = values["precision"]["fp8"]
         values["precision"] = PrecisionConfig(
             name=values["precision"]["name"], fp8=Fp8Config(**fp8 | {"skip": tuple(fp8["skip"])})
@@ -243,3 +336,22 @@ class TrainConfig:
         values["checkpoints"] = CheckpointConfig(**values["checkpoints"])
         values["health"] = HealthConfig(**values["health"])
         return cls(**values)
+
+
+def _pool_sizes(raw: Any) -> tuple[PoolSize, ...] | None:
+    """JSON has lists where we have triples."""
+    return None if raw is None else tuple((int(t), int(h), int(w)) for t, h, w in raw)
+
+
+def _check_tiling(stage: StageConfig, model: ModelConfig) -> None:
+    """A stage may look at single tiles; any other way of cutting than the model's needs another model."""
+    if stage.tiling in (None, SINGLE_TILE, model.tiling):
+        return
+    where = f"stages.{stage.name}.tiling is {stage.tiling}, model.tiling is {model.tiling}"
+    if "dynamic_s2" in (stage.tiling, model.tiling):
+        width = model.vision.get("hidden_size")
+        raise ConfigError(
+            f"{where}: with dynamic_s2 the projector takes all scales side by side, else the {width} channels of one",
+            f"use {SINGLE_TILE} or {model.tiling} in the stage, or change model.tiling for all stages",
+        )
+    raise ConfigError(where, f"use {SINGLE_TILE} or {model.tiling} in the stage")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from nvila.training.config import StageConfig, TrainConfig
 from nvila.training.engine import StepOutcome, TrainEngine
 from nvila.training.health import Health, write_skipped
 from nvila.training.interrupts import StopRequest
+from nvila.training.media import MediaTensors
 from nvila.training.metrics import MetricsLog, drop_lines
 from nvila.training.observer import StageObserver, StageStart, StepRecord
 from nvila.training.precision import autocast
 from nvila.training.processes import gathered, rank, total, world_size
-from nvila.training.stage_feed import MediaTensors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class StageLoop:
     Args:
         engine: Model and optimizer.
         batches: Gives the data.
-        pixels: Gives the pixels of media.
+        pixels: Gives the pixels of images and videos.
         stage: What to train.
         config: The run.
         pad_token_id: Id at padded positions.
@@ -84,10 +84,10 @@ class StageLoop:
             rows = next(self.batches)
             batches = [collate(one, self.pad_token_id) for one in rows]
             waited = time.monotonic() - begin
-            loss, loading = self._accumulate(batches)
+            loss, tiles, loading = self._accumulate(batches)
             lr_scale = learning_rate_scale(step, self.stage)
             outcome = self.engine.step(lr_scale)
-            sums = total([loss, *_sizes(batches), float(self.stop.asked), float(self._due_by_time())])
+            sums = total([loss, *_sizes(batches), float(tiles), float(self.stop.asked), float(self._due_by_time())])
             timing = (time.monotonic() - begin, waited + loading)
             record = self._record(step, sums, outcome, lr_scale, timing)
             self._follow(record, rows)
@@ -132,23 +132,25 @@ class StageLoop:
             observer.on_stage_start(start)
         return first
 
-    def _accumulate(self, batches: Sequence[Batch]) -> tuple[float, float]:
+    def _accumulate(self, batches: Sequence[Batch]) -> tuple[float, int, float]:
         """Run forward and backward of all micro-batches.
 
         Every micro-batch counts as many times as it has supervised tokens, so that a step is the mean over all of them.
 
         Returns:
-            This process's part of that mean, and the seconds spent on loading tiles.
+            This process's part of that mean, the tiles and frames that the tower saw, and the seconds spent on loading
+            them.
         """
         counts = [batch.num_supervised for batch in batches]
         supervised = max(1.0, total([float(sum(counts))])[0])
-        part, loading = 0.0, 0.0
+        part, tiles, loading = 0.0, 0, 0.0
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             begin = time.monotonic()
             media = self.pixels.tensors(batch.images, batch.videos)
             if "pixel_values" in media:
                 media["pixel_values"] = random_shift(media["pixel_values"], self.stage.max_shift_pixels, self._noise)
             loading += time.monotonic() - begin
+            tiles += num_tiles(media)
             with autocast(self.config.precision, batch.input_ids.device.type):
                 loss = self.engine(**model_inputs(batch, media)).loss
             value, weight = float(loss.detach()), count / supervised
@@ -157,7 +159,7 @@ class StageLoop:
             # the gradient carries it to all processes, whose optimizers then leave the step out together.
             weight = weight * world_size() if math.isfinite(value) else math.nan
             self.engine.backward(loss * weight, last=number + 1 == len(batches))
-        return part, loading
+        return part, tiles, loading
 
     def _record(
         self,
@@ -228,9 +230,10 @@ def learning_rate_scale(step: int, stage: StageConfig) -> float:
     return warm * decay
 
 
-def model_inputs(batch: Batch, media: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: Batch, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the keyword arguments of a training forward pass."""
-    return media | {
+    return {
+        **media,
         "input_ids": batch.input_ids,
         "labels": batch.labels,
         "position_ids": batch.position_ids,
@@ -238,12 +241,16 @@ def model_inputs(batch: Batch, media: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def num_tiles(media: Mapping[str, Tensor]) -> int:
+    """Return how many tiles and frames the tower sees."""
+    return sum(media[name].flatten(0, -4).shape[0] for name in ("pixel_values", "pixel_values_videos") if name in media)
+
+
 def _sizes(batches: Sequence[Batch]) -> list[float]:
-    """Return tokens, samples and images of this process's batches."""
+    """Return tokens and samples of this process's batches."""
     return [
         float(sum(batch.num_tokens for batch in batches)),
         float(sum(batch.num_samples for batch in batches)),
-        float(sum(len(batch.images) for batch in batches)),
     ]
 
 

@@ -17,13 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nvila.assembly import build_model, build_processor, load_model, save_model
 from nvila.configuration import NVILAConfig
-from nvila.data.conversation import ConversationEncoder
-from nvila.data.media import ImageTable
 from nvila.data.mixtures import Registry
 from nvila.data.readers.locations import FileSystems
 from nvila.data.records import Sample
 from nvila.data.sampling import GroupSampler
-from nvila.data.tensors import PixelCache, encode_groups
+from nvila.data.tensors import PixelCache
 from nvila.errors import ResourceError
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
@@ -34,11 +32,12 @@ from nvila.training.config import PARTS, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
 from nvila.training.interrupts import StopRequest
 from nvila.training.loop import StageLoop
+from nvila.training.media import Feed, MediaTable, MediaTensors
 from nvila.training.metrics import MetricsLog
 from nvila.training.observer import StageObserver
 from nvila.training.precision import apply_precision
 from nvila.training.processes import barrier, from_first, rank, world_size
-from nvila.training.stage_feed import DataSources, MediaTensors, check_data, token_feed
+from nvila.training.stage_feed import DataSources, check_data, token_feed
 
 CHECKPOINTS_FOLDER = ".checkpoints"
 SKIPPED_FILE = "skipped.jsonl"
@@ -64,52 +63,50 @@ class _Run:
 
 
 class _Feeds:
-    """Opens the data of stages; what stages of image groups share is made once."""
+    """Opens the data of stages: image groups in memory, or batches by a token budget from data of any size."""
 
-    def __init__(
-        self, config: TrainConfig, sources: DataSources, processor: NVILAProcessor, pixels: PixelCache | None
-    ) -> None:
-        self._sources, self._processor, self._pixels = sources, processor, pixels
-        encoder = ConversationEncoder(processor.tokenizer, processor.num_image_tokens, config.model.max_length)
-        # All of them now, so that a sample that is too long is found before anything is trained.
-        names = dict.fromkeys(stage.data for stage in config.stages if stage.batch_tokens is None)
-        self._groups = {name: encode_groups(sources.datasets[name], encoder) for name in names}
+    def __init__(self, sources: DataSources, pixels: PixelCache | None) -> None:
+        self._sources = sources
+        self._in_memory = Feed(sources.datasets, sources.images, sources.videos, pixels)
 
     @contextmanager
     def open(
-        self, stage: StageConfig, number: int, model: NVILAForConditionalGeneration, run: _Run
-    ) -> Iterator[tuple[BatchSource, MediaTensors]]:
-        """Give the batches of a stage and the pixels of their media."""
+        self,
+        stage: StageConfig,
+        number: int,
+        model: NVILAForConditionalGeneration,
+        processor: NVILAProcessor,
+        run: _Run,
+    ) -> Iterator[tuple[StageConfig, BatchSource, MediaTensors]]:
+        """Give a stage with its length, its batches, and the pixels of their media."""
         config = run.config
         if stage.batch_tokens is not None:
-            reporter = run.log.reporter
-            opened = token_feed(stage, config, number, model, self._processor, self._sources, run.out_dir, reporter)
+            opened = token_feed(stage, config, number, model, processor, self._sources, run.out_dir, run.log.reporter)
             with opened as feed:
-                yield feed, feed
+                yield stage.of_length(stage.steps or feed.steps_in(stage.epochs or 0)), feed, feed
             return
-        if self._pixels is None:
-            keys, size = _image_keys(self._sources.datasets), config.model.vision["image_size"]
-            self._pixels = PixelCache.build(self._sources.images, keys, size)
+        groups, pixels = self._in_memory.stage(stage, config.model, processor)
         sampler = GroupSampler(
-            self._groups[stage.data],
+            groups,
             images_per_step=stage.images_per_step,
             samples_per_image=stage.samples_per_image,
             seed=config.seed * 1000 + number,
             rank=rank(),
             world=world_size(),
         )
-        yield GroupBatches(sampler), self._pixels
+        yield stage.resolved(len(groups)), GroupBatches(sampler), pixels
 
 
 def train(
     config: TrainConfig,
     datasets: Mapping[str, Sequence[Sample]],
-    images: ImageTable,
+    images: MediaTable,
     tokenizer: PreTrainedTokenizerBase,
     out_dir: Path,
     reporter: Reporter = SILENT,
     *,
     pixels: PixelCache | None = None,
+    videos: MediaTable | None = None,
     observers: Sequence[StageObserver] = (),
     stop: StopRequest | None = None,
     registry: Registry | None = None,
@@ -129,7 +126,8 @@ def train(
         out_dir: Where stages, `metrics.jsonl` and the samples of skipped steps (`skipped.jsonl`) go.
         reporter: Receives progress.
         pixels: Tiles of all images, for a caller that has decoded them already.
-        observers: Told about every step; on the first process only.
+        videos: Videos of all samples, by their keys.
+        observers: Follow the stages that train; those of the first process only.
         stop: Ends the run after the step that it comes in, with a checkpoint.
         registry: Names of data sets for stages with a token budget; None knows the built-in ones and paths.
         filesystems: File systems of such data besides local files.
@@ -141,13 +139,13 @@ def train(
         ResourceError: The disk is too full for the model of a stage.
         NvilaError: More steps had no finite loss and gradient than `config.health` bears.
     """
-    sources = DataSources(datasets=datasets, images=images, registry=registry, filesystems=filesystems)
+    sources = DataSources(datasets=datasets, images=images, videos=videos, registry=registry, filesystems=filesystems)
     check_data(config, sources)
     out_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
     processor = build_processor(cast("NVILAConfig", model.config), tokenizer)
-    feeds = _Feeds(config, sources, processor, pixels)
+    feeds = _Feeds(sources, pixels)
     # One process speaks for all; they run in step and would only repeat it.
     first = rank() == 0
     log = MetricsLog(out_dir / "metrics.jsonl" if first else Path(os.devnull), reporter=reporter if first else SILENT)
@@ -164,14 +162,15 @@ def train(
         if directory.is_dir():
             log.reporter.notice(f"stage {stage.name} is already trained; going on from it")
         else:
-            with feeds.open(stage, number, model, run) as (batches, tensors):
-                weights, stopping = _train_stage(model, batches, tensors, stage, number, run)
+            processor = _stage_processor(model, processor, stage)
+            with feeds.open(stage, number, model, processor, run) as (sized, batches, tensors):
+                weights, stopping = _train_stage(model, batches, tensors, sized, number, run)
             _save(model, processor, directory, weights)
             run.checkpoints(number, stage).clear()
         if stopping and number < len(config.stages):
             run.stop.end(f"after stage {stage.name}")
         # Also after a stage that just ran: the next one then starts from what was saved, as it would after a restart.
-        model, _ = load_model(directory)
+        model, processor = load_model(directory)
     return directory
 
 
@@ -199,7 +198,8 @@ def trained_parts(model: NVILAForConditionalGeneration, stage: StageConfig) -> l
 
 def recompute_activations(model: NVILAForConditionalGeneration) -> None:
     """Have tower and decoder keep the inputs of their layers only, and compute the rest again in the backward pass."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _train_stage(
@@ -211,7 +211,7 @@ def _train_stage(
     run: _Run,
 ) -> tuple[dict[str, Tensor] | None, bool]:
     """Train one stage; returns its weights where the model does not hold them, and whether to stop behind it."""
-    config = run.config
+    config = run.config.for_stage(stage)
     model.set_attn_implementation(config.attention)
     parameter_groups = trained_parts(model, stage)
     applied = apply_precision(model.model.language_model, config.precision)
@@ -271,5 +271,14 @@ def _save(
         )
 
 
-def _image_keys(datasets: Mapping[str, Sequence[Sample]]) -> list[str]:
-    return [key for samples in datasets.values() for sample in samples for key in sample.images]
+def _stage_processor(
+    model: NVILAForConditionalGeneration, processor: NVILAProcessor, stage: StageConfig
+) -> NVILAProcessor:
+    """Let the model look at videos as a stage says, from there on, and return the processor that belongs to it."""
+    if stage.frames is None and stage.pool_sizes is None:
+        return processor
+    if stage.frames is not None:
+        model.config.num_video_frames = stage.frames
+    if stage.pool_sizes is not None:
+        model.config.video_pool_sizes = [list(size) for size in stage.pool_sizes]
+    return build_processor(cast("NVILAConfig", model.config), processor.tokenizer)

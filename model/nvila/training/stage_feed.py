@@ -1,4 +1,4 @@
-"""What feeds a stage: image groups of data in memory, or batches by a token budget from data of any size."""
+"""What feeds a stage that has a token budget: batches from data of any size, indexed once and read ahead."""
 
 from __future__ import annotations
 
@@ -7,34 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from nvila.data.feeding import BatchFeed
-from nvila.data.media import ImageTable
+from nvila.data.media_layout import MediaKind
 from nvila.data.mixtures import Registry
 from nvila.data.readers.locations import FileSystems
 from nvila.data.readers.record import CountedStream, Record
 from nvila.data.records import Sample
+from nvila.data.sample_encoding import media_of
 from nvila.data.stage_data import StageData, open_stage_data, quarantine_of, tile_positions
 from nvila.data.token_budget import TokenBudget
-from nvila.errors import ConfigError, nearest
+from nvila.errors import ConfigError, DataError, nearest
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 from nvila.progress import Reporter
 from nvila.training.config import StageConfig, TrainConfig
+from nvila.training.media import MediaTable
 from nvila.training.processes import rank, world_size
 
 INDEX_FOLDER = ".data"
 QUARANTINE_FOLDER = "quarantine"
-
-
-class MediaTensors(Protocol):
-    """Gives the model's inputs for the media of a batch."""
-
-    def tensors(self, images: Sequence[str], videos: Sequence[str]) -> dict[str, Tensor]:
-        """Return pixels, and what belongs to them, in the order of the keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +37,14 @@ class DataSources:
     Args:
         datasets: Samples in memory by name.
         images: Their images.
+        videos: Their videos; None where no sample has one.
         registry: Names of other data sets; None knows the built-in ones and paths.
         filesystems: File systems besides local files.
     """
 
     datasets: Mapping[str, Sequence[Sample]]
-    images: ImageTable
+    images: MediaTable
+    videos: MediaTable | None = None
     registry: Registry | None = None
     filesystems: FileSystems | None = None
 
@@ -61,7 +56,7 @@ class DataSources:
             DataError: It cannot be read.
         """
         if expression in self.datasets:
-            return _InMemory(expression, self.datasets[expression], self.images)
+            return _InMemory(expression, self.datasets[expression], self.images, self.videos)
         return (self.registry or Registry(filesystems=self.filesystems)).open(expression)
 
 
@@ -101,7 +96,7 @@ def token_feed(
         config: The run.
         number: Place of the stage in the run, from 1.
         model: The model, its parameters not partitioned yet.
-        processor: Its processor.
+        processor: Its processor, which looks at videos as the stage says.
         sources: Where the data are.
         out_dir: Folder of the run.
         reporter: Receives progress and notices.
@@ -110,7 +105,7 @@ def token_feed(
         ConfigError: The data or the budget cannot be used.
         DataError: Too much of the data cannot be used.
     """
-    length, batch = config.model.max_length, stage.batch_tokens or 0
+    length, batch = stage.max_length or config.model.max_length, stage.batch_tokens or 0
     budget = TokenBudget(
         batch_tokens=batch,
         micro_batch_tokens=stage.micro_batch_tokens or max(batch // world_size(), length),
@@ -120,7 +115,14 @@ def token_feed(
         tile_positions=tile_positions(model),
     )
     feed = open_stage_data(
-        StageData(expression=stage.data, budget=budget, max_bad=stage.max_bad, seed=config.seed * 1000 + number),
+        StageData(
+            expression=stage.data,
+            budget=budget,
+            tiling=stage.tiling,
+            num_frames=stage.frames,
+            max_bad=stage.max_bad,
+            seed=config.seed * 1000 + number,
+        ),
         sources.stream(stage.data),
         processor,
         out_dir / INDEX_FOLDER,
@@ -146,23 +148,26 @@ def _write_quarantine(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 class _InMemory:
     """Samples in memory as a stream."""
 
-    def __init__(self, name: str, samples: Sequence[Sample], images: ImageTable) -> None:
+    def __init__(self, name: str, samples: Sequence[Sample], images: MediaTable, videos: MediaTable | None) -> None:
         self.name = name
-        self._samples, self._images = samples, images
+        self._samples = samples
+        self._tables: dict[MediaKind, MediaTable | None] = {"image": images, "video": videos}
 
     def count(self) -> int:
         return len(self._samples)
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         for index, sample in enumerate(self._samples[start:stop], start=start):
-            media = {key: _TableImage(self._images, key) for key in sample.images}
+            media = {key: _TableMedium(self._tables[kind], key) for kind, key in media_of(sample)}
             yield Record(index=index, where=f"{self.name}:{index + 1}", sample=sample, media=media)
 
 
 @dataclass(frozen=True, slots=True)
-class _TableImage:
-    images: ImageTable
+class _TableMedium:
+    table: MediaTable | None
     key: str
 
     def read(self) -> bytes:
-        return self.images.encoded(self.key)
+        if self.table is None:
+            raise DataError(f"'{self.key}' is a video, but there are none", "give training its videos")
+        return self.table.encoded(self.key)

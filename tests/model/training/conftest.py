@@ -68,7 +68,7 @@ class Zygote:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -83,14 +83,17 @@ def training_folder(
 
     here = tmp_path_factory.mktemp("training")
     questions = (("what color?", "red"), ("what shape?", "circle"), ("is there a circle?", "yes"))
-    write_jsonl(
-        here / "questions.jsonl",
-        [
-            vqa_sample(id=f"{image}{number}", source="s", image=image, question=question, answer=answer)
-            for image in "abcde"
-            for number, (question, answer) in enumerate(questions)
-        ],
-    )
+    samples = [
+        vqa_sample(id=f"{image}{number}", source="s", image=image, question=question, answer=answer)
+        for image in "abcde"
+        for number, (question, answer) in enumerate(questions)
+    ]
+    texts = [
+        vqa_sample(id=f"text{number}", source="t", image=None, question="what color?", answer=answer)
+        for number, answer in enumerate(("red", "blue", "green", "circle", "the triangle"))
+    ]
+    write_jsonl(here / "questions.jsonl", samples)
+    write_jsonl(here / "mixed.jsonl", [*samples, *texts])
     write_image_table(here / "images.parquet", ((key, image_table.encoded(key)) for key in "abcde"))
     tokenizer.save_pretrained(here / "words")
     return here

@@ -70,6 +70,14 @@ def stopped_job(config: TrainConfig, folder: Path, name: str) -> dict[str, Any]:
     return job(f"{name}-stopped", config, out=str(folder / f"{name}-stopped"), signal_in=[4, "SIGTERM"])
 
 
+def mixed_job(config: TrainConfig, zero_stage: int, folder: Path, backend: str = "deepspeed") -> dict[str, Any]:
+    """A job with one row for each of two processes, of an image or of text alone."""
+    stage = replace(config.stages[1], data="mixed", images_per_step=2, max_shift_pixels=0)
+    name = f"mixed-{zero_stage}"
+    mixed = one_stage(config, zero_stage, backend=backend, stages=(stage,))
+    return {"name": name, "config": mixed.to_dict(), "out": str(folder / name)}
+
+
 def whole_and_resumed(config: TrainConfig, folder: Path, name: str) -> list[dict[str, Any]]:
     """Jobs: a whole run, and one that goes on from where another was stopped."""
     stopped = str(folder / f"{name}-stopped")
@@ -107,6 +115,7 @@ def more_reports(run_group: Any, small_config: TrainConfig, reports: Reports, fo
         *whole_and_resumed(three, folder, "zero-3"),
         *(job(f"zero-{zero}", one_stage(small_config, zero), out=str(folder / f"zero-{zero}")) for zero in (0, 2)),
         *(job(f"offload-{c.zero_stage}", c, out=str(folder / f"offload-{c.zero_stage}")) for c in offloaded),
+        *(mixed_job(small_config, zero, folder) for zero in range(4)),
     ]
     return dict(reports) | dict(run_group(jobs, timeout_s=400))
 
@@ -150,6 +159,21 @@ def test_every_zero_stage_and_offload_trains_and_skips_like_one_process(
     assert_close(weights(out / "1-all"), weights(alone[1] / "1-all"))
     model, _ = load_model(out / "1-all")
     assert model.config.num_image_tokens == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_processes_with_text_alone_stay_in_step(
+    zero_stage: int, zygote: Any, small_config: TrainConfig, more_reports: Reports, folder: Path, tmp_path: Path
+) -> None:
+    pair = more_reports[f"mixed-{zero_stage}"]
+    kinds = [["text" in one[0][:4] for one in steps] for steps in zip(pair[0].seen, pair[1].seen, strict=True)]
+    assert [True, False] in kinds or [False, True] in kinds
+    config = TrainConfig.from_dict(mixed_job(small_config, 0, tmp_path, backend="torch")["config"])
+    alone = zygote.run("mixed-alone", config, tmp_path / "alone")
+    assert [step[2] for step in pair[0].steps] == pytest.approx([step[2] for step in alone.steps], rel=1e-3)
+    assert_close(weights(folder / f"mixed-{zero_stage}" / "1-all"), weights(tmp_path / "alone" / "1-all"))
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def _poisoned(engine: Any, poison: Mapping[str, Any], seen: list[list[str]]) -> 
 def run_job(here: Path, job: Job) -> None:
     """Train as the job says and leave a report."""
     config = TrainConfig.from_dict(job["config"])
-    data = {"questions": load_samples(here, "questions")}
+    data = {name: load_samples(here, name) for name in ("questions", "mixed")}
     words = AutoTokenizer.from_pretrained(here / "words")
     images = ImageTable.open(here / "images.parquet")
     recorder, error = Recorder(job), None
