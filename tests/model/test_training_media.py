@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +19,11 @@ from nvila.data.conversation import ConversationEncoder
 from nvila.data.records import Part, vqa_sample
 from nvila.data.tokenizers import build_word_tokenizer
 from nvila.data.video import load_video
-from nvila.errors import ConfigError
+from nvila.errors import ConfigError, DataError
 from nvila.processing import NVILAProcessor
 from nvila.training.config import ModelConfig, StageConfig, Tiling, TrainConfig
 from nvila.training.media import Feed, StageMedia
+from nvila.training.observer import StageStart, StepRecord
 from nvila.training.run import train
 
 WORDS = ["what is it ? red which way does it move color shape left right up down circle square"]
@@ -39,7 +41,30 @@ class Table:
         return Image.fromarray(levels)
 
     def encoded(self, key: str) -> bytes:
-        return moving_shapes.gif(int(key.rpartition("/")[2]))
+        if key not in self._sizes:
+            return moving_shapes.gif(int(key.rpartition("/")[2]))
+        out = io.BytesIO()
+        self.image(key).save(out, "PNG")
+        return out.getvalue()
+
+
+class Steps:
+    """Remembers the steps of a run."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+
+    def on_stage_start(self, start: StageStart) -> None:
+        pass
+
+    def on_step(self, record: StepRecord) -> None:
+        self.records.append(record)
+
+    def on_notice(self, text: str) -> None:
+        pass
+
+    def on_stage_end(self, stage: str) -> None:
+        pass
 
 
 TABLE = Table({"wide": (96, 32), "tall": (32, 64), "small": (20, 20)})
@@ -103,6 +128,36 @@ def test_a_stage_sets_frames_and_pooling_from_there_on(model_config: ModelConfig
     found = [load_model(tmp_path / name)[0].config for name in ("1-one", "2-two", "3-three")]
     assert [one.num_video_frames for one in found] == [2, 8, 8]
     assert [one.video_pool_sizes for one in found] == [[[1, 1, 1]], [[4, 1, 1]], [[4, 1, 1]]]
+
+
+@pytest.mark.parametrize("tiling", [None, "resize"])
+def test_a_token_budget_looks_at_media_as_the_stage_says(
+    model_config: ModelConfig, tiling: Tiling | None, tmp_path: Path
+) -> None:
+    image = vqa_sample(id="1", source="s", image="wide", question="what is it ?", answer="red")
+    samples = [image, *moving_shapes.questions(0)]
+    model = config(model_config, "dynamic", frames=2)
+    one = stage(
+        images_per_step=0, batch_tokens=5000, epochs=2.0, steps=0, warmup_ratio=0.1, tiling=tiling, frames=8,
+        pool_sizes=((4, 1, 1),),
+    )  # fmt: skip
+    run = TrainConfig(model=model, stages=(one,), backend="torch", attention="eager")
+    tokenizer, seen = build_word_tokenizer(WORDS, model_max_length=256), Steps()
+    trained = train(run, {"clips": samples}, TABLE, tokenizer, tmp_path, videos=TABLE, observers=(seen,))
+    _, processor = built(model)
+    tiles = processor.image_processor.plan(96, 32, tile=tiling is None).num_tiles
+    assert (tiles > 1) == (tiling is None)
+    # An epoch is one step; each of the other samples shows a clip.
+    assert [(step.samples, step.images) for step in seen.records] == [(4, tiles + 8 * (len(samples) - 1))] * 2
+    assert load_model(trained)[0].config.num_video_frames == 8
+
+
+def test_videos_that_are_not_there_are_told(model_config: ModelConfig, tmp_path: Path) -> None:
+    one = stage(images_per_step=0, batch_tokens=5000)
+    run = TrainConfig(model=config(model_config, "resize"), stages=(one,), backend="torch", attention="eager")
+    tokenizer = build_word_tokenizer(WORDS, model_max_length=256)
+    with pytest.raises(DataError, match=r"is a video, but there are none"):
+        train(run, {"clips": list(moving_shapes.questions(0))}, TABLE, tokenizer, tmp_path)
 
 
 def test_a_stage_has_a_length_limit_of_its_own(model_config: ModelConfig) -> None:

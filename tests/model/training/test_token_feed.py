@@ -142,6 +142,11 @@ def test_data_that_are_not_there_are_refused_before_anything_runs(run: Run, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_stage_has_a_length_limit_of_its_own(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_length is 5, but one image alone takes 6 positions"):
+        run(tmp_path, "questions", max_length=5)
+
+
 def test_without_a_size_of_forward_passes_a_process_takes_its_share_at_once(run: Run, tmp_path: Path) -> None:
     run(tmp_path, "questions", micro_batch_tokens=None, steps=2)
     with pytest.raises(ConfigError, match=r"micro_batch_tokens is 20, but"):

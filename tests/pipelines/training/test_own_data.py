@@ -101,6 +101,28 @@ def test_a_recipe_trains_on_a_registry_from_base_models(bases: BaseModels, regis
     assert len(processor.tokenizer) == trained.config.text_config.vocab_size
 
 
+def test_a_stage_with_a_token_budget_reads_a_registry_where_it_lies(registry: Path, tmp_path: Path) -> None:
+    overrides = [
+        "train.stages.align={images_per_step: null, batch_tokens: 2000, steps: null, epochs: 2, data: both}",
+        "train.stages.vision=null", "train.stages.language=null", "train.stages.instruct=null", "data.dataset=null",
+        f"data.registry={registry}", "train.backend=torch",
+    ]  # fmt: skip
+    recipe = load_recipe("nvila-lite-8b-tiny", overrides)
+    check_trainable(recipe)
+    write_registry(str(registry), tmp_path)
+    values = {
+        "config": recipe.train_config().to_dict(), "data": str(tmp_path), "selection": str(tmp_path),
+        "out": str(tmp_path / "out"), "events": str(tmp_path / "events"),
+    }  # fmt: skip
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(values), encoding="utf-8")
+    main(str(spec))
+    _, processor = load_model(tmp_path / "out" / "1-align")
+    # New weights: the words are those of the data.
+    assert {"green", "red", "what"} <= processor.tokenizer.get_vocab().keys()
+    assert list((tmp_path / "out" / ".data").iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
