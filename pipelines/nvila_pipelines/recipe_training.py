@@ -72,7 +72,6 @@ class StageSection(Section):
     lr: LearningRates
     images_per_step: Count
     samples_per_image: Count = 1
-    balance_sources: bool = False
     warmup_steps: CountOrZero | None = None
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     # "Schedule" is a Literal of nvila: the names live there.

@@ -51,27 +51,6 @@ def test_samples_of_an_image_are_drawn_anew_on_every_visit() -> None:
     assert min(drawn.values()) > 50
 
 
-def test_sources_are_balanced_when_asked() -> None:
-    """Eight questions of one kind and one each of two others: three of a row are one of each, five have three of it."""
-    sources = ["colour"] * 8 + ["shape", "count"]
-    group = [
-        Encoded(ids=(0, number), labels=(-100, number), images=("0",), media_end=1, source=source)
-        for number, source in enumerate(sources)
-    ]
-
-    def drawn(limit: int, balance: bool) -> list[list[Encoded]]:
-        sampler = GroupSampler([group], images_per_step=1, samples_per_image=limit, balance_sources=balance, seed=1)
-        return [step[0] for step in islice(sampler, 40)]
-
-    for row in drawn(3, True):
-        assert Counter(sample.source for sample in row) == {"colour": 1, "shape": 1, "count": 1}
-    for row in drawn(5, True):
-        assert Counter(sample.source for sample in row) == {"colour": 3, "shape": 1, "count": 1}
-    # Which of the eight comes first changes, and without balance the frequent kind fills most rows.
-    assert {sample.ids[1] for row in drawn(3, True) for sample in row} == set(range(10))
-    assert any(Counter(sample.source for sample in row)["colour"] == 3 for row in drawn(3, False))
-
-
 def test_the_processes_together_see_what_one_process_sees() -> None:
     whole = steps(9)
     for world in (2, 4):

@@ -21,7 +21,7 @@ from nvila.losses import IGNORE_INDEX
 class Encoded:
     """One tokenised sample; every visual token has a placeholder in `ids`, the last of them before `media_end`.
 
-    `id` and `source` are the sample's own.
+    `id` is the sample's own, for messages about it.
     """
 
     ids: tuple[int, ...]
@@ -30,7 +30,6 @@ class Encoded:
     media_end: int
     videos: tuple[str, ...] = ()
     id: str = ""
-    source: str = ""
 
     @property
     def num_supervised(self) -> int:
@@ -107,7 +106,6 @@ class ConversationEncoder:
             media_end=self._media_end(ids) if media else 0,
             videos=tuple(part.value for part in media if part.type == "video"),
             id=sample.id,
-            source=sample.source,
         )
 
     def prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -21,7 +20,6 @@ class GroupSampler:
         groups: Samples that share images, one list for every set of images.
         images_per_step: Groups of a global batch.
         samples_per_image: At most this many samples of a group, chosen anew on every visit.
-        balance_sources: Choose them evenly over their sources, so that a frequent kind leaves room for a rare one.
         seed: Fixes the sequence.
         rank: This process.
         world: Number of processes.
@@ -36,7 +34,6 @@ class GroupSampler:
         *,
         images_per_step: int,
         samples_per_image: int,
-        balance_sources: bool = False,
         seed: int,
         rank: int = 0,
         world: int = 1,
@@ -52,7 +49,6 @@ class GroupSampler:
         self._groups = groups
         self._images_per_step = images_per_step
         self._samples_per_image = samples_per_image
-        self._balance_sources = balance_sources
         self._random = random.Random(seed)
         self._rank, self._world = rank, world
         self._queue: list[int] = []
@@ -70,7 +66,7 @@ class GroupSampler:
                 self._shuffled_with = self._random.getstate()
                 self._queue = self._shuffled()
             group = self._groups[self._queue.pop()]
-            batch.append(self._chosen(group))
+            batch.append(self._random.sample(list(group), min(self._samples_per_image, len(group))))
         return batch[self._rank :: self._world]
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,18 +94,6 @@ class GroupSampler:
         self._random.setstate(self._shuffled_with)
         self._queue = self._shuffled()[: state["left"]]
         self._random.setstate(_random_state(state["random"]))
-
-    def _chosen(self, group: Sequence[Encoded]) -> list[Encoded]:
-        count = min(self._samples_per_image, len(group))
-        if not self._balance_sources:
-            return self._random.sample(list(group), count)
-        seen: Counter[str] = Counter()
-        rounds: list[tuple[int, Encoded]] = []
-        for sample in self._random.sample(list(group), len(group)):
-            rounds.append((seen[sample.source], sample))
-            seen[sample.source] += 1
-        # Stable: the first of every source in random order, then the second of every source, and so on.
-        return [sample for _, sample in sorted(rounds, key=lambda one: one[0])[:count]]
 
     def _shuffled(self) -> list[int]:
         order = list(range(len(self._groups)))

@@ -94,7 +94,6 @@ class StageConfig:
         lr: Peak learning rate of every trained part; a part that is not named stays frozen.
         images_per_step: Rows of a batch over all processes; a row is an image with its samples.
         samples_per_image: At most this many samples of an image go into one row.
-        balance_sources: Choose them evenly over their sources.
         warmup_steps: Linear warm-up; 0 with a `warmup_ratio` takes that share of the steps.
         schedule: Decay after the warm-up, to zero.
         max_shift_pixels: Random translation of the image, the same for all its samples; 0 turns it off.
@@ -118,7 +117,6 @@ class StageConfig:
     warmup_steps: int = 0
     schedule: Schedule
     max_shift_pixels: int = 0
-    balance_sources: bool = False
     epochs: float | None = None
     warmup_ratio: float = 0.0
     tiling: Tiling | None = None

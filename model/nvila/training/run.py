@@ -183,7 +183,6 @@ def _train_stage(
         groups,
         images_per_step=stage.images_per_step,
         samples_per_image=stage.samples_per_image,
-        balance_sources=stage.balance_sources,
         seed=config.seed * 1000 + number,
         rank=rank(),
         world=world_size(),
