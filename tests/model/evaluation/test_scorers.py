@@ -185,7 +185,7 @@ def test_choices_are_read_out_of_the_question() -> None:
     ("prediction", "answer", "right"),
     [
         ("So the result is 1,234.567", "1234.57", 1),  # rounded to two places
-        ("x = 12", "12", 1),  # "=" counts in the last sentence
+        ("x = 12", "12", 1),  # "=" counts in the last line
         ("The answer is 12 apples", "12", 1),
         ("It is blue. Therefore it could be the Sky", "sky", 1),
         ("twelve", "12", 0),
@@ -200,8 +200,8 @@ def test_mmmu_open_questions(prediction: str, answer: Any, right: int) -> None:
     assert marks("mmmu", prediction, answer)["accuracy"] == right
 
 
-def test_mmmu_takes_the_shortest_tail_of_each_sentence() -> None:
-    # "is" leaves "8, so the answer is 9" -> last "is": "9"; first sentence: after "so ": "we add".
+def test_mmmu_takes_the_shortest_tail_of_each_line() -> None:
+    # "is" leaves "8, so the answer is 9" -> last "is": "9"; first line: after "so ": "we add".
     assert open_values("so we add\nit is 8, so the answer is 9") == ["we add", 9.0]
 
 

@@ -9,7 +9,6 @@ from nvila.evaluation.scorers.contract import READ, Marks, Reference, Scorer, an
 from nvila.evaluation.scorers.text import ascii_digits
 
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_SENTENCES = re.compile(r"\.\s(?=[A-Z])|\n")
 _TRIVIAL = frozenset(":,.!?;'")
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|-?\.\d+")
 
@@ -29,17 +28,18 @@ def mmmu(prediction: str, reference: Reference) -> Marks:
 def open_values(prediction: str) -> list[Value]:
     """Return the texts and numbers that an open answer may mean.
 
-    What follows the last "is", "so", "answer" and the like of each sentence, the shortest of these; in the last
-    sentence also what follows "=". Without any of them, the whole answer.
+    What follows the last "is", "so", "answer" and the like of each line, the shortest of these; in the last line also
+    what follows "=". Without any of them, the whole answer. The authors' code means to split at sentences too, but puts
+    all into lower case before it looks for the capital letter; published numbers are without it.
     """
-    sentences = [part.lower() for part in _SENTENCES.split(ascii_digits(prediction).strip().strip("."))]
+    lines = ascii_digits(prediction).strip().strip(".").lower().split("\n")
     keys = []
-    for number, sentence in enumerate(sentences):
-        marks = (*_INDICATORS, "=") if number == len(sentences) - 1 else _INDICATORS
-        tails = [sentence.rsplit(mark, 1)[1].strip() for mark in marks if mark in sentence]
+    for number, line in enumerate(lines):
+        marks = (*_INDICATORS, "=") if number == len(lines) - 1 else _INDICATORS
+        tails = [line.rsplit(mark, 1)[1].strip() for mark in marks if mark in line]
         if tails and (shortest := min(tails, key=len)) not in _TRIVIAL:
             keys.append(shortest)
-    keys = [key for key in keys or [" ".join(sentences)] if key]
+    keys = [key for key in keys or ["\n".join(lines)] if key]
     found: dict[Value, None] = {}
     for key in keys:
         for text in (key, *_NUMBER.findall(key)):
