@@ -39,16 +39,32 @@ UNDEFINED = {"ClusterQueue", "LocalQueue", "ResourceFlavor", "PodDefault"}
 CLUSTER_SCOPED = {"ClusterQueue", "ResourceFlavor"}
 # They hold for what runs on; hooks end.
 LONG_RUNNING = {"Deployment", "StatefulSet"}
+NAMES = ("nvila-platform", "nvila-observability")
+UMBRELLA = CHARTS / "nvila"
+PROFILES = ("laptop", "gpu", "production")
 SECRET_NAME = re.compile(r"(KEY|SECRET|PASSWORD|TOKEN|CREDENTIALS?)($|_)")
 CHANGING_LABELS = {"helm.sh/chart", "app.kubernetes.io/version"}
 
 
+def matrix(name: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a chart: name -> values."""
+    found: dict[str, dict[str, Any]] = yaml.safe_load((HERE / f"{name}_matrix.yaml").read_text("utf-8"))
+    return found
+
+
 def rows() -> Iterator[Any]:
     """Every chart with every row of its matrix, and the umbrella with every profile."""
-    for name in ("platform",):
-        matrix = yaml.safe_load((HERE / f"{name}_matrix.yaml").read_text("utf-8"))
-        for row, values in matrix.items():
+    for name in ("platform", "observability"):
+        for row, values in matrix(name).items():
             yield pytest.param(CHARTS / f"nvila-{name}", values, API_FLAGS, id=f"{name}-{row}")
+    for row, values in matrix("umbrella").items():
+        yield pytest.param(UMBRELLA, values, API_FLAGS, id=f"umbrella-{row}")
+    for profile in PROFILES:
+        yield pytest.param(UMBRELLA, {}, profile_flags(profile), id=f"profile-{profile}")
+
+
+def profile_flags(profile: str) -> tuple[str, ...]:
+    return (*API_FLAGS, "--values", str(UMBRELLA / f"values-{profile}.yaml"))
 
 
 ROWS = list(rows())
@@ -83,10 +99,9 @@ def is_built_in(document: Document) -> bool:
 def test_resources_of_kubernetes_are_valid(
     render: Render, built_in: BuiltInSchemas, chart: Path, values: dict[str, Any], extra: tuple[str, ...]
 ) -> None:
-    found = [document for document in render(chart, values, extra=extra) if is_built_in(document)]
-    assert found
-    for document in found:
-        assert built_in.errors(document) == []
+    for document in render(chart, values, extra=extra):
+        if is_built_in(document):
+            assert built_in.errors(document) == []
 
 
 @each_row
@@ -194,15 +209,16 @@ def test_selectors_find_exactly_the_pods_of_their_part(
     documents = render(chart, values, extra=extra)
     pods = [template["metadata"]["labels"] for _, template in pod_templates(documents)]
     for document in documents:
-        if document["metadata"]["labels"].get("app.kubernetes.io/name") == "nvila-serving":
-            continue
         for kind, selector in selectors(document):
+            if "serving.kserve.io/inferenceservice" in selector:
+                # KServe makes those pods.
+                continue
             assert not CHANGING_LABELS & selector.keys()
             found = [labels for labels in pods if selector.items() <= labels.items()]
             assert len(found) == 1, (kind, selector)
 
 
-@pytest.mark.parametrize("name", ["nvila-platform"])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_upgrade_of_the_chart_alone_changes_no_selector_and_restarts_no_pod(
     helm: Helm, tmp_path: Path, name: str
 ) -> None:
@@ -224,13 +240,41 @@ def test_an_upgrade_of_the_chart_alone_changes_no_selector_and_restarts_no_pod(
     assert fixed(newer) == fixed(CHARTS / name)
 
 
-@pytest.mark.parametrize("name", ["nvila-platform"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_default_render(render: Render, golden: Callable[[str, str], None], name: str) -> None:
     text = yaml.safe_dump_all(render(CHARTS / name, extra=API_FLAGS), sort_keys=False, width=120)
     golden(f"charts/{name}.yaml", re.sub(r"\b0\.1\.0\b", "VERSION", text))
 
 
-@pytest.mark.parametrize("name", ["nvila-platform"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_render_of_each_profile(render: Render, golden: Callable[[str, str], None], profile: str) -> None:
+    documents = render(UMBRELLA, {}, "nvila", profile_flags(profile))
+    # What is in the dashboards is in the golden file of their own chart.
+    shown = [
+        {**document, "data": sorted(document["data"])}
+        if document["metadata"]["labels"].get("grafana_dashboard")
+        else document
+        for document in documents
+    ]
+    text = yaml.safe_dump_all(shown, sort_keys=False, width=120)
+    golden(f"charts/nvila-{profile}.yaml", re.sub(r"\b0\.1\.0\b", "VERSION", text))
+
+
+def test_enough_combinations_of_values_are_rendered() -> None:
+    assert len(ROWS) + len(matrix("serving")) >= 60
+
+
+def test_charts_have_one_version_and_the_umbrella_asks_for_it() -> None:
+    charts = {path.parent.name: yaml.safe_load(path.read_text("utf-8")) for path in CHARTS.glob("*/Chart.yaml")}
+    assert charts.keys() == {"nvila", *NAMES, "nvila-serving"}
+    assert len({(chart["version"], chart["appVersion"], chart["kubeVersion"]) for chart in charts.values()}) == 1
+    asked = {part["name"]: part["version"] for part in charts["nvila"]["dependencies"]}
+    assert asked == {name: charts[name]["version"] for name in (*NAMES, "nvila-serving")}
+    for name in asked:
+        assert (UMBRELLA / "charts" / name).resolve() == CHARTS / name
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nvila"])
 def test_schema_knows_exactly_the_keys_of_the_values(name: str) -> None:
     schema = json.loads((CHARTS / name / "values.schema.json").read_text(encoding="utf-8"))
     values = yaml.safe_load((CHARTS / name / "values.yaml").read_text(encoding="utf-8"))
@@ -247,7 +291,68 @@ def test_schema_knows_exactly_the_keys_of_the_values(name: str) -> None:
     compare(schema, values, "")
 
 
-@pytest.mark.parametrize("name", ["nvila-platform"])
+@pytest.mark.parametrize("name", [*NAMES, "nvila"])
 def test_lint_is_strict_and_clean(helm: Helm, name: str) -> None:
     done = helm.run("lint", "--strict", CHARTS / name)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+REFUSED_BY_UMBRELLA: list[tuple[dict[str, Any], str]] = [
+    ({"nvila-platfrom": {}}, "additional properties 'nvila-platfrom' not allowed"),
+    ({"parts": {"serve": {}}}, "at '/parts': additional properties 'serve' not allowed"),
+    ({"nvila-platform": {"mlfow": {}}}, "additional properties 'mlfow' not allowed"),
+    ({"global": {"registry": "x"}}, "additional properties 'registry' not allowed"),
+    (
+        {"nvila-platform": {"s3": {"minio": {"enabled": True}}}},
+        "s3.seaweedfs.enabled and s3.minio.enabled are on together",
+    ),
+    ({"parts": {"platform": {"enabled": False}}}, "nothing is on: turn on one of parts.platform.enabled"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), REFUSED_BY_UMBRELLA)
+def test_the_umbrella_refuses_wrong_values_of_its_own_and_of_its_parts(
+    helm: Helm, values: dict[str, Any], said: str
+) -> None:
+    done = helm.template(UMBRELLA, values, extra=API_FLAGS)
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_the_archive_of_the_umbrella_holds_its_parts_and_renders_alone(helm: Helm, tmp_path: Path) -> None:
+    done = helm.run("package", UMBRELLA, "--destination", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("nvila-*.tgz")
+    alone, here = (
+        helm.template(chart, matrix("umbrella")["everything"], extra=API_FLAGS) for chart in (archive, UMBRELLA)
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout == here.stdout
+
+
+def test_a_part_takes_the_umbrellas_registry_and_leaves_nothing_when_off(render: Render) -> None:
+    images = {
+        container["image"]
+        for _, template in pod_templates(render(UMBRELLA, matrix("umbrella")["mirrored"], extra=API_FLAGS))
+        for container in template["spec"]["containers"]
+    }
+    assert images
+    assert all(image.startswith("mirror.example.com/") for image in images), images
+    kinds = {document["kind"] for document in render(UMBRELLA, matrix("umbrella")["serving-alone"], extra=API_FLAGS)}
+    assert kinds == {
+        "InferenceService",
+        "ServingRuntime",
+        "ServiceAccount",
+        "NetworkPolicy",
+        "PodDisruptionBudget",
+        "Pod",
+    }
+
+
+def test_notes_of_the_umbrella_give_the_next_three_commands(helm: Helm) -> None:
+    done = helm.run("install", "demo", UMBRELLA, "--namespace", "models", "--dry-run=client")
+    assert done.returncode == 0, done.stderr
+    _, _, notes = done.stdout.rpartition("NOTES:")
+    assert "with: platform." in notes
+    commands = [line.strip() for line in notes.splitlines() if line.startswith("     ")]
+    assert [command.split()[0] for command in commands] == ["kubectl", "helm", "helm"]

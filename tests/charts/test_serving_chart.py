@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "nvila-serving"
+KEDA = ("--api-versions", "keda.sh/v1alpha1")
 DIGEST = "sha256:" + "0a" * 32
 KSERVE_KINDS = {"InferenceService", "ServingRuntime"}
 BUILT_IN_KINDS = {"NetworkPolicy", "PodDisruptionBudget", "ServiceAccount", "Pod"}
@@ -38,7 +39,7 @@ def serving_pod(documents: list[Document]) -> Document:
     """Return the pod that KServe makes of the two resources, as far as the chart decides it."""
     runtime = by_kind(documents, "ServingRuntime")["spec"]
     service = by_kind(documents, "InferenceService")
-    own = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "annotations"}
+    own = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "autoScaling", "annotations"}
     predictor = {key: value for key, value in service["spec"]["predictor"].items() if key not in own}
     labels = {
         **service["metadata"]["labels"],
@@ -72,7 +73,7 @@ def container_of(documents: list[Document]) -> Document:
 def test_built_in_resources_are_valid_for_old_and_new_kubernetes(
     render: Render, built_in: BuiltInSchemas, values: dict[str, Any]
 ) -> None:
-    documents = render(CHART, values)
+    documents = render(CHART, values, extra=KEDA)
     found = [document for document in documents if document["kind"] in BUILT_IN_KINDS]
     assert len(found) + len(KSERVE_KINDS) == len(documents)
     for document in found:
@@ -84,12 +85,12 @@ def test_the_pod_that_kserve_makes_of_the_chart_is_valid(
     render: Render, built_in: BuiltInSchemas, values: dict[str, Any]
 ) -> None:
     # The definitions below describe a pod too, but only built-in validation knows all of its rules.
-    assert built_in.errors(serving_pod(render(CHART, values))) == []
+    assert built_in.errors(serving_pod(render(CHART, values, extra=KEDA))) == []
 
 
 @each_row
 def test_kserve_resources_match_their_definitions(render: Render, crds: CrdSchemas, values: dict[str, Any]) -> None:
-    documents = [document for document in render(CHART, values) if document["kind"] in KSERVE_KINDS]
+    documents = [document for document in render(CHART, values, extra=KEDA) if document["kind"] in KSERVE_KINDS]
     assert {document["kind"] for document in documents} == KSERVE_KINDS
     for document in documents:
         assert crds.errors(document) == []
@@ -133,7 +134,7 @@ def test_validation_does_not_pass_a_kind_that_it_does_not_know(crds: CrdSchemas)
 
 @each_row
 def test_containers_are_locked_down(render: Render, values: dict[str, Any]) -> None:
-    for pod in all_pods(render(CHART, values)):
+    for pod in all_pods(render(CHART, values, extra=KEDA)):
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
@@ -157,7 +158,7 @@ def test_containers_are_locked_down(render: Render, values: dict[str, Any]) -> N
 
 @each_row
 def test_server_is_probed_on_its_own_port(render: Render, values: dict[str, Any]) -> None:
-    container = container_of(render(CHART, values))
+    container = container_of(render(CHART, values, extra=KEDA))
     port = container["ports"][0]["containerPort"]
     for probe, path in {
         "startupProbe": "/v2/health/ready",
@@ -171,7 +172,7 @@ def test_server_is_probed_on_its_own_port(render: Render, values: dict[str, Any]
 
 @each_row
 def test_every_resource_is_labelled_and_named_within_the_limits(render: Render, values: dict[str, Any]) -> None:
-    for document in render(CHART, values):
+    for document in render(CHART, values, extra=KEDA):
         metadata = document["metadata"]
         assert metadata["namespace"] == "models"
         assert metadata["labels"]["app.kubernetes.io/instance"] == "demo"
@@ -184,7 +185,7 @@ def test_every_resource_is_labelled_and_named_within_the_limits(render: Render, 
 
 @each_row
 def test_selectors_find_the_pods_that_kserve_makes(render: Render, values: dict[str, Any]) -> None:
-    documents = render(CHART, values)
+    documents = render(CHART, values, extra=KEDA)
     pod = serving_pod(documents)
     selectors = [
         document["spec"][key]["matchLabels"]
@@ -297,6 +298,33 @@ def test_service_account(render: Render, row: str, made: str | None, used: str) 
     accounts = [document["metadata"]["name"] for document in documents if document["kind"] == "ServiceAccount"]
     assert accounts == ([made] if made else [])
     assert by_kind(documents, "InferenceService")["spec"]["predictor"]["serviceAccountName"] == used
+
+
+@pytest.mark.parametrize(
+    ("row", "replicas", "query", "target"),
+    [
+        (
+            "keda",
+            (1, 4),
+            'avg(nvila:num_requests_running{namespace="models",model_name="demo-nvila-serving"}'
+            ' + nvila:num_requests_waiting{namespace="models",model_name="demo-nvila-serving"})',
+            "4",
+        ),
+        ("keda-to-zero", (0, 4), 'sum(rate(gateway_requests_total{route="eyes"}[1m]))', "10"),
+    ],
+)
+def test_keda_scales_by_what_prometheus_sees(
+    render: Render, row: str, replicas: tuple[int, int], query: str, target: str
+) -> None:
+    service = by_kind(render(CHART, MATRIX[row], extra=KEDA), "InferenceService")
+    predictor = service["spec"]["predictor"]
+    assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "keda"
+    assert (predictor["minReplicas"], predictor["maxReplicas"]) == replicas
+    assert "scaleMetric" not in predictor
+    (metric,) = predictor["autoScaling"]["metrics"]
+    assert metric["external"]["metric"]["query"] == query
+    assert metric["external"]["metric"]["serverAddress"] == MATRIX[row]["autoscaling"]["keda"]["serverAddress"]
+    assert metric["external"]["target"] == {"type": "Value", "value": target}
 
 
 def test_model_and_its_credentials(render: Render) -> None:
