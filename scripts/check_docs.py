@@ -3,7 +3,8 @@
 `--check` (part of `make check`) names every stale page and exits 1; `--write` (`make docs`) regenerates them:
 
 - docs/reference/cli.md from the argument parsers of the `nvila` command;
-- docs/benchmarks.md from benchmarks/results/*.json.
+- docs/benchmarks.md from benchmarks/results/*.json;
+- docs/reference/training-memory.md from the planner of training.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def pages(root: Path) -> Iterator[tuple[str, str]]:
     if build is not None:
         yield "docs/reference/cli.md", cli_page(build())
     yield "docs/benchmarks.md", benchmarks_page(root / "benchmarks" / "results")
+    if (guide := _memory_guide()) is not None:
+        yield "docs/reference/training-memory.md", memory_page(guide)
 
 
 def _refresh(path: Path, text: str, *, write: bool) -> bool:
@@ -130,6 +133,32 @@ def _value_name(action: argparse.Action) -> str:
     else:
         name = str(action.metavar or (action.dest.upper() if action.option_strings else action.dest))
     return {"?": f"[{name}]", "*": f"[{name} ...]", "+": f"{name} [...]"}.get(str(action.nargs), name)
+
+
+# The memory guide
+
+
+def _memory_guide() -> str | None:
+    if _parser_factory() is None:
+        return None
+    from nvila_pipelines.training.guide import memory_guide
+
+    return memory_guide()
+
+
+def memory_page(guide: str) -> str:
+    """Return the page around the planner's tables."""
+    return (
+        GENERATED
+        + "# Memory of training\n\n"
+        + "The fastest settings that fit, and GiB on each GPU, with bf16, AdamW and **one sample a GPU at a time**:"
+        + " an image of 640x480 cut into tiles, or a video of 256 frames. `-`: nothing fits."
+        + " Checkpointing is `train.gradient_checkpointing=true`, offload `train.offload=optimizer`, ZeRO n"
+        + " `train.zero_stage=n`. These are estimates of the planner; [Training](../training.md#memory) says from what."
+        + " For other batches, lengths and models: `nvila train RECIPE --dry-run`.\n\n"
+        + guide.rstrip()
+        + "\n"
+    )
 
 
 # Benchmarks

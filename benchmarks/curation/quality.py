@@ -11,13 +11,16 @@ python benchmarks/curation/quality.py --quick      # one seed, a small pool
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,21 +54,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, a small pool")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; give each OMP_NUM_THREADS of its own")
     args = parser.parse_args()
     seeds = args.seeds[:1] if args.quick else args.seeds
     sizes = PoolSizes(images=(900, 350), test_questions=300) if args.quick else PoolSizes()
     runs: list[dict[str, Any]] = []
-    for seed in seeds:
-        with tempfile.TemporaryDirectory(prefix="nvila-bench-") as folder:
-            runs.append(run_seed(seed, sizes, Path(folder)))
-        name = "curation-quality-quick" if args.quick else "curation-quality"
-        path = write_result(name, claims(runs), {"rate": RATE, "runs": runs})
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for run in pool.map(partial(run_seed, sizes=sizes), seeds):
+            runs.append(run)
+            name = "curation-quality-quick" if args.quick else "curation-quality"
+            # After every run, so that an interrupted benchmark leaves what it measured.
+            path = write_result(name, claims(runs), {"rate": RATE, "runs": runs})
     print(f"written: {path}")
     return 0
 
 
-def run_seed(seed: int, sizes: PoolSizes, folder: Path) -> dict[str, Any]:
-    """Score the pool of a seed, select in every way, tune on each selection, and measure."""
+def run_seed(seed: int, sizes: PoolSizes) -> dict[str, Any]:
+    """Measure one seed in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="nvila-bench-") as folder:
+        return measure(seed, sizes, Path(folder))
+
+
+def measure(seed: int, sizes: PoolSizes, folder: Path) -> dict[str, Any]:
+    """Score the pool of a seed, select in every way, tune on each selection, and evaluate."""
     started = time.monotonic()
     pool = build_pool(sizes, seed)
     bench = _Bench(pool, seed, folder)
@@ -243,7 +254,7 @@ def scorer_stage(num_samples: int, epochs: float = 8) -> StageConfig:
     return _stage("reference", "reference", round(epochs * num_samples / BATCH), lr=EVERYTHING)
 
 
-def tuning_stage(num_samples: int, epochs: float = 2) -> StageConfig:
+def tuning_stage(num_samples: int, epochs: float = 6) -> StageConfig:
     """Stage that tunes the base model on a selection; steps follow its size."""
     return _stage("instruct", "pool", round(epochs * num_samples / BATCH), lr=EVERYTHING, max_shift_pixels=2)
 

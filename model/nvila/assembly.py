@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,11 +19,12 @@ from transformers import (
 from nvila.checkpoints.shards import REFUSED_SUFFIXES
 from nvila.configuration import NVILAConfig
 from nvila.data.tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, token_id
-from nvila.errors import CheckpointError
+from nvila.errors import CheckpointError, ConfigError
 from nvila.finite import check_weights
 from nvila.image_processing import NVILAImageProcessor
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
+from nvila.time_tokens import add_time_tokens
 from nvila.training.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,21 @@ def register_auto_classes() -> None:
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVILAForConditionalGeneration:
-    """Build a model with new weights from the parts of a recipe; seed torch before for reproducible weights."""
+    """Build a model from the parts of a recipe; seed torch before for reproducible new weights.
+
+    Args:
+        config: The parts; pretrained ones are loaded from their folders (`nvila.base_models.local_bases`).
+        tokenizer: Tokenizer of the language model; it gets the tokens that it lacks.
+
+    Raises:
+        CheckpointError: Pretrained parts are of another shape than the recipe says.
+        ConfigError: The vocabulary has no room for the tokenizer.
+    """
+    if config.base is not None:
+        from nvila.base_models import build_from_bases
+
+        return build_from_bases(config, tokenizer)
+    times = add_time_tokens(tokenizer, config.time_tokens) if config.time_tokens else []
     language: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -45,6 +61,11 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVIL
         "eos_token_id": tokenizer.eos_token_id,
         **config.language,
     }
+    if language["vocab_size"] < len(tokenizer):
+        raise ConfigError(
+            f"model.language.vocab_size is {language['vocab_size']}, but the tokenizer has {len(tokenizer)} tokens",
+            f"use {len(tokenizer)} or more, or null",
+        )
     nvila = NVILAConfig(
         vision_config=dict(config.vision),
         text_config=language,
@@ -53,6 +74,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> NVIL
         image_token_id=token_id(tokenizer, IMAGE_TOKEN),
         video_token_id=token_id(tokenizer, VIDEO_TOKEN),
         image_end_token_id=tokenizer("\n", add_special_tokens=False)["input_ids"][0],
+        time_token_ids=times,
+        **config.media_fields(),
     )
     return NVILAForConditionalGeneration(nvila)
 
@@ -62,9 +85,21 @@ def build_processor(model_config: NVILAConfig, tokenizer: PreTrainedTokenizerBas
     return NVILAProcessor.from_config(model_config, tokenizer)
 
 
-def save_model(model: NVILAForConditionalGeneration, processor: NVILAProcessor, directory: Path) -> None:
-    """Write model and processor as a Hugging Face folder (safetensors)."""
-    model.save_pretrained(directory)
+def save_model(
+    model: NVILAForConditionalGeneration,
+    processor: NVILAProcessor,
+    directory: Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write model and processor as a Hugging Face folder (safetensors).
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        directory: The folder.
+        weights: Weights by name, for a model that does not hold them itself.
+    """
+    model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
     processor.save_pretrained(directory)
 
 

@@ -57,7 +57,13 @@ class NVILAPreTrainedModel(PreTrainedModel):
 
 
 class NVILAModel(NVILAPreTrainedModel):
-    """Tower, projector and decoder without the language-model head."""
+    """Tower, projector and decoder without the language-model head.
+
+    `blank_without_media` has a training pass without images and videos look at one blank tile, without any effect on
+    the result: processes that train together must use the same modules, also when some of them have text alone.
+    """
+
+    blank_without_media: bool = False
 
     def __init__(self, config: NVILAConfig) -> None:
         super().__init__(config)
@@ -96,6 +102,23 @@ class NVILAModel(NVILAPreTrainedModel):
         assert videos is not None
         return videos
 
+    def tower_features(self, pixel_values: Tensor) -> Tensor:
+        """Run the tower up to the selected layer; the blocks behind it never influence the result.
+
+        What the projector reads, and what images are compared by: it does not depend on the language model.
+
+        Args:
+            pixel_values: Normalised tiles or frames of shape (T, 3, height, width), on any device and of any type.
+
+        Returns:
+            Features of every patch, (T, patches, C) with C the width of the tower, on its device and of its type.
+        """
+        tower = self.vision_tower
+        hidden_TNC = tower.embeddings(pixel_values.to(tower.device, tower.dtype))
+        for block in tower.encoder.layers[: self.config.num_vision_blocks]:
+            hidden_TNC = block(hidden_TNC, None)
+        return cast("Tensor", hidden_TNC)
+
     def encode_media(
         self,
         pixel_values: Tensor | None,
@@ -125,7 +148,7 @@ class NVILAModel(NVILAPreTrainedModel):
             return (None if pixel_values is None else none), (None if pixel_values_videos is None else none)
         num_frames = 0 if pixel_values_videos is None else len(pixel_values_videos)
         blocks = [*self._blocks(pixel_values, image_blocks), *([None] * num_frames)]
-        tokens_MH = self._project(self._tower_features(torch.cat(given) if len(given) > 1 else given[0]), blocks)
+        tokens_MH = self._project(self.tower_features(torch.cat(given) if len(given) > 1 else given[0]), blocks)
         num_video_tokens = num_frames * cast("NVILAConfig", self.config).num_image_tokens
         images_MH, frames_MH = tokens_MH.split([len(tokens_MH) - num_video_tokens, num_video_tokens])
         return (
@@ -186,6 +209,8 @@ class NVILAModel(NVILAPreTrainedModel):
             if images is not None or videos is not None or _is_prompt(input_ids, past_key_values):
                 inputs_embeds = splice(inputs_embeds, input_ids, self.config.image_token_id, images, "image")
                 inputs_embeds = splice(inputs_embeds, input_ids, self.config.video_token_id, videos, "video")
+            if self.blank_without_media and self.training and not _any_rows(images, videos):
+                inputs_embeds = inputs_embeds + self._blank()
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
             attention_mask = self._pair_mask(attention_mask, inputs_embeds.dtype)
         outputs = self.language_model(
@@ -197,13 +222,11 @@ class NVILAModel(NVILAPreTrainedModel):
         )
         return cast("BaseModelOutputWithPast", outputs)
 
-    def _tower_features(self, pixels_TCHW: Tensor) -> Tensor:
-        """Run the tower up to the selected layer; the blocks behind it never influence the result."""
-        tower = self.vision_tower
-        hidden_TNC = tower.embeddings(pixels_TCHW.to(tower.device, tower.dtype))
-        for block in tower.encoder.layers[: self.config.num_vision_blocks]:
-            hidden_TNC = block(hidden_TNC, None)
-        return cast("Tensor", hidden_TNC)
+    def _blank(self) -> Tensor:
+        """Return a zero that every parameter of tower and projector takes part in."""
+        size = cast("NVILAConfig", self.config).tile_size
+        pixels = torch.zeros(1, 3, size, size, device=self.device, dtype=self.vision_tower.dtype)
+        return (self._project(self.tower_features(pixels), [None]) * 0).sum()
 
     def _project(self, features_TNC: Tensor, blocks: list[Grid | None]) -> Tensor:
         """Merge scales where the model has several, and project; tokens (M, H) of each image in raster order."""
@@ -255,6 +278,10 @@ def _check_finite(**media: Tensor | None) -> None:
     for name, values in media.items():
         if values is not None:
             check_finite(values, name)
+
+
+def _any_rows(*features: Tensor | None) -> bool:
+    return any(one is not None and len(one) > 0 for one in features)
 
 
 def _is_prompt(input_ids_BL: Tensor, cache: Cache | None) -> bool:

@@ -18,11 +18,12 @@ from nvila_pipelines.steps.runner import RunContext, run_step, step_key
 from nvila_pipelines.steps.table import STEPS, step_spec
 from nvila_pipelines.summary import Summary, summarize
 from nvila_pipelines.tracking_bridge import TrackingBridge
+from nvila_pipelines.training.stages import STEP, adopt_stages
 from nvila_platform.artifacts import storage_errors, write_atomically
 from nvila_platform.lineage import trace
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store
-from nvila_platform.telemetry import ProgressView, follow
+from nvila_platform.telemetry import EventLog, ProgressView, follow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
     Raises:
         NvilaError: A step failed; the same command goes on from there.
     """
-    from nvila_pipelines.report import write_report
+    from nvila_pipelines.report import write_plots, write_report
 
     started = time.monotonic()
     run = new_run(recipe, settings)
@@ -64,6 +65,9 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
         # The step that finished last was made of all the others.
         lineage = trace(store, list(refs.values())[-1].digest)
         watch.bridge.log_report(write_report(artifacts, summary.to_dict(), lineage, run.directory / "report.html"))
+        figures = write_plots(artifacts, run.directory / "plots", settings.workspace)
+        if figures is not None:
+            watch.bridge.log_report(figures)
     summary = summary.finished(time.monotonic() - started)
     write_atomically(run.directory / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n")
     return summary
@@ -82,6 +86,9 @@ def run_until(recipe: Recipe, settings: Settings, step: str, *, view: ProgressVi
     with RunWatch(run, recipe, view):
         for name in steps_before(step):
             inputs = {key: refs[source] for key, source in STEPS[name].inputs.items()}
+            if name == STEP:
+                with EventLog(run.events_path, step=name) as events:
+                    adopt_stages(recipe, inputs, settings, events)
             refs[name] = run_step(name, recipe, inputs, run)
     return refs[step]
 

@@ -10,16 +10,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nvila.errors import ConfigError, nearest
 from nvila.quantization.config import QuantizationConfig
 from nvila.training.config import PrecisionConfig, TrainConfig
 from nvila_pipelines import recipe_schema as schema
+from nvila_pipelines.recipe_fields import CountOrZero, Name, Section, rule
 from nvila_pipelines.recipe_text import parse_recipe_text, parse_value
+from nvila_pipelines.recipe_training import StageSection, TrainSection, stage_configs
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
@@ -29,23 +32,35 @@ _EXTENDS = "extends"
 _SUFFIXES = (".yaml", ".yml")
 
 
-class Recipe(schema.Section):
+class Recipe(Section):
     """A whole run, resolved and checked."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    name: schema.Name
-    seed: schema.CountOrZero
+    name: Name
+    seed: CountOrZero
     data: schema.DataSection
     model: schema.ModelSection
-    curate: schema.CurateSection
-    train: schema.TrainSection
+    # None keeps everything.
+    curate: schema.CurateSection | None = None
+    train: TrainSection
     quantize: schema.QuantizeSection
     evaluate: schema.EvaluateSection
     gate: schema.GateSection
     # Under another name, because every class of this kind has a method `register`.
     registration: schema.RegisterSection = Field(alias="register")
     serve: schema.ServeSection
+    plan: schema.PlanSection = schema.PlanSection()
+
+    @model_validator(mode="after")
+    def _names_data(self) -> Self:
+        if self.data.dataset is None:
+            return self
+        known = ["captions", "selected", "text", *(["clips"] if self.data.clips else [])]
+        for name, stage in self.train.stages.items():
+            if stage.data is not None and stage.data not in known:
+                raise rule(f"train.stages.{name}.data", f"is '{stage.data}'", nearest(stage.data, known))
+        return self
 
     @property
     def register(self) -> schema.RegisterSection:
@@ -81,7 +96,27 @@ class Recipe(schema.Section):
         """Return the training run."""
         precision = PrecisionConfig(name=self.train.precision, fp8=self.train.fp8.to_config())
         config = self._training(self.model, self.train.stages, precision, self.train.backend)
-        return replace(config, optimizer=self.train.optimizer)
+        return replace(
+            config,
+            optimizer=self.train.optimizer,
+            offload=self.train.offload,
+            gradient_checkpointing=self.train.gradient_checkpointing,
+            checkpoints=self.train.checkpoints.to_config(),
+            health=self.train.health.to_config(),
+        )
+
+    def up_to(self, stage: str) -> Recipe:
+        """Return the recipe with the training stages up to one of them.
+
+        Raises:
+            ConfigError: There is no such stage.
+        """
+        stages = self.train.stages
+        if stage not in stages:
+            raise ConfigError(f"recipe {self.name} has no stage '{stage}'", nearest(stage, stages))
+        names = list(stages)
+        kept = {name: stages[name] for name in names[: names.index(stage) + 1]}
+        return self.model_copy(update={"train": self.train.model_copy(update={"stages": kept})})
 
     def scorer_config(self, scorer: str) -> TrainConfig:
         """Return the training run of the `small` or `large` scorer: fp32 in one process, otherwise like the main one.
@@ -89,6 +124,8 @@ class Recipe(schema.Section):
         Raises:
             ConfigError: There is no such scorer.
         """
+        if self.curate is None:
+            raise ConfigError(f"recipe {self.name} has no scorers", "give it a section curate")
         scorers = {"small": self.curate.small, "large": self.curate.large}
         if scorer not in scorers:
             raise ConfigError(f"unknown scorer '{scorer}'", nearest(scorer, scorers))
@@ -101,13 +138,13 @@ class Recipe(schema.Section):
     def _training(
         self,
         model: schema.ModelSection,
-        stages: Mapping[str, schema.StageSection],
+        stages: Mapping[str, StageSection],
         precision: PrecisionConfig,
         backend: Literal["deepspeed", "torch"],
     ) -> TrainConfig:
         return TrainConfig(
             model=model.to_config(),
-            stages=schema.stage_configs(stages),
+            stages=stage_configs(stages),
             precision=precision,
             backend=backend,
             # Plain torch has none: reading it would make curation depend on it.
@@ -177,12 +214,15 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"recipe file {path} cannot be read: {e}", "give a YAML file in UTF-8") from e
     values = parse_recipe_text(text, where=str(path))
     values.setdefault("name", path.stem)
-    parent = values.pop(_EXTENDS, None)
-    if parent is None:
-        return values
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: {_EXTENDS} is {parent!r}", "name one recipe or file")
-    return _merged(_read(_find(parent, path.parent), (*seen, path)), values)
+    parents = values.pop(_EXTENDS, [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: {_EXTENDS} is {parents!r}", "name a recipe or file, or a list of them")
+    laid: dict[str, Any] = {}
+    for parent in parents:
+        # The own file comes last, so that nulls of a later parent take away fields of an earlier one.
+        laid = _merged(laid, _read(_find(parent, path.parent), (*seen, path)))
+    return _merged(laid, values)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,6 +323,12 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _without_none(annotation: Any) -> Any:
+    """Return the section of a field that may also be null."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(annotation) and len(kinds) == 1 else annotation
+
+
 def _fields_at(keys: Sequence[str]) -> list[str]:
     """Return the field names of the section at a path; nothing where the names are free."""
     found: Any = Recipe
@@ -292,7 +338,7 @@ def _fields_at(keys: Sequence[str]) -> list[str]:
             found = get_args(found)[1] if len(get_args(found)) == 2 else None
             continue
         named = {field.alias or name: field for name, field in found.model_fields.items()}
-        found = named[key].annotation if key in named else None
+        found = _without_none(named[key].annotation) if key in named else None
     if not (isinstance(found, type) and issubclass(found, BaseModel)):
         return []
     return [field.alias or name for name, field in found.model_fields.items()]

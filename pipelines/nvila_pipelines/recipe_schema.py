@@ -6,35 +6,27 @@ section that has both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, model_validator
 
-from nvila.training.config import (
-    PARTS,
-    Attention,
-    Fp8Backend,
-    Fp8Config,
-    Fp8Format,
-    ModelConfig,
-    OptimizerName,
-    PartName,
-    Precision,
-    Schedule,
-    StageConfig,
+from nvila.errors import nearest
+from nvila.training.config import BaseModels, ModelConfig, Tiling
+from nvila.training.planning.devices import GPUS
+from nvila_pipelines.recipe_fields import (
+    Count,
+    CountOrZero,
+    Name,
+    PoolSizes,
+    Ratio,
+    Section,
+    Share,
+    StageName,
+    divisible,
+    rule,
 )
+from nvila_pipelines.recipe_training import Stages
 
-# Names that become folders, registry entries and metric prefixes.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-StageName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-LearningRate = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Moment = Annotated[float, Field(ge=0, lt=1)]
 # The names of nvila.vision.projectors.PROJECTORS, which only torch can read; a test holds the two together.
 Projector = Literal[
     "identity",
@@ -48,24 +40,17 @@ Projector = Literal[
 ]
 
 
-def rule(field: str, problem: str, fix: str) -> PydanticCustomError:
-    """Return the error of a rule between fields; `field` is the one to blame, relative to the section."""
-    return PydanticCustomError("rule", "{field} {problem}", {"field": field, "problem": problem, "fix": fix})
-
-
-class Section(BaseModel):
-    """A mapping of known fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
 class DataSection(Section):
-    """What is learned from."""
+    """What is learned from: a built-in data set with its splits, or data sets of one's own that stages name."""
 
-    dataset: Literal["easy-vqa"]
-    validation_images: Count
+    dataset: Literal["easy-vqa"] | None = None
+    validation_images: CountOrZero = 0
     # At most this many images of the training and of the test split; None takes all.
     max_images: Count | None = None
+    # Generated clips of moving shapes beside it, for stages that learn from videos.
+    clips: CountOrZero = 0
+    # YAML file that gives names to data sets and mixtures; stages then name those.
+    registry: str | None = None
 
     @model_validator(mode="after")
     def _leaves_training_images(self) -> Self:
@@ -75,6 +60,8 @@ class DataSection(Section):
                 f"is {self.validation_images}, which leaves nothing of max_images {self.max_images} to train on",
                 "use fewer validation_images or more max_images",
             )
+        if self.dataset is not None and not self.validation_images:
+            raise rule("validation_images", "is 0, but a built-in data set is split", "hold out one image or more")
         return self
 
 
@@ -92,8 +79,8 @@ class VisionSection(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        _divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-        _divisible("image_size", self.image_size, "patch_size", self.patch_size)
+        divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        divisible("image_size", self.image_size, "patch_size", self.patch_size)
         return self
 
 
@@ -109,22 +96,49 @@ class LanguageSection(Section):
     tie_word_embeddings: bool
     initializer_range: Annotated[float, Field(gt=0)]
     max_position_embeddings: Count
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    # None: as many as the tokenizer has. A plan needs it where the tokenizer is not at hand.
+    vocab_size: Count | None = None
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the configuration of the decoder; what is not set is left to its own defaults."""
+        values = self.model_dump(exclude={"rope_theta"}, exclude_none=True)
+        if self.rope_theta is not None:
+            values["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        return values
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        _divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-        _divisible("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        divisible("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         return self
 
 
+class BaseSection(Section):
+    """Pretrained parts: folders, or ids of the Hugging Face Hub."""
+
+    vision: Annotated[str, Field(min_length=1)]
+    language: Annotated[str, Field(min_length=1)]
+
+
 class ModelSection(Section):
-    """The parts of a model that starts from new weights."""
+    """The parts of a model, and how it looks at media; from new weights unless `from` names pretrained ones."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     vision: VisionSection
     language: LanguageSection
     projector: Projector
     select_layer: int
     max_length: Count
+    tiling: Tiling = "resize"
+    min_tiles: Count = 1
+    max_tiles: Count = 12
+    s2_scales: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    frames: Count = 8
+    pool_sizes: PoolSizes = ((1, 1, 1),)
+    time_tokens: CountOrZero = 0
+    base: BaseSection | None = Field(default=None, alias="from")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -142,77 +156,19 @@ class ModelSection(Section):
                 f"is {self.max_length}, over language.max_position_embeddings {self.language.max_position_embeddings}",
                 "lower the one or raise the other",
             )
+        if self.s2_scales and self.tiling != "dynamic_s2":
+            raise rule("s2_scales", f"is given, but tiling is {self.tiling}", "use tiling dynamic_s2 or no s2_scales")
         return self
 
     def to_config(self) -> ModelConfig:
         """Return the form that `nvila` builds a model from."""
+        same = self.model_dump(exclude={"vision", "language", "base"})
         return ModelConfig(
             vision=self.vision.model_dump(),
-            language=self.language.model_dump(),
-            projector=self.projector,
-            select_layer=self.select_layer,
-            max_length=self.max_length,
+            language=self.language.to_config(),
+            base=None if self.base is None else BaseModels(**self.base.model_dump()),
+            **same,
         )
-
-
-class LearningRates(Section):
-    """Peak learning rate of every trained part; a part without one stays frozen."""
-
-    vision: LearningRate | None = None
-    projector: LearningRate | None = None
-    language: LearningRate | None = None
-
-    @model_validator(mode="after")
-    def _trains_something(self) -> Self:
-        if not self.rates():
-            raise rule("", "names no part, nothing would be trained", f"name one of {', '.join(PARTS)}")
-        return self
-
-    def rates(self) -> dict[PartName, float]:
-        """Return the trained parts."""
-        given: dict[PartName, float | None] = {
-            "vision": self.vision,
-            "projector": self.projector,
-            "language": self.language,
-        }
-        return {part: rate for part, rate in given.items() if rate is not None}
-
-
-class StageSection(Section):
-    """One training stage."""
-
-    data: Literal["captions", "selected", "text"]
-    steps: Count
-    lr: LearningRates
-    images_per_step: Count
-    samples_per_image: Count
-    warmup_steps: CountOrZero
-    # "Schedule" is a Literal of nvila: the names live there.
-    schedule: Schedule
-    max_shift_pixels: CountOrZero
-
-    @model_validator(mode="after")
-    def _warms_up(self) -> Self:
-        if self.warmup_steps >= self.steps:
-            raise rule(
-                "warmup_steps",
-                f"is {self.warmup_steps}, which leaves none of the {self.steps} steps at full rate",
-                "use fewer warmup_steps",
-            )
-        return self
-
-    def to_config(self, name: str) -> StageConfig:
-        """Return the form that the training loop takes."""
-        values: dict[str, Any] = self.model_dump(exclude={"lr"})
-        return StageConfig(name=name, lr=self.lr.rates(), **values)
-
-
-Stages = Annotated[dict[StageName, StageSection], Field(min_length=1)]
-
-
-def stage_configs(stages: Mapping[str, StageSection]) -> tuple[StageConfig, ...]:
-    """Return stages, in order, in the form that the training loop takes."""
-    return tuple(stage.to_config(name) for name, stage in stages.items())
 
 
 class ScorerSection(Section):
@@ -235,56 +191,6 @@ class CurateSection(Section):
     fraction: Share
     small: ScorerSection
     large: ScorerSection
-
-
-class Fp8Section(Section):
-    """What precision fp8 means; see `nvila.training.config.Fp8Config`."""
-
-    backend: Fp8Backend = "auto"
-    min_features: Count = 3584
-    skip: tuple[str, ...] = Field(default=(), strict=False)
-    forward: Fp8Format = "e4m3"
-    backward: Fp8Format = "e5m2"
-    group_size: Count | None = None
-    save_activations: bool = False
-    activation_group_size: Count = 16
-
-    def to_config(self) -> Fp8Config:
-        """Return the form that the training loop takes."""
-        return Fp8Config(**self.model_dump())
-
-
-class TrainSection(Section):
-    """The training run."""
-
-    precision: Precision
-    fp8: Fp8Section = Fp8Section()
-    backend: Literal["deepspeed", "torch"]
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
-    attention: Attention
-    optimizer: OptimizerName = "adamw"
-    num_processes: Count
-    num_threads: Count | None = None
-    # YAML has lists where we have pairs.
-    betas: Annotated[tuple[Moment, Moment], Field(strict=False)]
-    weight_decay: Ratio
-    max_grad_norm: Annotated[float, Field(gt=0)]
-    stages: Stages
-
-    @model_validator(mode="after")
-    def _distributes(self) -> Self:
-        if self.backend == "torch" and self.num_processes > 1:
-            raise rule(
-                "backend", f"is torch, one process, but num_processes is {self.num_processes}", "use backend deepspeed"
-            )
-        for name, stage in self.stages.items():
-            if stage.images_per_step % self.num_processes:
-                raise rule(
-                    f"stages.{name}.images_per_step",
-                    f"is {stage.images_per_step} and cannot be dealt to {self.num_processes} processes",
-                    "make it a multiple of num_processes",
-                )
-        return self
 
 
 class QuantizeSection(Section):
@@ -325,6 +231,39 @@ class ServeSection(Section):
     questions: Count
 
 
-def _divisible(field: str, value: int, by: str, divisor: int) -> None:
-    if value % divisor:
-        raise rule(field, f"is {value}, no multiple of {by} {divisor}", f"make {field} a multiple of {by}")
+class AssumedData(Section):
+    """What a plan takes the data of a stage to be like; training reads the data itself."""
+
+    # None: unknown, so that a stage measured in epochs has no number of steps.
+    samples: Count | None = None
+    images: CountOrZero = 1
+    image_width: Count = 640
+    image_height: Count = 480
+    videos: CountOrZero = 0
+    # Positions of a sample that are no visual tokens, and how many of them are answers.
+    text_tokens: Count = 120
+    answer_tokens: Count = 60
+
+    @model_validator(mode="after")
+    def _answers(self) -> Self:
+        if self.answer_tokens > self.text_tokens:
+            raise rule("answer_tokens", f"is {self.answer_tokens}, over text_tokens {self.text_tokens}", "lower it")
+        return self
+
+
+class PlanSection(Section):
+    """What `nvila train --dry-run` reckons with; nothing that is trained depends on it."""
+
+    gpu: str = "h100"
+    gpus: Count = 8
+    # Share of the peak that training reaches: model FLOPs utilisation.
+    mfu: Share = 0.35
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    currency: str = "USD"
+    data: dict[StageName, AssumedData] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _knows_the_gpu(self) -> Self:
+        if self.gpu not in GPUS:
+            raise rule("gpu", f"is '{self.gpu}'", nearest(self.gpu, GPUS))
+        return self

@@ -13,6 +13,8 @@ from typing import Any
 
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import RunContext
+from nvila_platform.artifacts import read_manifest
+from nvila_platform.cost import summed, usage_of
 
 _PACKAGES = ("nvila", "torch", "transformers", "deepspeed", "torchao", "kfp", "mlflow", "kserve")
 
@@ -26,6 +28,7 @@ class Summary:
         workspace: Where everything is.
         seconds: Wall time of the whole command.
         steps: Wall time of every step; 0 for one whose result was reused.
+        usage: Hours, energy and money of the steps that this run did, together; reused results cost it nothing.
         accuracy: Share of right answers: blind baselines, wide and quantized model.
         served: Questions asked over HTTP, right answers and latency; empty when the gate refused.
         sizes: Bytes by form and part.
@@ -42,6 +45,7 @@ class Summary:
     workspace: str
     seconds: float
     steps: Mapping[str, float]
+    usage: Mapping[str, float]
     accuracy: Mapping[str, float]
     served: Mapping[str, float]
     sizes: Mapping[str, Mapping[str, int]]
@@ -75,6 +79,7 @@ def summarize(
         workspace=str(run.settings.workspace),
         seconds=round(seconds, 1),
         steps=dict(step_seconds),
+        usage=_usage(artifacts, step_seconds),
         accuracy={
             "majority": baselines.get("majority", 0.0),
             "text_majority": baselines.get("text_majority", 0.0),
@@ -91,6 +96,12 @@ def summarize(
         hardware={"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "system": platform.system()},
         report=str(run.directory / "report.html"),
     )
+
+
+def _usage(artifacts: Mapping[str, Path], step_seconds: Mapping[str, float]) -> dict[str, float]:
+    done = (directory for step, directory in artifacts.items() if step_seconds.get(step, 0.0) > 0)
+    manifests = (read_manifest(directory) for directory in done)
+    return summed(usage_of(manifest.metrics) for manifest in manifests if manifest is not None)
 
 
 def _read(artifacts: Mapping[str, Path], step: str, name: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class TrackingBridge:
             tracker.log_metrics({f"{event.phase}/{name}": value for name, value in metrics.items()}, step=event.done)
 
     def log_report(self, path: Path) -> None:
-        """Attach the report to the parent run."""
+        """Attach a file or folder, such as the report, to the parent run."""
         self._parent.log_artifact(path)
 
     def close(self, status: Status) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from nvila.errors import ConfigError, nearest
 logger = logging.getLogger(__name__)
 
 LogFormat = Literal["auto", "text", "json"]
+TrackTraining = Literal["events", "direct"]
 
 ERROR_FILE = "NVILA_ERROR_FILE"
 RUNNER_PID = "NVILA_RUNNER_PID"
@@ -33,8 +36,22 @@ _VARIABLES = {
     "s3_secret_key": "NVILA_S3_SECRET_KEY",
     "s3_secure": "NVILA_S3_SECURE",
     "log_format": "NVILA_LOG_FORMAT",
+    "track_training": "NVILA_TRACK_TRAINING",
+    # Not NVILA_METRICS_PORT: Kubernetes injects a variable of that name for a Service named nvila-metrics.
+    "metrics_address": "NVILA_METRICS_ADDRESS",
+    "checkpoint_uri": "NVILA_CHECKPOINT_URI",
+    "peak_tflops": "NVILA_PEAK_TFLOPS",
+    "price_per_gpu_hour": "NVILA_PRICE_PER_GPU_HOUR",
+    "price_per_core_hour": "NVILA_PRICE_PER_CORE_HOUR",
+    "price_per_kwh": "NVILA_PRICE_PER_KWH",
+    "watts_per_gpu": "NVILA_WATTS_PER_GPU",
+    "watts_per_core": "NVILA_WATTS_PER_CORE",
+    "currency": "NVILA_CURRENCY",
 }
 _LOG_FORMATS = ("auto", "text", "json")
+_TRACK_TRAINING = ("events", "direct")
+_LOOPBACK = "127.0.0.1"
+_LAST_PORT = 65535
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _SQLITE = "sqlite:///"
 
@@ -53,6 +70,17 @@ class Settings:
         s3_secret_key: Its secret; never printed.
         s3_secure: Whether to reach the S3 service over TLS.
         log_format: How logs and progress are written when nobody overrides it.
+        track_training: Who tells MLflow about the steps of training: whoever follows the run's events, or the training
+            process itself, in a run nested under the one that MLFLOW_RUN_ID names.
+        metrics_address: `host:port` that a training process offers `/metrics` on; empty offers none.
+        checkpoint_uri: Where unfinished training is backed up: a folder or `s3://bucket/prefix`; empty for nowhere.
+        peak_tflops: Peak speed of one device, for MFU; None takes what is known of the device.
+        price_per_gpu_hour: Money for a GPU-hour; None when nobody said.
+        price_per_core_hour: Money for a core-hour.
+        price_per_kwh: Money for energy, on top of both.
+        watts_per_gpu: Power of a GPU, for an estimate where it cannot be measured.
+        watts_per_core: Power of a core at work.
+        currency: Of all prices, as a code of three letters.
     """
 
     workspace: Path
@@ -64,6 +92,16 @@ class Settings:
     s3_secret_key: str = field(default="", repr=False)
     s3_secure: bool = True
     log_format: LogFormat = "auto"
+    track_training: TrackTraining = "events"
+    metrics_address: str = ""
+    checkpoint_uri: str = ""
+    peak_tflops: float | None = None
+    price_per_gpu_hour: float | None = None
+    price_per_core_hour: float | None = None
+    price_per_kwh: float | None = None
+    watts_per_gpu: float | None = None
+    watts_per_core: float | None = None
+    currency: str = "USD"
 
     @classmethod
     def load(cls, workspace: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -94,7 +132,17 @@ class Settings:
             s3_access_key=values["s3_access_key"],
             s3_secret_key=values["s3_secret_key"],
             s3_secure=secure,
-            log_format=_log_format(values["log_format"]),
+            log_format=cast("LogFormat", _choice("log_format", values, _LOG_FORMATS)),
+            track_training=cast("TrackTraining", _choice("track_training", values, _TRACK_TRAINING)),
+            metrics_address=_metrics_address(values["metrics_address"]),
+            checkpoint_uri=_store_uri(values["checkpoint_uri"]),
+            peak_tflops=_number("peak_tflops", values),
+            price_per_gpu_hour=_number("price_per_gpu_hour", values),
+            price_per_core_hour=_number("price_per_core_hour", values),
+            price_per_kwh=_number("price_per_kwh", values),
+            watts_per_gpu=_number("watts_per_gpu", values),
+            watts_per_core=_number("watts_per_core", values),
+            currency=_currency(values),
         )
 
     def to_env(self) -> dict[str, str]:
@@ -102,7 +150,8 @@ class Settings:
         env: dict[str, str] = {}
         for name, variable in _VARIABLES.items():
             value = getattr(self, name)
-            env[variable] = str(value).lower() if isinstance(value, bool) else str(value)
+            text = "" if value is None else str(value)
+            env[variable] = text.lower() if isinstance(value, bool) else text
         return env
 
 
@@ -133,12 +182,44 @@ def _tracking_uri(value: str) -> str:
     return value
 
 
-def _log_format(value: str) -> LogFormat:
-    if not value:
-        return "auto"
-    if value not in _LOG_FORMATS:
-        raise ConfigError(f"NVILA_LOG_FORMAT={value!r} is not a log format", nearest(value, _LOG_FORMATS))
-    return cast("LogFormat", value)
+def _choice(name: str, values: Mapping[str, str], allowed: tuple[str, ...]) -> str:
+    value = values[name] or allowed[0]
+    if value not in allowed:
+        variable = _VARIABLES[name]
+        raise ConfigError(f"{variable}={value!r} is not a {name.replace('_', ' ')}", nearest(value, allowed))
+    return value
+
+
+def _number(name: str, values: Mapping[str, str]) -> float | None:
+    """Return a price, a power or a speed; None when it is not set."""
+    text = values[name]
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{_VARIABLES[name]}={text!r} is not a number of 0 or more", "write it as 2.5")
+    return value
+
+
+def _metrics_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not text or port == "0":
+        return ""
+    if not port.isdecimal() or int(port) > _LAST_PORT:
+        raise ConfigError(
+            f"NVILA_METRICS_ADDRESS={text!r} is no address", f"use host:port, or a port up to {_LAST_PORT} alone"
+        )
+    return f"{host or _LOOPBACK}:{port}"
+
+
+def _currency(values: Mapping[str, str]) -> str:
+    code = values["currency"].upper() or "USD"
+    if not re.fullmatch("[A-Z]{3}", code):
+        raise ConfigError(f"NVILA_CURRENCY={code!r} is not a currency", "use a code of three letters, such as EUR")
+    return code
 
 
 def _endpoint(endpoint: str, secure: str) -> tuple[str, bool]:

@@ -32,6 +32,14 @@ _OURS = ("nvila", "nvila_platform", "nvila_pipelines")
 # They warn on import of kernels for hardware that is not there, and of their own deprecations.
 _NOISY = ("torch.utils._pytree", "torchao")
 _CONTEXT = ("run_id", "step", "rank", "request_id")
+# What of training fits beside a bar: its name there, and how it is written. JSON lines hold everything.
+_TRAINING: dict[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss", "{:.4g}".format),
+    "tokens_per_second": ("tok/s", "{:,.0f}".format),
+    "samples_per_second": ("samples/s", "{:,.1f}".format),
+    "mfu": ("MFU", "{:.1%}".format),
+    "memory_gib": ("mem", "{:.2f} GiB".format),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +264,8 @@ class ProgressView:
             clock = self._clocks[event.step] = _Clock(event)
             progress.reset(task, total=total)
         rate = clock.rate(event).get("per_second")
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
-        shown_rate = "" if rate is None else f"{rate:,.1f}/s"
-        progress.update(task, completed=event.done, total=total, phase=event.phase, rate=shown_rate, metrics=shown)
+        shown, per_second = _shown(event.metrics), "" if rate is None else f"{rate:,.1f}/s"
+        progress.update(task, completed=event.done, total=total, phase=event.phase, rate=per_second, metrics=shown)
 
     def _write(self, event: Event) -> None:
         record = event.to_dict()
@@ -329,6 +336,13 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False, default=str)
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    if "tokens_per_second" not in metrics:
+        return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    chosen = ((label, form(metrics[name])) for name, (label, form) in _TRAINING.items() if name in metrics)
+    return "  ".join(f"{label} {text}" for label, text in chosen)
 
 
 def _read_from(path: Path, offset: int) -> bytes:

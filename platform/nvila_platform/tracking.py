@@ -2,7 +2,8 @@
 
 A tracker hands every call to a daemon thread, which imports MLflow, creates the database on first use and sends events
 in batches. When MLflow cannot be reached the events go to a file in the workspace; they are sent when it is back, by
-this run or by the next one. Tracking reports trouble in the log and never raises.
+this run or by the next one. When it is slower than the run, only so much waits in memory and the rest goes through that
+file, too. Tracking reports trouble in the log and never raises.
 
 Example:
     >>> with open_tracker(settings, "train") as tracker:
@@ -134,8 +135,7 @@ class Tracker:
         Args:
             status: How the run ended.
         """
-        self._outbox.put(Event(kind="close", values={"status": status}))
-        self._outbox.finish()
+        self._outbox.finish(Event(kind="close", values={"status": status}))
 
     def close(self, status: Status = "FINISHED", timeout_s: float = _CLOSE_S) -> None:
         """End the run and send what is left; what cannot be sent in time is kept for the next tracker.
@@ -167,8 +167,9 @@ class Tracker:
             self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
     def _put(self, event: Event) -> None:
-        if event.values:
-            self._outbox.put(event)
+        if event.values and not self._outbox.put(event):
+            with self._buffer_lock:
+                self._write([event])
 
     def _work(self) -> None:
         """Body of the thread: connect, then deliver until the run is closed."""
@@ -178,6 +179,7 @@ class Tracker:
                 self._connect()
             for batch in batches(self._outbox.peek()):
                 self._deliver(batch)
+            self._deliver_overflow()
             if self._client is not None and not self._replayed:
                 self._replay_others(self._client)
 
@@ -206,11 +208,32 @@ class Tracker:
         with self._buffer_lock:
             if self._outbox.abandoned:  # the caller went on writing to the file, which must stay
                 return None
-            self._buffer.remove()
-            self._buffer = None
+            self._remove_read_buffer()
         return sink
 
+    def _remove_read_buffer(self) -> None:
+        """Delete the file unless the caller wrote to it after it was read; the caller holds the buffer lock."""
+        if self._buffer is not None and self._buffer.fully_read:
+            self._buffer.remove()
+            self._buffer = None
+
+    def _deliver_overflow(self) -> None:
+        """Send what went to the file because too much waited."""
+        while self._sink is not None and self._buffer is not None and not self._outbox.abandoned:
+            try:
+                for batch in batches(self._buffer.read_next()):
+                    self._sink.send(batch)
+            except Exception as error:  # the thread is the boundary, as above
+                self._lost(error)
+                return
+            with self._buffer_lock:
+                if not self._outbox.abandoned:
+                    self._remove_read_buffer()
+
     def _deliver(self, batch: Sequence[Event]) -> None:
+        if batch[0].kind == "close":
+            # A file that stays behind says how its run ended, so the end follows what the file holds.
+            self._deliver_overflow()
         if self._sink is not None and not self._outbox.abandoned:
             try:
                 self._sink.send(batch)

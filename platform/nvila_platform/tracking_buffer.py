@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["params", "metrics", "tags", "artifact", "close"]
 _BATCH_VALUES = 1000
+# What may wait in memory for a server that is slow or silent; some megabytes.
+_MAX_WAITING_VALUES = 50_000
+_READ_BYTES = 1 << 20
 
 
 def now_ms() -> int:
@@ -72,24 +75,39 @@ def batches(events: Sequence[Event]) -> Iterator[list[Event]]:
 
 
 class Outbox:
-    """Queue between the caller and the tracking thread; an event leaves it only when it was delivered or written."""
+    """Queue between the caller and the tracking thread; an event leaves it only when it was delivered or written.
 
-    def __init__(self) -> None:
+    Args:
+        max_values: Values that may wait.
+    """
+
+    def __init__(self, max_values: int = _MAX_WAITING_VALUES) -> None:
         self._events: deque[Event] = deque()
+        self._max_values = max_values
+        self._values = 0
         self._changed = threading.Condition()
         self._finished = False
         self._abandoned = False
 
-    def put(self, event: Event) -> None:
-        """Add an event; ignored after `finish`."""
+    def put(self, event: Event) -> bool:
+        """Add an event; ignored after `finish`.
+
+        Returns:
+            False when too much waits already, so that the event has to go elsewhere.
+        """
+        with self._changed:
+            if self._finished:
+                return True
+            if self._values >= self._max_values:
+                return False
+            self._append(event)
+            return True
+
+    def finish(self, last: Event) -> None:
+        """Add an event, whatever waits, and declare that none will follow; the first call counts."""
         with self._changed:
             if not self._finished:
-                self._events.append(event)
-                self._changed.notify_all()
-
-    def finish(self) -> None:
-        """Declare that no event will follow."""
-        with self._changed:
+                self._append(last)
             self._finished = True
             self._changed.notify_all()
 
@@ -118,7 +136,7 @@ class Outbox:
         """Remove the oldest events after they were delivered."""
         with self._changed:
             for _ in range(min(count, len(self._events))):
-                self._events.popleft()
+                self._values -= len(self._events.popleft().values)
 
     def abandon(self) -> list[Event]:
         """Take everything from the tracking thread, which must not touch any event from now on."""
@@ -126,7 +144,18 @@ class Outbox:
             self._finished = self._abandoned = True
             left = list(self._events)
             self._events.clear()
+            self._values = 0
             return left
+
+    def _append(self, event: Event) -> None:
+        self._events.append(event)
+        self._values += len(event.values)
+        self._changed.notify_all()
+
+    @property
+    def waiting_values(self) -> int:
+        """How many values wait."""
+        return self._values
 
     @property
     def abandoned(self) -> bool:
@@ -143,6 +172,7 @@ class BufferFile:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
+        self._delivered = 0
 
     @classmethod
     def create(cls, folder: Path, spec: RunSpec) -> BufferFile:
@@ -159,6 +189,7 @@ class BufferFile:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         buffer = cls(path, descriptor)
         buffer._write({"run": asdict(spec)})
+        buffer._delivered = os.fstat(descriptor).st_size
         return buffer
 
     @classmethod
@@ -193,18 +224,37 @@ class BufferFile:
         Raises:
             ValueError: When the description of the run itself is unreadable.
         """
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        data = self.path.read_bytes()
+        lines = data.decode("utf-8", errors="replace").splitlines()
         try:
             spec = RunSpec(**json.loads(lines[0])["run"])
         except (IndexError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.path}: no readable run description") from error
+        self._delivered = len(data)
+        return spec, self._events(lines[1:])
+
+    def read_next(self) -> list[Event]:
+        """Return some events that were written since the last read, by this process."""
+        with self.path.open("rb") as file:
+            file.seek(self._delivered)
+            data = file.read(_READ_BYTES)
+            data += file.readline()
+        self._delivered += len(data)
+        return self._events(data.decode("utf-8", errors="replace").splitlines())
+
+    @property
+    def fully_read(self) -> bool:
+        """Whether nothing was written since the last read."""
+        return os.fstat(self._descriptor).st_size <= self._delivered
+
+    def _events(self, lines: Sequence[str]) -> list[Event]:
         events = []
-        for number, line in enumerate(lines[1:], start=2):
+        for line in lines:
             try:
                 events.append(Event(**json.loads(line)))
             except (TypeError, json.JSONDecodeError):
-                logger.warning("%s: line %d is cut short and was left out", self.path, number)
-        return spec, events
+                logger.warning("%s: a line is cut short and was left out: %.40r", self.path, line)
+        return events
 
     def remove(self) -> None:
         """Delete the file after its events were delivered."""

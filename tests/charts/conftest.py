@@ -18,7 +18,6 @@ import yaml
 
 if TYPE_CHECKING:
     from tests.charts.built_in_validation import BuiltInSchemas
-    from tests.charts.crd_validation import CrdSchemas
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / ".tools" / "bin"
@@ -99,15 +98,6 @@ def render(helm: Helm) -> Callable[..., list[Document]]:
         return known[key]
 
     return documents
-
-
-@pytest.fixture(scope="session")
-def crds() -> CrdSchemas:
-    """Definitions of the custom resources that charts make."""
-    if not CRDS.is_dir():
-        pytest.skip(f"the custom resource definitions are not here: {CRDS}")
-    schemas: CrdSchemas = _beside("crd_validation").CrdSchemas(CRDS)
-    return schemas
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,10 @@ def test_mlflow_has_the_run_its_steps_and_the_version(home: Any, summary: dict[s
     for step in STEPS:
         assert runs[step].data.tags["mlflow.parentRunId"] == parent.info.run_id, step
     history = client.get_metric_history(runs["train"].info.run_id, "instruct/loss")
-    assert [point.step for point in history] == [1, 2, 3]
+    # The first and the last step always; those between at most five times a second.
+    steps = [point.step for point in history]
+    assert (steps[0], steps[-1]) == (1, 3)
+    assert steps == sorted(set(steps))
     assert parent.data.metrics["evaluate-wide/accuracy"] == summary["accuracy"]["wide"]
     assert runs["train"].data.params["train.precision"] == "fp8"
 

@@ -31,8 +31,10 @@ def test_features_are_the_selected_hidden_state_through_the_projector(
         tower = model.model.vision_tower(pixels, output_hidden_states=True)
         expected = model.model.mm_projector(tower.hidden_states[model.config.mm_vision_select_layer])
         features = model.get_image_features(pixels)
+        seen = model.model.tower_features(pixels)
     assert features.shape == (2, 4, 64)
     torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(seen, tower.hidden_states[model.config.mm_vision_select_layer])
 
 
 def test_logits_are_those_of_the_decoder_on_hand_spliced_embeddings(

@@ -18,7 +18,7 @@ from nvila.modeling import NVILAForConditionalGeneration
 from nvila.training.config import ModelConfig, PartName, StageConfig, TrainConfig
 from nvila.training.engine import build_engine
 from nvila.training.loop import model_inputs
-from nvila.training.run import trained_parts
+from nvila.training.run import recompute_activations, trained_parts
 
 RATES: dict[PartName, float] = {"vision": 3e-3, "projector": 1e-2, "language": 5e-3}
 SCALES = (0.5, 1.0, 0.7, 0.1)
@@ -53,7 +53,7 @@ def run(model: NVILAForConditionalGeneration, model_config: ModelConfig, batch: 
         assert engine.module is trained
         losses = []
         for scale in SCALES:
-            loss = engine(**model_inputs(batch, tiles(batch.images))).loss
+            loss = engine(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss
             losses.append(float(loss.detach()))
             engine.backward(loss)
             engine.step(scale)
@@ -70,7 +70,7 @@ def by_hand(model: NVILAForConditionalGeneration, batch: Batch, tiles: PixelCach
     moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
     for step, scale in enumerate(SCALES, start=1):
         trained.zero_grad()
-        trained(**model_inputs(batch, tiles(batch.images))).loss.backward()
+        trained(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss.backward()
         used = [p for parameters in groups.values() for p in parameters if p.grad is not None]
         norm = torch.stack([p.grad.square().sum() for p in used if p.grad is not None]).sum().sqrt()
         shrink = min(1.0, 0.5 / (norm.item() + 1e-6))
@@ -134,6 +134,63 @@ def test_fp8_moments_train_like_wide_ones(run: Run, backend: str) -> None:
     wide, _ = run(backend=backend)
     assert losses != wide
     assert losses == pytest.approx(wide, rel=0.02)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_offloaded_optimizer_gives_the_weights_of_torch(run: Run) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is an extra")
+    expected_losses, expected = run(backend="torch")
+    losses, weights = run(backend="deepspeed", zero_stage=2, offload="optimizer")
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert_same_weights(weights, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_gradient_checkpointing_gives_the_same_gradients_with_fewer_activations(
+    attention: str, model: NVILAForConditionalGeneration, batch: Batch, tiles: PixelCache
+) -> None:
+    def gradients(checkpointed: bool) -> tuple[dict[str, Tensor], int]:
+        trained = copy.deepcopy(model).train()
+        trained.set_attn_implementation(attention)
+        if checkpointed:
+            recompute_activations(trained)
+        kept = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = trained(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss
+        loss.backward()
+        return {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}, kept
+
+    plain, kept = gradients(False)
+    found, kept_less = gradients(True)
+    assert kept_less < 0.6 * kept
+    assert found.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_blank_tile_gives_every_parameter_a_gradient_and_changes_nothing(
+    model: NVILAForConditionalGeneration, encoder: ConversationEncoder
+) -> None:
+    text = vqa_sample(id="t", source="s", image=None, question="what color?", answer="red")
+    batch = collate([[encoder(text)]], pad_token_id=0)
+    found = {}
+    for blank in (False, True):
+        trained = copy.deepcopy(model).train()
+        trained.model.blank_without_media = blank
+        loss = trained(**model_inputs(batch, {})).loss
+        loss.backward()
+        found[blank] = float(loss.detach()), {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
+    assert found[True][0] == found[False][0]
+    added = {name: grad for name, grad in found[True][1].items() if name not in found[False][1]}
+    assert {name.split(".")[1] for name in added} == {"vision_tower", "mm_projector"}
+    assert not any(grad.any() for grad in added.values())
+    assert all(torch.equal(found[True][1][name], grad) for name, grad in found[False][1].items())
 
 
 def test_torch_backend_refuses_several_processes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

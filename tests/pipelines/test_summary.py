@@ -13,6 +13,7 @@ from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.run_record import RunRecord
 from nvila_pipelines.steps.runner import RunContext
 from nvila_pipelines.summary import summarize
+from nvila_platform.artifacts import utc_now, write_manifest
 from nvila_platform.telemetry import Event
 
 FILES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,6 +29,18 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {"asked": 50, "right": 49, "p50_ms": 8.0, "p95_ms": 9.0, "model": "models:/nvila@champion"},
     ),
 }
+
+
+def test_usage_is_that_of_the_steps_that_this_run_did(
+    artifacts: dict[str, Path], micro: Recipe, new_context: Callable[[], RunContext]
+) -> None:
+    for step, directory in artifacts.items():
+        metrics = {"core_hours": 2.0, "cost_usd": 0.5, "core_hours_align": 1.0, "loss": 0.1}
+        about: dict[str, Any] = {"config": {}, "inputs": {}, "code_version": "v", "started_at": utc_now()}
+        write_manifest(directory, step=step, key="0" * 64, metrics=metrics, **about)
+    seconds = {"quantize": 3.0, "gate": 1.0, "serve": 0.0}
+    found = summarize(new_context(), micro, artifacts, seconds, 4.0).to_dict()
+    assert found["usage"] == {"core_hours": 4.0, "cost_usd": 1.0}
 
 
 @pytest.fixture
@@ -50,6 +63,7 @@ def test_the_numbers_of_a_whole_run(
     assert found["checks"] == [{"name": "accuracy", "passed": True}]
     assert found["sizes"] == FILES["quantize"][1]
     assert found["steps"] == {"data": 1.5}
+    assert found["usage"] == {}
     assert found["seconds"] == 3.1
     assert found["recipe"] == micro.to_dict()
     assert found["report"] == str(run.directory / "report.html")

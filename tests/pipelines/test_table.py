@@ -15,7 +15,7 @@ from nvila_platform.store import ArtifactRef
 
 Watch = Callable[[Recipe, str], Any]
 
-# One change for every section, and two for fields that only part of a section's readers see.
+# One change for every section, and some for fields that only part of a section's readers see.
 CHANGES = {
     "name": "name=other",
     "seed": "seed=7",
@@ -24,11 +24,19 @@ CHANGES = {
     "curate": "curate.keep_rate=0.25",
     "train.betas": "train.betas=[0.8, 0.9]",
     "train.precision": "train.precision=fp32",
+    # How the work is done: unfinished work goes on when it changes.
+    "train.num_processes": "train.num_processes=2",
+    "train.num_threads": "train.num_threads=2",
+    "train.zero_stage": "train.zero_stage=3",
+    "train.offload": "train.offload=optimizer",
+    "train.gradient_checkpointing": "train.gradient_checkpointing=true",
+    "train.checkpoints": "train.checkpoints.every_steps=5",
     "quantize": "quantize.vision=none",
     "evaluate": "evaluate.batch_size=3",
     "gate": "gate.min_accuracy=0.5",
     "register": "register.alias=champion",
     "serve": "serve.questions=5",
+    "plan": "plan.gpus=2",
 }
 CHANGES_KEY_OF = {
     "name": set[str](),
@@ -38,11 +46,18 @@ CHANGES_KEY_OF = {
     "curate": {"curate"},
     "train.betas": {"curate", "train"},
     "train.precision": {"train"},
+    "train.num_processes": set[str](),
+    "train.num_threads": set[str](),
+    "train.zero_stage": set[str](),
+    "train.offload": set[str](),
+    "train.gradient_checkpointing": set[str](),
+    "train.checkpoints": set[str](),
     "quantize": {"quantize"},
     "evaluate": {"evaluate-wide", "evaluate-quantized"},
     "gate": {"gate"},
     "register": {"register"},
     "serve": {"serve"},
+    "plan": set[str](),
 }
 
 
@@ -125,6 +140,8 @@ def test_unknown_step_names_the_nearest() -> None:
 
 def test_the_watch_sees_what_is_not_in_a_row(micro: Recipe, watched: Watch) -> None:
     view = watched(micro, "curate")
+    assert view.curate is not None
+    assert micro.curate is not None
     assert view.curate.keep_rate == micro.curate.keep_rate
     assert view.train.betas == micro.train.betas
     assert view.scorer_config("small") == micro.scorer_config("small")

@@ -242,6 +242,52 @@ def test_children_die_with_their_parent(tmp_path: Path, num_processes: int, end:
             os.kill(pid, signal.SIGKILL)
 
 
+STOPPED = """
+import sys
+from nvila.errors import NvilaError
+try:
+    exec(sys.stdin.read())
+except NvilaError as e:
+    print(type(e).__name__, e.message)
+    raise SystemExit(e.exit_code)
+"""
+SAVER = """
+import os, signal, sys, time
+from pathlib import Path
+from nvila.errors import InfrastructureError
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+part = Path(sys.argv[1]) / f"{os.environ['RANK']}.part"
+part.write_text("")
+part.rename(part.with_suffix(".pid"))
+while not asked:
+    time.sleep(0.02)
+time.sleep(0.3)
+part.with_suffix(".saved").write_text("")
+raise InfrastructureError("stopped and saved", "run it again")
+"""
+
+
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_goes_on_to_the_children_who_may_finish(tmp_path: Path, num_processes: int) -> None:
+    (tmp_path / "sleeper.py").write_text(SAVER)
+    command = [sys.executable, "-c", STOPPED, str(tmp_path), str(num_processes)]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdin is not None
+        parent.stdin.write(PARENT)
+        parent.stdin.close()
+        wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == num_processes, 60, "the children did not start")
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(30) == 75
+        assert parent.stdout is not None
+        assert parent.stdout.read() == "InfrastructureError stopped and saved\n"
+        assert len(list(tmp_path.glob("*.saved"))) == num_processes
+    finally:
+        parent.kill()
+        parent.wait()
+
+
 def test_a_child_whose_parent_is_gone_ends_at_once() -> None:
     command = [sys.executable, "-m", "nvila_platform.launch.child", str(os.getpid() + 1), "SIGKILL", "json.tool"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

@@ -21,7 +21,7 @@ from nvila_platform.s3_filesystem import S3FileSystem, data_filesystems
 from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.platform.conftest import S3Service
+    from tests.conftest import S3Service
 
 Open = Callable[..., FileStream]
 

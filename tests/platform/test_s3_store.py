@@ -18,7 +18,7 @@ from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store, reuse
 
 if TYPE_CHECKING:
-    from tests.platform.conftest import S3Service
+    from tests.conftest import S3Service
 
 KEY = content_key("train", {"lr": 1}, {}, "v")
 OTHER = content_key("train", {"lr": 2}, {}, "v")

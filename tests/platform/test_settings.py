@@ -23,6 +23,16 @@ EVERY_VARIABLE = {
     "NVILA_S3_SECRET_KEY": "hunter2",
     "NVILA_S3_SECURE": "false",
     "NVILA_LOG_FORMAT": "json",
+    "NVILA_TRACK_TRAINING": "direct",
+    "NVILA_METRICS_ADDRESS": "0.0.0.0:9400",
+    "NVILA_CHECKPOINT_URI": "s3://models/checkpoints",
+    "NVILA_PEAK_TFLOPS": "1.5",
+    "NVILA_PRICE_PER_GPU_HOUR": "2.5",
+    "NVILA_PRICE_PER_CORE_HOUR": "0.04",
+    "NVILA_PRICE_PER_KWH": "0.3",
+    "NVILA_WATTS_PER_GPU": "700",
+    "NVILA_WATTS_PER_CORE": "6",
+    "NVILA_CURRENCY": "eur",
 }
 
 
@@ -37,6 +47,16 @@ def expected_defaults(home: Path) -> Settings:
         s3_secret_key="",
         s3_secure=True,
         log_format="auto",
+        track_training="events",
+        metrics_address="",
+        checkpoint_uri="",
+        peak_tflops=None,
+        price_per_gpu_hour=None,
+        price_per_core_hour=None,
+        price_per_kwh=None,
+        watts_per_gpu=None,
+        watts_per_core=None,
+        currency="USD",
     )
 
 
@@ -95,8 +115,18 @@ def test_the_secret_is_not_in_the_repr() -> None:
         ({"NVILA_S3_ENDPOINT": "not a host"}, ["NVILA_S3_ENDPOINT='not a host'", "host:port"]),
         ({"NVILA_S3_ENDPOINT": "http://h:1/bucket"}, ["NVILA_S3_ENDPOINT", "without a path"]),
         ({"NVILA_S3_ENDPOINT": "http://x", "NVILA_S3_SECURE": "true"}, ["contradicts", "unset NVILA_S3_SECURE"]),
+        ({"NVILA_TRACK_TRAINING": "event"}, ["NVILA_TRACK_TRAINING='event'", "did you mean 'events'"]),
+        ({"NVILA_METRICS_ADDRESS": "localhost"}, ["NVILA_METRICS_ADDRESS='localhost'", "host:port"]),
+        ({"NVILA_METRICS_ADDRESS": ":70000"}, ["NVILA_METRICS_ADDRESS=':70000'", "65535"]),
+        ({"NVILA_PRICE_PER_KWH": "cheap"}, ["NVILA_PRICE_PER_KWH='cheap'", "write it as 2.5"]),
+        ({"NVILA_WATTS_PER_CORE": "-1"}, ["NVILA_WATTS_PER_CORE='-1'", "0 or more"]),
+        ({"NVILA_PEAK_TFLOPS": "inf"}, ["NVILA_PEAK_TFLOPS='inf'"]),
+        ({"NVILA_CURRENCY": "euro"}, ["NVILA_CURRENCY='EURO'", "three letters"]),
     ],
-    ids=["log-format", "boolean", "scheme", "spaces", "path", "contradiction"],
+    ids=[
+        *("log-format", "boolean", "scheme", "spaces", "path", "contradiction"),
+        *("choice", "no-port", "port", "price", "negative", "infinite", "currency"),
+    ],
 )
 def test_bad_values_name_the_variable_and_the_fix(environ: dict[str, str], names: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -112,6 +142,14 @@ def test_bad_values_name_the_variable_and_the_fix(environ: dict[str, str], names
 def test_an_endpoint_may_carry_its_scheme(endpoint: str, host: str, secure: bool) -> None:
     settings = Settings.load(environ={"NVILA_S3_ENDPOINT": endpoint})
     assert (settings.s3_endpoint, settings.s3_secure) == (host, secure)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("9400", "127.0.0.1:9400"), (":9400", "127.0.0.1:9400"), ("0.0.0.0:1", "0.0.0.0:1"), ("0", ""), ("", "")],
+)
+def test_metrics_are_offered_on_loopback_unless_said_otherwise(text: str, address: str) -> None:
+    assert Settings.load(environ={"NVILA_METRICS_ADDRESS": text}).metrics_address == address
 
 
 def test_a_misspelled_variable_is_reported_and_an_injected_one_is_not(caplog: pytest.LogCaptureFixture) -> None:

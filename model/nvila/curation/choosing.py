@@ -65,7 +65,7 @@ class Rule:
             rate_of(source, rate)
         if self.min_delta is not None and self.max_delta is not None and self.min_delta > self.max_delta:
             raise ConfigError(
-                f"min_delta {self.min_delta:g} is above max_delta {self.max_delta:g}", "nothing would be kept"
+                f"min_delta {self.min_delta:g} is above max_delta {self.max_delta:g}, which keeps nothing", "swap them"
             )
 
     def quotas(self, scored: Mapping[str, int]) -> dict[str, int]:

@@ -89,7 +89,7 @@ class NvilaScorer:
 
     @torch.inference_mode()
     def _tower(self, pixels_TCHW: Tensor) -> Tensor:
-        features_TNC: Tensor = self.model.model._tower_features(pixels_TCHW)
+        features_TNC: Tensor = self.model.model.tower_features(pixels_TCHW)
         return features_TNC.float().cpu()
 
     def _layouts(self, window: Window, media: Sequence[Part]) -> list[MediaLayout]:

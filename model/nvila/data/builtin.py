@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from nvila.data import digits_vqa, easy_vqa
+from nvila.data import digit_clips, digit_pages, digits_vqa, easy_vqa
 from nvila.data.readers.locations import locate
 from nvila.data.readers.media import FileMedia
 from nvila.data.readers.record import MediaSource, Record
@@ -46,7 +46,7 @@ class BuiltinStream:
                 index=index,
                 where=f"{self._name}:{index + 1}",
                 sample=self._named(sample),
-                media={self._key(key): self._media(key) for key in sample.images},
+                media={self._key(part.value): self._media(part.value) for part in _media_of(sample)},
             )
 
     def _key(self, key: str) -> str:
@@ -58,6 +58,10 @@ class BuiltinStream:
 
         messages = [replace(message, content=tuple(map(named, message.content))) for message in sample.messages]
         return replace(sample, messages=tuple(messages))
+
+
+def _media_of(sample: Sample) -> Iterator[Part]:
+    return (part for message in sample.messages for part in message.content if part.type != "text")
 
 
 def open_builtin(name: str) -> BuiltinStream:
@@ -101,9 +105,49 @@ def _digits_vqa(split: digits_vqa.Split) -> Callable[[str], BuiltinStream]:
     return build
 
 
+@dataclass(frozen=True, slots=True)
+class _PageMedia:
+    pages: digit_pages.DigitPages
+    key: str
+
+    def read(self) -> bytes:
+        return self.pages.png(self.key)
+
+
+def _digit_pages(split: digits_vqa.Split) -> Callable[[str], BuiltinStream]:
+    def build(name: str) -> BuiltinStream:
+        pages = digit_pages.DigitPages()
+        return BuiltinStream(name, lambda: pages.questions(split), lambda key: _PageMedia(pages, key))
+
+    return build
+
+
+@dataclass(frozen=True, slots=True)
+class _ClipMedia:
+    clips: digit_clips.DigitClips
+    key: str
+
+    def read(self) -> bytes:
+        return self.clips.mp4(self.key)
+
+
+def _digit_clips(split: digits_vqa.Split, kinds: tuple[str, ...]) -> Callable[[str], BuiltinStream]:
+    def build(name: str) -> BuiltinStream:
+        clips = digit_clips.DigitClips()
+        return BuiltinStream(name, lambda: clips.questions(split, kinds), lambda key: _ClipMedia(clips, key))
+
+    return build
+
+
 BUILTINS: Mapping[str, Callable[[str], BuiltinStream]] = {
     "easy-vqa": _easy_vqa("train"),
     "easy-vqa:test": _easy_vqa("test"),
     "digits-vqa": _digits_vqa("train"),
     "digits-vqa:test": _digits_vqa("test"),
+    "digit-pages": _digit_pages("train"),
+    "digit-pages:test": _digit_pages("test"),
+    "digit-clips": _digit_clips("train", digit_clips.WORD_KINDS),
+    "digit-clips:test": _digit_clips("test", digit_clips.WORD_KINDS),
+    "digit-clips-when": _digit_clips("train", digit_clips.SPAN_KINDS),
+    "digit-clips-when:test": _digit_clips("test", digit_clips.SPAN_KINDS),
 }

@@ -19,13 +19,17 @@ from nvila.losses import IGNORE_INDEX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One tokenised sample; every visual token has a placeholder in `ids`, the last of them before `media_end`."""
+    """One tokenised sample; every visual token has a placeholder in `ids`, the last of them before `media_end`.
+
+    `id` is the sample's own, for messages about it.
+    """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     images: tuple[str, ...]
     media_end: int
     videos: tuple[str, ...] = ()
+    id: str = ""
 
     @property
     def num_supervised(self) -> int:
@@ -101,6 +105,7 @@ class ConversationEncoder:
             images=sample.images,
             media_end=self._media_end(ids) if media else 0,
             videos=tuple(part.value for part in media if part.type == "video"),
+            id=sample.id,
         )
 
     def prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:

@@ -1,6 +1,7 @@
 """A data directory: samples as JSON lines and their images in one table.
 
-Layout: `<split>.jsonl` files and `images.parquet`. Every step that reads data reads this.
+Layout: `<split>.jsonl` files, `images.parquet`, and `videos.parquet` where there are videos. Every step that reads data
+reads this.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from nvila.data.records import Sample, read_jsonl
 from nvila.errors import DataError
 
 IMAGES_FILE = "images.parquet"
+VIDEOS_FILE = "videos.parquet"
 
 
 def load_samples(directory: Path, split: str) -> list[Sample]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nvila.data.records import Sample, vqa_sample
 from nvila.errors import CapabilityError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 KINDS = ("open_digit", "yes_no_digit", "yes_no_parity", "yes_no_order")
@@ -62,14 +65,21 @@ class DigitsVQA:
 
     def png(self, number: int) -> bytes:
         """Return an image as a PNG file of 64x64 RGB pixels, white on black."""
+        buffer = io.BytesIO()
+        self.picture(number, SIZE).convert("RGB").save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def picture(self, number: int, size: int) -> Image.Image:
+        """Return an image of `size` x `size` grey pixels, white on black."""
         import numpy as np
         from PIL import Image
 
         levels = (self._images[number] * (255 / _LEVELS)).round().astype(np.uint8)
-        image = Image.fromarray(levels).resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB")
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return buffer.getvalue()
+        return Image.fromarray(levels).resize((size, size), Image.Resampling.BILINEAR)
+
+    def digit(self, number: int) -> int:
+        """Return the digit that an image shows."""
+        return self._digits[number]
 
 
 def _questions(number: int, digit: int) -> Iterator[tuple[str, str, str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from nvila.data.conversation import Encoded
 from nvila.errors import ConfigError
@@ -50,16 +51,57 @@ class GroupSampler:
         self._samples_per_image = samples_per_image
         self._random = random.Random(seed)
         self._rank, self._world = rank, world
+        self._queue: list[int] = []
+        self._shuffled_with = self._random.getstate()
 
-    def __iter__(self) -> Iterator[list[list[Encoded]]]:
+    def __iter__(self) -> Self:
         """Iterate for ever over this process's groups of each step."""
-        queue: list[int] = []
-        while True:
-            batch: list[list[Encoded]] = []
-            while len(batch) < self._images_per_step:
-                if not queue:
-                    queue = list(range(len(self._groups)))
-                    self._random.shuffle(queue)
-                group = self._groups[queue.pop()]
-                batch.append(self._random.sample(list(group), min(self._samples_per_image, len(group))))
-            yield batch[self._rank :: self._world]
+        return self
+
+    def __next__(self) -> list[list[Encoded]]:
+        """Return this process's groups of the next step."""
+        batch: list[list[Encoded]] = []
+        while len(batch) < self._images_per_step:
+            if not self._queue:
+                self._shuffled_with = self._random.getstate()
+                self._queue = self._shuffled()
+            group = self._groups[self._queue.pop()]
+            batch.append(self._random.sample(list(group), min(self._samples_per_image, len(group))))
+        return batch[self._rank :: self._world]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the sequence in JSON form; it is the same for every process and number of them."""
+        return {
+            "groups": len(self._groups),
+            "left": len(self._queue),
+            "shuffled_with": self._shuffled_with,
+            "random": self._random.getstate(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position that `state_dict` returned.
+
+        Raises:
+            ConfigError: It belongs to other data.
+        """
+        if state["groups"] != len(self._groups):
+            raise ConfigError(
+                f"the position to go on from is in data of {state['groups']} image groups, this data has "
+                f"{len(self._groups)}",
+                "use the data that the run began with, or another output folder",
+            )
+        self._shuffled_with = _random_state(state["shuffled_with"])
+        self._random.setstate(self._shuffled_with)
+        self._queue = self._shuffled()[: state["left"]]
+        self._random.setstate(_random_state(state["random"]))
+
+    def _shuffled(self) -> list[int]:
+        order = list(range(len(self._groups)))
+        self._random.shuffle(order)
+        return order
+
+
+def _random_state(raw: Sequence[Any]) -> tuple[Any, ...]:
+    """Rebuild from JSON what `random.Random.getstate` returned."""
+    version, numbers, gauss = raw
+    return version, tuple(numbers), gauss

@@ -70,17 +70,27 @@ class KeptTable:
         self._file = file
 
     def positions(self, stream: CountedStream) -> np.ndarray[Any, Any]:
-        """Return the indices of the records whose id and source are kept; those without a sample are not."""
+        """Return the indices of the records whose id and source are kept; those without a sample are not.
+
+        Of several records with one id the first are taken, as many as the table keeps: a duplicate that curation left
+        out stays out.
+        """
         import numpy as np
 
         kept, example = self._kept()
+        known, left = np.unique(kept, return_counts=True)
         found: list[np.ndarray[Any, Any]] = []
         indices: list[int] = []
         digests: list[int] = []
         seen = ""
 
         def flush() -> None:
-            chosen = np.isin(np.array(digests, dtype=np.uint64), kept)
+            own = np.array(digests, dtype=np.uint64)
+            slots = np.searchsorted(known, own)
+            chosen = np.isin(own, known)
+            for place in np.flatnonzero(chosen):
+                chosen[place] = left[slots[place]] > 0
+                left[slots[place]] -= 1
             found.append(np.array(indices, dtype=np.int64)[chosen])
             indices.clear()
             digests.clear()
@@ -102,7 +112,7 @@ class KeptTable:
         return positions
 
     def _kept(self) -> tuple[np.ndarray[Any, Any], str]:
-        """Return sorted digests of what is kept, and one of them in words."""
+        """Return digests of what is kept, and one of them in words."""
         import numpy as np
 
         parts: list[np.ndarray[Any, Any]] = [np.array([], dtype=np.uint64)]
@@ -111,7 +121,7 @@ class KeptTable:
             if ids and example == "nothing":
                 example = f"'{ids[0]}' of source '{sources[0]}'"
             parts.append(np.array(list(map(_digest, sources, ids)), dtype=np.uint64))
-        return np.sort(np.concatenate(parts)), example
+        return np.concatenate(parts), example
 
     def _rows(self) -> Iterator[tuple[list[str], list[str]]]:
         pq, compute = package("pyarrow.parquet"), package("pyarrow.compute")

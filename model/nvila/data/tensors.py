@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nvila.data.conversation import ConversationEncoder, Encoded
-from nvila.data.media import ImageTable
 from nvila.data.records import Sample, group_by_images
 from nvila.processing import pixel_levels
+
+
+class ImageSource(Protocol):
+    """Gives images by key."""
+
+    def image(self, key: str) -> Any:
+        """Decode one image to RGB."""
 
 
 def encode_groups(samples: Sequence[Sample], encoder: ConversationEncoder) -> list[list[Encoded]]:
@@ -31,7 +38,7 @@ class PixelCache:
     tiles: Mapping[str, Tensor]
 
     @classmethod
-    def build(cls, images: ImageTable, keys: Sequence[str], image_size: int) -> PixelCache:
+    def build(cls, images: ImageSource, keys: Sequence[str], image_size: int) -> PixelCache:
         """Decode and resize the images of `keys` once.
 
         Args:
@@ -46,3 +53,8 @@ class PixelCache:
         if not keys:
             return torch.empty(0, 3, 1, 1)
         return torch.stack([self.tiles[key] for key in keys]).float().div_(127.5).sub_(1)
+
+    def tensors(self, images: Sequence[str], videos: Sequence[str]) -> dict[str, Tensor]:
+        """Return the model's inputs for the images of a batch; it holds no videos."""
+        assert not videos
+        return {"pixel_values": self(tuple(images))}

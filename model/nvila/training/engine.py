@@ -5,7 +5,7 @@ Both take the same AdamW over the same parameter groups; in fp32 they give the s
 
 from __future__ import annotations
 
-import logging
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,26 +16,52 @@ from torch import Tensor, nn
 from nvila.errors import CapabilityError
 from nvila.training.config import TrainConfig
 from nvila.training.optimizers import build_optimizer
+from nvila.training.partitions import Partitions, whole_parameters
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What became of an optimizer step, the same on every process.
+
+    Args:
+        grad_norm: Global norm of the gradient before clipping.
+        applied: False when the gradient was not finite and the weights stayed as they were.
+    """
+
+    grad_norm: float
+    applied: bool
 
 
 class TrainEngine(Protocol):
     """Runs forward, backward and the optimizer on a model."""
 
     module: nn.Module
+    layout: tuple[str, int]
+    """Backend and ZeRO stage: with the number of processes they decide who holds what."""
 
     def __call__(self, **inputs: Any) -> Any:
         """Run the model."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Accumulate gradients; `last` marks the last micro-batch of a step, on every process the same one."""
 
-    def step(self, lr_scale: float) -> None:
-        """Clip, update with every group's peak rate times `lr_scale`, and clear the gradients."""
+    def step(self, lr_scale: float) -> StepOutcome:
+        """Clip, update with every group's peak rate times `lr_scale`, and clear the gradients.
+
+        A gradient that is not finite on any process changes nothing on all of them.
+        """
+
+    def partitions(self) -> Partitions:
+        """Return access to weights and optimizer state, whatever part of them this process holds."""
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Return all weights by name on the first process, nothing on others; None where the module holds them.
+
+        Every process must call it.
+        """
 
     def close(self) -> None:
-        """Free what the backend holds; the model stays usable."""
+        """Free what the backend holds; the model stays usable, except that ZeRO 3 leaves it in parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +83,13 @@ def build_engine(model: nn.Module, groups: list[ParameterGroup], config: TrainCo
     )
     if config.backend == "torch":
         return _TorchEngine(model, optimizer, config.max_grad_norm)
-    return _DeepSpeedEngine(model, optimizer, config)
+    from nvila.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, optimizer, config)
 
 
-def _scale_rates(groups: list[dict[str, Any]], lr_scale: float) -> None:
+def scale_rates(groups: list[dict[str, Any]], lr_scale: float) -> None:
+    """Set the learning rate of every optimizer group to its peak times `lr_scale`."""
     for group in groups:
         group["lr"] = group["peak_lr"] * lr_scale
 
@@ -70,6 +99,7 @@ class _TorchEngine:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise CapabilityError("train.backend=torch runs one process only", "use train.backend=deepspeed")
         self.module = model
+        self.layout = ("torch", 0)
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -77,63 +107,23 @@ class _TorchEngine:
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         loss.backward()
 
-    def step(self, lr_scale: float) -> None:
-        nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-        _scale_rates(self._optimizer.param_groups, lr_scale)
-        self._optimizer.step()
+    def step(self, lr_scale: float) -> StepOutcome:
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+        applied = math.isfinite(norm)
+        if applied:
+            scale_rates(self._optimizer.param_groups, lr_scale)
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        return StepOutcome(grad_norm=norm, applied=applied)
+
+    def partitions(self) -> Partitions:
+        return whole_parameters(self.module, self._optimizer)
+
+    def whole_weights(self) -> None:
+        return None
 
     def close(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-
-
-class _DeepSpeedEngine:
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
-        deepspeed = _import_deepspeed()
-        if not torch.distributed.is_initialized():
-            deepspeed.init_distributed(dist_backend="gloo" if not torch.cuda.is_available() else "nccl", verbose=False)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": config.max_grad_norm,
-                "zero_optimization": {"stage": config.zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 10**9,
-            },
-        )
-        self.module = self._engine.module
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self._engine(**inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
-
-    def step(self, lr_scale: float) -> None:
-        _scale_rates(self._engine.optimizer.param_groups, lr_scale)
-        self._engine.step()
-
-    def close(self) -> None:
-        self._engine.destroy()
-
-
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed quietly and without its just-in-time compiled operators."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as e:
-        raise CapabilityError("deepspeed is not installed", "pip install 'nvila[train]'") from e
-    if not torch.cuda.is_available():
-        # On CPU DeepSpeed would compile a shared-memory all-reduce at first use: a minute, a C++ compiler and ninja.
-        # Gloo does the same job, so the list of operators that fit this machine is emptied before it is asked.
-        deepspeed.ops.__dict__["__compatible_ops__"] = {}
-    return deepspeed

@@ -2,61 +2,100 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nvila.assembly import build_model, build_processor, load_model, save_model
 from nvila.configuration import NVILAConfig
-from nvila.data.conversation import ConversationEncoder, Encoded
-from nvila.data.media import ImageTable
+from nvila.data.conversation import Encoded
 from nvila.data.records import Sample
 from nvila.data.sampling import GroupSampler
-from nvila.data.tensors import PixelCache, encode_groups
-from nvila.errors import ConfigError, nearest
+from nvila.data.tensors import PixelCache
+from nvila.errors import ConfigError, ResourceError, nearest
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 from nvila.progress import SILENT, Reporter
+from nvila.training.batches import GroupBatches
+from nvila.training.checkpoints import Checkpoints
 from nvila.training.config import PARTS, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
-from nvila.training.loop import MetricsLog, run_stage
+from nvila.training.interrupts import StopRequest
+from nvila.training.loop import StageLoop
+from nvila.training.media import Feed, MediaTable, MediaTensors
+from nvila.training.metrics import MetricsLog
+from nvila.training.observer import StageObserver
 from nvila.training.precision import apply_precision
+from nvila.training.processes import barrier, from_first, rank, world_size
 
-logger = logging.getLogger(__name__)
+CHECKPOINTS_FOLDER = ".checkpoints"
+SKIPPED_FILE = "skipped.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What all stages share."""
+
+    config: TrainConfig
+    out_dir: Path
+    log: MetricsLog
+    observers: Sequence[StageObserver] = ()
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def notice(self, text: str) -> None:
+        for observer in (self.log, *self.observers):
+            observer.on_notice(text)
+
+    def checkpoints(self, number: int, stage: StageConfig) -> Checkpoints:
+        directory = self.out_dir / CHECKPOINTS_FOLDER / f"{number}-{stage.name}"
+        return Checkpoints(directory, self.config, stage, self.notice)
 
 
 def train(
     config: TrainConfig,
     datasets: Mapping[str, Sequence[Sample]],
-    images: ImageTable,
+    images: MediaTable,
     tokenizer: PreTrainedTokenizerBase,
     out_dir: Path,
     reporter: Reporter = SILENT,
     *,
     pixels: PixelCache | None = None,
+    videos: MediaTable | None = None,
+    observers: Sequence[StageObserver] = (),
+    stop: StopRequest | None = None,
 ) -> Path:
     """Run all stages and return the folder of the final model.
 
     Every stage leaves a complete model in `out_dir/<number>-<name>`. A stage whose folder exists is finished: an
-    interrupted run, started again, goes on with the first unfinished stage and ends in the same weights.
+    interrupted run, started again, goes on with the first unfinished stage, from its newest checkpoint if it has one,
+    and ends in the same weights.
 
     Args:
         config: What to train.
         datasets: Samples by the name that stages use in `data`.
         images: Images of all samples.
         tokenizer: Tokenizer of the language model.
-        out_dir: Where stages and `metrics.jsonl` go.
+        out_dir: Where stages, `metrics.jsonl` and the samples of skipped steps (`skipped.jsonl`) go.
         reporter: Receives progress.
         pixels: Tiles of all images, for a caller that has decoded them already.
+        videos: Videos of all samples, by their keys.
+        observers: Follow the stages that train; those of the first process only.
+        stop: Ends the run after the step that it comes in, with a checkpoint.
 
     Raises:
-        ConfigError: A stage names data that does not exist, or the data is empty.
+        ConfigError: A stage names data that does not exist, the data is empty, or a checkpoint to go on from was
+            written with other settings.
+        InfrastructureError: `stop` came; the same call goes on.
+        ResourceError: The disk is too full for the model of a stage.
+        NvilaError: More steps had no finite loss and gradient than `config.health` bears.
     """
     for stage in config.stages:
         if stage.data not in datasets:
@@ -65,23 +104,32 @@ def train(
     torch.manual_seed(config.seed)
     model = build_model(config.model, tokenizer)
     processor = build_processor(cast("NVILAConfig", model.config), tokenizer)
-    encoder = ConversationEncoder(tokenizer, model.config.num_image_tokens, config.model.max_length)
-    groups = {name: encode_groups(samples, encoder) for name, samples in datasets.items()}
+    feed = Feed(datasets, images, videos, pixels)
     # One process speaks for all; they run in step and would only repeat it.
-    log = MetricsLog(out_dir / "metrics.jsonl" if _rank() == 0 else Path(os.devnull))
-    reporter = reporter if _rank() == 0 else SILENT
+    first = rank() == 0
+    log = MetricsLog(out_dir / "metrics.jsonl" if first else Path(os.devnull), reporter=reporter if first else SILENT)
+    run = _Run(
+        config=config,
+        out_dir=out_dir,
+        log=log,
+        observers=observers if first else (),
+        stop=StopRequest() if stop is None else stop,
+    )
     for number, stage in enumerate(config.stages, start=1):
         directory = out_dir / f"{number}-{stage.name}"
+        stopping = False
         if directory.is_dir():
-            reporter.notice(f"stage {stage.name} is already trained; going on from it")
+            log.reporter.notice(f"stage {stage.name} is already trained; going on from it")
         else:
-            pixels = pixels or PixelCache.build(images, _image_keys(datasets), config.model.vision["image_size"])
-            _drop_lines(log.path, stage.name)
-            _train_stage(model, groups[stage.data], pixels, stage, config, number, log, reporter)
-            if _rank() == 0:
-                _save(model, processor, directory)
+            processor = _stage_processor(model, processor, stage)
+            fed = feed.stage(stage, config.model, processor)
+            weights, stopping = _train_stage(model, fed, stage, number, run)
+            _save(model, processor, directory, weights)
+            run.checkpoints(number, stage).clear()
+        if stopping and number < len(config.stages):
+            run.stop.end(f"after stage {stage.name}")
         # Also after a stage that just ran: the next one then starts from what was saved, as it would after a restart.
-        model, _ = load_model(_wait_for(directory))
+        model, processor = load_model(directory)
     return directory
 
 
@@ -107,70 +155,98 @@ def trained_parts(model: NVILAForConditionalGeneration, stage: StageConfig) -> l
     return groups
 
 
+def recompute_activations(model: NVILAForConditionalGeneration) -> None:
+    """Have tower and decoder keep the inputs of their layers only, and compute the rest again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _train_stage(
     model: NVILAForConditionalGeneration,
-    groups: list[list[Encoded]],
-    pixels: PixelCache,
+    fed: tuple[list[list[Encoded]], MediaTensors],
     stage: StageConfig,
-    config: TrainConfig,
     number: int,
-    log: MetricsLog,
-    reporter: Reporter,
-) -> None:
+    run: _Run,
+) -> tuple[dict[str, Tensor] | None, bool]:
+    """Train one stage; returns its weights where the model does not hold them, and whether to stop behind it."""
+    groups, pixels = fed
+    stage, config = stage.resolved(len(groups)), run.config.for_stage(stage)
     model.set_attn_implementation(config.attention)
+    model.model.blank_without_media = world_size() > 1
     parameter_groups = trained_parts(model, stage)
     applied = apply_precision(model.model.language_model, config.precision)
     if config.precision.name == "fp8" and not applied.converted:
-        reporter.notice("precision fp8 converted no layer: every layer is below train.fp8.min_features or skipped")
+        run.notice("precision fp8 converted no layer: every layer is below train.fp8.min_features or skipped")
+    if config.gradient_checkpointing:
+        recompute_activations(model)
     sampler = GroupSampler(
         groups,
         images_per_step=stage.images_per_step,
         samples_per_image=stage.samples_per_image,
         seed=config.seed * 1000 + number,
-        rank=_rank(),
-        world=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=rank(),
+        world=world_size(),
     )
     engine = build_engine(model, parameter_groups, config)
+    loop = StageLoop(
+        engine=engine,
+        batches=GroupBatches(sampler),
+        pixels=pixels,
+        stage=stage,
+        config=config,
+        pad_token_id=model.config.text_config.pad_token_id,
+        log=run.log,
+        observers=run.observers,
+        checkpoints=run.checkpoints(number, stage),
+        stop=run.stop,
+        skipped_path=run.out_dir / SKIPPED_FILE,
+    )
     try:
-        run_stage(
-            engine,
-            iter(sampler),
-            pixels,
-            stage,
-            config,
-            pad_token_id=model.config.text_config.pad_token_id,
-            log=log,
-            reporter=reporter,
-        )
+        stopping = loop.run()
+        weights = engine.whole_weights()
     finally:
         engine.close()
     model.eval()
+    return weights, stopping
 
 
-def _save(model: NVILAForConditionalGeneration, processor: NVILAProcessor, directory: Path) -> None:
-    """Write a stage's model under a temporary name and rename it, so that a folder with the name is complete."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, processor, partial)
-    partial.rename(directory)
+def _save(
+    model: NVILAForConditionalGeneration,
+    processor: NVILAProcessor,
+    directory: Path,
+    weights: Mapping[str, Tensor] | None,
+) -> None:
+    """Write a stage's model under a temporary name and rename it, so that a folder with the name is complete.
+
+    Raises:
+        ResourceError: It cannot be written.
+    """
+    problem: str | None = None
+    if rank() == 0:
+        partial = directory.with_name(f".{directory.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            save_model(model, processor, partial, weights)
+            partial.rename(directory)
+        except (OSError, SafetensorError) as e:
+            problem = str(e)
+            shutil.rmtree(partial, ignore_errors=True)
+    barrier()
+    if problem := from_first(problem):
+        raise ResourceError(
+            f"the model of a finished stage cannot be written to {directory}: {problem}",
+            "make room or check permissions, then run the same command again",
+        )
 
 
-def _wait_for(directory: Path) -> Path:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    return directory
-
-
-def _drop_lines(path: Path, stage: str) -> None:
-    """Remove what an interrupted attempt at this stage had logged."""
-    if path.is_file():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if f'"stage": "{stage}"' not in line]
-        path.write_text("".join(kept), encoding="utf-8")
-
-
-def _image_keys(datasets: Mapping[str, Sequence[Sample]]) -> list[str]:
-    return [key for samples in datasets.values() for sample in samples for key in sample.images]
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def _stage_processor(
+    model: NVILAForConditionalGeneration, processor: NVILAProcessor, stage: StageConfig
+) -> NVILAProcessor:
+    """Let the model look at videos as a stage says, from there on, and return the processor that belongs to it."""
+    if stage.frames is None and stage.pool_sizes is None:
+        return processor
+    if stage.frames is not None:
+        model.config.num_video_frames = stage.frames
+    if stage.pool_sizes is not None:
+        model.config.video_pool_sizes = [list(size) for size in stage.pool_sizes]
+    return build_processor(cast("NVILAConfig", model.config), processor.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ outputs in DIR:
   report.html        histograms, scatter and examples; needs no network
   manifest.json      digests of all of this, and what it was made of
 """
+_SOURCE_LETTERS = 48
 _WHERE = ("out", "media_dir", "mixtures", "max_bad")
 _SCORING = ("small", "large", "dtype", "device", "sequential", "processes", "threads", "shard_size", "batch_tokens")
 _CLUSTER = ("image", "gpus", "cpu", "memory", "claim", "namespace", "job_name", "submit")
@@ -58,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     words = next(action for action in parser._actions if action.dest == "words")
-    words.metavar, words.help = "DATA", "file, folder, address or mixture; or a recipe and fields of it to change"
+    words.metavar, words.help = (
+        "DATA",
+        "file, folder, s3:// address or mixture (a + b*2); or a recipe and changes",
+    )
     # No defaults here: what was not given must be told from what was, since each use of the verb has its own options.
     data = parser.add_argument_group("data")
     data.add_argument("--out", type=Path, metavar="DIR", help="folder of everything that is made")
@@ -87,8 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of every source to keep (default: 0.5), or of one; may be repeated",
     )
     choice.add_argument("--normalize", choices=("none", "token"), help="token divides likelihoods by their tokens")
-    choice.add_argument("--min-delta", type=float, metavar="D", help="keep nothing below")
-    choice.add_argument("--max-delta", type=float, metavar="D", help="keep nothing above; the next takes its place")
+    choice.add_argument("--min-delta", type=_number, metavar="D", help="keep nothing below")
+    choice.add_argument("--max-delta", type=_number, metavar="D", help="keep nothing above; the next takes its place")
     choice.add_argument(
         "--method",
         choices=("deltaloss", "random", "cluster"),
@@ -125,6 +130,12 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Do the work and return the exit code."""
+    if args.out is not None and re.match(r"[a-z][a-z0-9+.-]*:/", str(args.out)):
+        raise ConfigError(f"--out {args.out} is no folder", "write into a folder, then copy it to where it shall be")
+    if args.method in (None, "deltaloss"):
+        _refuse(args, ("seed", "clusters"), "changes nothing without a baseline", "add --method random or cluster")
+    if args.method == "random":
+        _refuse(args, ("clusters",), "is of --method cluster", "leave one of them out")
     if args.nodes is None:
         _refuse(args, _CLUSTER, "is about a job of a cluster", "say how many nodes with --nodes")
     else:
@@ -138,10 +149,13 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         raise ConfigError("there is no folder to write to", "name one with --out")
     out = args.out.absolute()
     if args.dry_run:
-        _refuse(args, _SCORING, "scores, --dry-run does not", "leave one of them out")
+        _refuse(args, (*_SCORING, "media_dir", "mixtures"), "scores, --dry-run does not", "leave one of them out")
+        _refuse(args, ("max_bad",), "was decided when the data was scored", "leave it out")
+        if args.words:
+            raise ConfigError(f"--dry-run chooses from saved scores, not from {args.words[0]}", "leave the data out")
         from nvila_pipelines.curation.dataset_run import preview
 
-        show(preview(out, _rule(args)), as_json=args.json)
+        show(preview(out, _rule(args), args.normalize or "none", args.clusters), as_json=args.json)
         return 0
     request = _request(args, out, settings)
     prepare_workspace(settings)
@@ -190,10 +204,14 @@ def show(result: CurationResult, *, as_json: bool) -> None:
     if as_json:
         emit_json(result.to_dict())
         return
+    from nvila_pipelines.report.formats import shortened
+
     rows = [("source", "records", "scored", "kept", "from delta")]
     for source, count in result.sources.items():
         boundary = "-" if count.boundary is None else f"{count.boundary:+.3f}"
-        rows.append((source, f"{count.records:,}", f"{count.scored:,}", f"{count.kept:,}", boundary))
+        rows.append(
+            (shortened(source, _SOURCE_LETTERS), f"{count.records:,}", f"{count.scored:,}", f"{count.kept:,}", boundary)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for name, *cells in rows:
         padded = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
@@ -284,6 +302,17 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no share, write 0.01 or 1%")
     return share
+
+
+def _number(text: str) -> float:
+    """Return a number that is one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
 
 
 def _count(text: str) -> int:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from nvila_pipelines.cli.options import prepare_workspace, recipe_of
 from nvila_pipelines.cli.output import emit, emit_json
 from nvila_platform.settings import Settings
 
+if TYPE_CHECKING:
+    from nvila_pipelines.recipe import Recipe
+
 
 def run_to(step: str, args: argparse.Namespace, settings: Settings) -> int:
     """Run the lifecycle up to a step; finished work is reused."""
-    recipe = recipe_of(args)
+    return run_recipe(step, recipe_of(args), args, settings)
+
+
+def run_recipe(step: str, recipe: Recipe, args: argparse.Namespace, settings: Settings) -> int:
+    """Do so for a recipe that is loaded already."""
     prepare_workspace(settings)
     from nvila_pipelines.lifecycle import run_until
     from nvila_platform.store import open_store

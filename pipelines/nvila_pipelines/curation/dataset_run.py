@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from nvila_platform.artifacts import MANIFEST_NAME, storage_errors, utc_now
 if TYPE_CHECKING:
     from nvila.curation.choosing import Rule, SourceCount
     from nvila.curation.merging import Merged
+    from nvila.curation.selection import Normalize
     from nvila.curation.shards import Shards
     from nvila.progress import Reporter
     from nvila_platform.settings import Settings
@@ -53,6 +56,8 @@ def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) 
     started, started_at = time.monotonic(), utc_now()
     calm_threads()
     rank, world = own_rank()
+    if world > 1 and request.processes > 1:
+        raise ConfigError("--processes starts processes, and so did torchrun", "leave --processes out")
     with storage_errors(request.out):
         request.out.mkdir(parents=True, exist_ok=True)
     with _alone(request.out, view, needed=world == 1):
@@ -63,7 +68,7 @@ def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) 
         shards = shards_of(request.out, spec)
         if world > 1:
             _wait(request, shards, view.reporter(STEP))
-        merged = _merge(request, shards, view.reporter(STEP))
+        merged = _merge(request, spec, shards, view.reporter(STEP))
         sources = _choose(request, shards, view.reporter(STEP))
         result = CurationResult(
             out=request.out,
@@ -75,26 +80,49 @@ def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) 
         return finish(request, spec, result, settings, started_at)
 
 
-def preview(out: Path, rule: Rule) -> CurationResult:
-    """Say what a rule would keep of saved scores, and write nothing.
+def preview(out: Path, rule: Rule, normalize: Normalize = "none", num_clusters: int | None = None) -> CurationResult:
+    """Say what a choice would keep of saved scores, and write nothing beside them.
+
+    Args:
+        out: Directory with the scores.
+        rule: What to keep.
+        normalize: How delta is made of the likelihoods.
+        num_clusters: For the method `cluster`; None chooses.
 
     Raises:
-        ConfigError: There are no scores yet, or the rule does not fit them.
+        ConfigError: There are no scores yet, or none that this choice can be made from.
     """
     from nvila.curation.choosing import choose, count_sources
-    from nvila.curation.merging import SCORES, count_statuses
+    from nvila.curation.clusters import write_clusters
+    from nvila.curation.merging import SCORES, count_statuses, merge, merged_already
 
     started = time.monotonic()
-    if not (out / SCORES).exists():
+    spec = ScoringSpec.load(out)
+    if spec is None or not (out / SCORES).exists():
         raise ConfigError(f"{out} has no scores to choose from", "run the command without --dry-run once")
-    statuses = count_statuses(out)
-    return CurationResult(
-        out=out,
-        records=sum(statuses.values()),
-        statuses=statuses,
-        sources=count_sources(out, choose(out, rule)),
-        seconds=time.monotonic() - started,
-    )
+    shards = shards_of(out, spec)
+    with tempfile.TemporaryDirectory(prefix="nvila-curate-") as name:
+        folder = Path(name)
+        if merged_already(shards.digest, out, normalize) is not None:
+            (folder / SCORES).symlink_to(out / SCORES)
+        elif shards.finished() is not None:
+            merge(shards, folder, normalize)
+        else:
+            raise ConfigError(
+                f"{shards.directory} is needed to normalize by {normalize}, and not there", "leave --dry-run out"
+            )
+        if rule.method == "cluster":
+            if not _has_features(shards):
+                raise ConfigError(f"{out} has no features of images yet", "run --method cluster without --dry-run once")
+            write_clusters(shards, folder, num_clusters=num_clusters, seed=rule.seed)
+        statuses = count_statuses(folder)
+        return CurationResult(
+            out=out,
+            records=sum(statuses.values()),
+            statuses=statuses,
+            sources=count_sources(folder, choose(folder, rule)),
+            seconds=time.monotonic() - started,
+        )
 
 
 def _resolve(request: CurationRequest, reporter: Reporter, rank: int) -> ScoringSpec:
@@ -105,7 +133,7 @@ def _resolve(request: CurationRequest, reporter: Reporter, rank: int) -> Scoring
             raise ConfigError(
                 f"{request.out} has no scores yet", "nvila curate DATA --small MODEL --large MODEL --out DIR"
             )
-        return earlier
+        return _accepting(request, earlier, rank)
     import torch
 
     device = request.device or (earlier.device if earlier is not None else "auto")
@@ -135,9 +163,21 @@ def _resolve(request: CurationRequest, reporter: Reporter, rank: int) -> Scoring
         earlier = ScoringSpec.load(request.out)
     if earlier is not None:
         spec.refuse_other(earlier, request.out)
-        return replace(spec, records=earlier.records)
+        return _accepting(request, replace(spec, records=earlier.records, max_bad=earlier.max_bad), rank)
     spec = replace(spec, records=_count(spec, reporter))
+    if request.max_bad is not None:
+        spec = replace(spec, max_bad=request.max_bad)
     spec.save(request.out)
+    return spec
+
+
+def _accepting(request: CurationRequest, spec: ScoringSpec, rank: int) -> ScoringSpec:
+    """Remember how much may be bad, so that choosing again accepts what scoring did."""
+    if request.max_bad in (None, spec.max_bad):
+        return spec
+    spec = replace(spec, max_bad=request.max_bad)
+    if rank == 0:
+        spec.save(request.out)
     return spec
 
 
@@ -165,7 +205,7 @@ def _score(
             rank=rank,
             world=world,
             sequential=request.sequential,
-            max_bad=request.max_bad,
+            max_bad=spec.max_bad,
         )
         run.run()
         if features:
@@ -202,7 +242,7 @@ def _launch(
     events, order = scratch / "events.jsonl", scratch / "order.json"
     events.unlink(missing_ok=True)
     values = {"out": str(request.out), "events": str(events), "features": features}
-    values |= {"sequential": request.sequential, "max_bad": request.max_bad}
+    values |= {"sequential": request.sequential, "max_bad": spec.max_bad}
     order.write_text(json.dumps(values), encoding="utf-8")
     stop = threading.Event()
 
@@ -238,18 +278,30 @@ def _wait(request: CurationRequest, shards: Shards, reporter: Reporter) -> None:
         time.sleep(_WAIT_S)
 
 
-def _merge(request: CurationRequest, shards: Shards, reporter: Reporter) -> Merged:
+def _merge(request: CurationRequest, spec: ScoringSpec, shards: Shards, reporter: Reporter) -> Merged:
     from nvila.curation.merging import merge, merged_already
     from nvila.curation.problems import OK, check_share
 
+    _sweep(request.out)
+    if shards.finished() is not None:
+        shards.tidy()
     merged = merged_already(shards.digest, request.out, request.normalize)
     if merged is None:
         reporter.progress("merge", 0, 0)
         merged = merge(shards, request.out, request.normalize)
-        shards.tidy()
     bad = {status: count for status, count in merged.statuses.items() if status != OK}
-    check_share(bad, merged.total, request.max_bad, merged.first_bad)
+    check_share(bad, merged.total, spec.max_bad, merged.first_bad)
     return merged
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a killed run was writing; whatever is left counts under another name."""
+    from nvila_pipelines.report.curation_report import PLOTS
+
+    for path in [*out.glob(".*.tmp"), *out.glob(f"{PLOTS}/.*")]:
+        path.unlink()
+    for folder in out.glob(".duckdb-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _choose(request: CurationRequest, shards: Shards, reporter: Reporter) -> dict[str, SourceCount]:

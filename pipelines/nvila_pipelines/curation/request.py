@@ -32,7 +32,7 @@ class CurationRequest:
         threads: Threads of a process; without earlier scores the processes share the cores.
         shard_size: Records of a shard.
         batch_tokens: Most positions of a batch.
-        max_bad: Largest share of records without a score.
+        max_bad: Largest share of records without a score; None takes what was accepted before, at first 10%.
         num_clusters: For the method `cluster`; None chooses.
     """
 
@@ -49,7 +49,7 @@ class CurationRequest:
     threads: int | None = None
     shard_size: int | None = None
     batch_tokens: int | None = None
-    max_bad: float = 0.1
+    max_bad: float | None = None
     num_clusters: int | None = None
 
 

@@ -61,7 +61,8 @@ def scoring_run(
 
 def _hush() -> None:
     """Keep the bars and the notes of libraries out of the progress that is shown."""
-    for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
+    # The tokenizer warns of answers longer than the context, which are set aside with their length.
+    for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree", "transformers.tokenization_utils_base"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 

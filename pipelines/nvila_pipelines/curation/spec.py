@@ -65,6 +65,7 @@ class ScoringSpec:
         shard_size: Records of a shard.
         batch_tokens: Most positions of a batch.
         records: Records of the data set; None when it was not counted.
+        max_bad: Largest share of records without a score that was accepted; scores do not depend on it.
     """
 
     data: DataSpec
@@ -79,6 +80,7 @@ class ScoringSpec:
     shard_size: int
     batch_tokens: int
     records: int | None = None
+    max_bad: float = 0.1
 
     def depends(self) -> dict[str, Any]:
         """Return all that the scores depend on; where things lie is not part of it."""

@@ -67,6 +67,22 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def amount(value: float | None) -> str:
+    """Format hours, energy or money, which may be very small.
+
+    Example:
+        >>> amount(0.00012345), amount(0.00000012)
+        ('0.000123', 'under 0.0001')
+    """
+    if value is None:
+        return MISSING
+    if value >= 100:
+        return f"{value:,.2f}"
+    if value >= 0.0001:
+        return f"{value:.3g}"
+    return "under 0.0001" if value else "0"
+
+
 def shortened(text: str, limit: int = 280) -> str:
     """Cut a long text, so that one record cannot fill the page."""
     return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."

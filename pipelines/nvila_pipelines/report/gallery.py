@@ -22,6 +22,10 @@ _RANKS: dict[End, Callable[[Score], float]] = {
     "redundant": lambda score: abs(score.delta),
     "distracting": lambda score: score.delta,
 }
+# Letters of a question or answer: six samples shall be seen at a glance.
+MAX_LETTERS = 160
+# Pictures of one sample; a document of fifty pages would fill the page.
+MAX_PICTURES = 4
 NUM_WRONG = 12
 NUM_RIGHT = 12
 
@@ -37,6 +41,7 @@ class Card:
         question: The question, shortened.
         facts: Label and value of what belongs to it, in order.
         verdict: "right" or "wrong" for an answered question, else empty.
+        more: Further pictures of the same sample, each as data URI and what it is.
     """
 
     image: str
@@ -45,6 +50,7 @@ class Card:
     question: str
     facts: tuple[tuple[str, str], ...]
     verdict: str = ""
+    more: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +173,20 @@ def _strided(rows: Sequence[Mapping[str, Any]], limit: int, offset: float) -> li
 
 
 def _scored(score: Score, sample: Sample, images: Pictures) -> Card:
-    media = [part.value for message in sample.messages for part in message.content if part.type != "text"]
-    image, alt = _picture(media[0] if media else "", images)
+    media = [part for message in sample.messages for part in message.content if part.type != "text"]
+    shown = [_picture(part.value, images, part.type) for part in media[:MAX_PICTURES]]
+    image, alt = shown[0] if shown else _picture("", images)
+    answers = [message.text for message in sample.messages if message.role == "assistant"]
+    left_out = [("pictures", f"{len(shown)} of {len(media)}")] if len(media) > len(shown) else []
     return Card(
         image=image,
         alt=alt,
+        more=tuple(shown[1:]),
         source=score.source,
-        question=shortened(sample.question),
+        question=shortened(sample.question, MAX_LETTERS),
         facts=(
-            ("answer", shortened(sample.answer)),
+            ("answer" if len(answers) == 1 else "answers", shortened(" / ".join(answers), MAX_LETTERS)),
+            *left_out,
             ("likely to small", _likelihood(score.small)),
             ("likely to large", _likelihood(score.large)),
             ("delta", _signed(score.delta)),
@@ -197,11 +208,12 @@ def _answer(row: Mapping[str, Any], images: Thumbnails) -> Card:
     )
 
 
-def _picture(key: str, images: Pictures) -> tuple[str, str]:
+def _picture(key: str, images: Pictures, kind: str = "image") -> tuple[str, str]:
     if not key:
         return "", "no image"
     image = images.uri(key)
-    return image, f"image {key}" if image else f"image {key} cannot be shown"
+    name = "/".join(key.split("/")[-2:])
+    return image, f"{kind} {name}" if image else f"{kind} {name} cannot be shown"
 
 
 def _likelihood(nll: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.errors import ArtifactError
+from nvila_platform.artifacts import read_manifest
 
 AFTER_GATE = ("register", "serve")
 _HINT = "run the same command again: finished steps are reused"
@@ -73,6 +74,18 @@ class Outputs:
             return {column: table[column].to_pylist() for column in names}
         except (OSError, KeyError, pa.ArrowException) as e:
             raise ArtifactError(f"The file {name} of the step {step} cannot be read: {e}", _HINT) from e
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Return what each step's manifest reports, by step; a directory without a sound one is left out."""
+        found = {}
+        for step, directory in self._directories.items():
+            try:
+                manifest = read_manifest(directory)
+            except ArtifactError:
+                continue
+            if manifest is not None:
+                found[step] = dict(manifest.metrics)
+        return found
 
     def evaluation(self, model: str) -> tuple[dict[str, Any], Path]:
         """Return the results of the model ("wide" or "quantized") and the directory that they are in.

@@ -13,12 +13,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvila_pipelines.report.score_summary import DeltaHistogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+X = TypeVar("X", int, float)
 
 INK, MUTED, FAINT = "#010101", "#010102", "#010103"
 KEPT, IGNORED, MARK = "#010104", "#010105", "#010106"
@@ -78,6 +80,43 @@ def loss_curve(curve: Sequence[tuple[int, float]], limits: tuple[float, float], 
         _plain_decades(axes, limits)
 
     return _svg(draw, (3.0, 2.2), name, alt)
+
+
+def training_curve(
+    curve: Sequence[tuple[float, float]],
+    marks: Sequence[float],
+    *,
+    labels: tuple[str, str],
+    name: str,
+    alt: str,
+) -> str:
+    """Draw one measurement of a training stage, from zero on, with a mark where a step was skipped.
+
+    Args:
+        curve: Points in order; those that are not finite are left out.
+        marks: Where on the horizontal axis steps were skipped.
+        labels: Of the horizontal and the vertical axis.
+        name: Unique within the page.
+        alt: What the figure shows, for readers who cannot see it.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    shown = _thinned([(x, y) for x, y in curve if math.isfinite(y)])
+    top = max((y for _, y in shown), default=1.0) or 1.0
+
+    def draw(axes: Axes) -> None:
+        axes.plot([x for x, _ in shown], [y for _, y in shown], color=KEPT, linewidth=1.6)
+        if marks:
+            axes.plot(list(marks), [0.03 * top] * len(marks), linestyle="none", marker="x", color=MARK, label="skipped")
+            axes.legend(**_LEGEND, loc="lower right", bbox_to_anchor=(1.02, 0.96))
+        axes.set_ylim(0, top * 1.15)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain_number(value)))
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+
+    return _svg(draw, (3.0, 2.2), name, alt, headroom=0.2)
 
 
 def delta_histogram(histogram: DeltaHistogram, *, name: str, alt: str) -> str:
@@ -208,10 +247,13 @@ def _inlined(svg: str, name: str, alt: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", svg)
 
 
-def _thinned(curve: list[tuple[int, float]], limit: int = 400) -> list[tuple[int, float]]:
-    stride = max(1, math.ceil(len(curve) / limit))
-    thin = curve[::stride]
-    return [*thin, curve[-1]] if curve and thin[-1] != curve[-1] else thin
+def _plain_number(value: float) -> str:
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+
+
+def _thinned(curve: list[tuple[X, float]], limit: int = 400) -> list[tuple[X, float]]:
+    thin = curve[:: max(1, math.ceil(len(curve) / limit))]
+    return thin + curve[-1:] if curve and thin[-1] != curve[-1] else thin
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

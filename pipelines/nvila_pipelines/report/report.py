@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nvila.errors import NvilaError
-from nvila_pipelines.report import lineage_graph, plots, sections
+from nvila_pipelines.report import lineage_graph, plots, sections, training_panels
+from nvila_pipelines.report.cost_panel import costs
 from nvila_pipelines.report.formats import duration
 from nvila_pipelines.report.outputs import Outputs
 from nvila_platform.artifacts import redact, write_atomically
@@ -82,6 +83,9 @@ def _sections(outputs: Outputs, summary: Mapping[str, Any], lineage: Lineage | N
         ("sizes", "Size by part", lambda: sections.sizes(outputs)),
         ("times", "Time per step", lambda: sections.times(summary)),
         ("losses", "Training loss", lambda: sections.losses(outputs)),
+        ("speed", "Training speed", lambda: training_panels.speed(outputs)),
+        ("rates", "Learning rate and gradients", lambda: training_panels.rates(outputs)),
+        ("cost", "Cost", lambda: costs(outputs)),
         ("selection", "Curation with DeltaLoss", lambda: sections.selection(outputs)),
         ("examples", "Answered examples", lambda: sections.examples(outputs)),
         ("gate", "Gate", lambda: sections.gate(outputs)),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila_pipelines.report.formats import MISSING, duration, percent, points, size, step_time
+from nvila_pipelines.report.formats import MISSING, amount, duration, percent, points, size, step_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +33,8 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(Text.assemble(("Gate: ", "bold"), (word, style), f"   run {run_id}   {seconds}"))
     console.print(_accuracy(summary))
     console.print(_times(summary))
+    if used := used_text(summary.get("usage") or {}):
+        console.print(Text.assemble(("Used:   ", "bold"), used), soft_wrap=True)
     if summary.get("report"):
         console.print(Text.assemble(("Report: ", "bold"), str(summary["report"])), soft_wrap=True)
     if summary.get("model"):
@@ -40,6 +42,27 @@ def render_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(Text("Next:", "bold"))
     for command, purpose in next_commands(summary):
         console.print(Text.assemble("  ", (command, "cyan"), f"   # {purpose}"), soft_wrap=True)
+
+
+def used_text(usage: Mapping[str, float]) -> str:
+    """Return hours, energy and money of a run in words.
+
+    Example:
+        >>> used_text({"core_hours": 0.05, "energy_kwh_estimated": 0.001, "cost_eur": 0.02})
+        '0.05 core-hours, 0.001 kWh (estimated), 0.02 EUR'
+    """
+    hours = [f"{amount(usage[name])} {name.replace('_', '-')}" for name in ("gpu_hours", "core_hours") if name in usage]
+    energy = [
+        f"{amount(value)} kWh ({name.removeprefix('energy_kwh_')})"
+        for name, value in usage.items()
+        if name.startswith("energy_kwh_")
+    ]
+    money = [
+        f"{amount(value)} {name.removeprefix('cost_').upper()}"
+        for name, value in usage.items()
+        if name.startswith("cost_")
+    ]
+    return ", ".join([*hours, *energy, *money])
 
 
 def next_commands(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -25,9 +25,10 @@ SCORERS: tuple[Scorer, ...] = ("small", "large")
 
 
 def run(context: StepContext) -> dict[str, float]:
-    """Score the training split and select from it.
+    """Score the training split and select from it; a recipe without curation keeps all.
 
-    Outputs: `scores.parquet`, `selection.parquet`, `ignore/`, `quarantine.jsonl`, `selected.jsonl`.
+    Outputs: `scores.parquet`, `selection.parquet`, `ignore/`, `quarantine.jsonl`, `selected.jsonl`; without curation
+    only the last.
     """
     from nvila.curation.choosing import write_selection
     from nvila.data.dataset import IMAGES_FILE, load_samples
@@ -36,7 +37,11 @@ def run(context: StepContext) -> dict[str, float]:
     from nvila.data.tensors import PixelCache
 
     config, data = context.recipe.curate, context.inputs["data"]
+    if config is None and not (data / IMAGES_FILE).is_file():
+        return {"kept": float(write_jsonl(context.out_dir / "selected.jsonl", []))}  # stages read their data themselves
     samples = load_samples(data, "train")
+    if config is None:
+        return {"kept": float(write_jsonl(context.out_dir / "selected.jsonl", samples))}
     images = ImageTable.open(data / IMAGES_FILE)
     keys = [key for sample in samples for key in sample.images]
     scores: dict[Scorer, list[AnswerScore]] = {}
@@ -78,6 +83,7 @@ def _score(
 
     recipe, data = context.recipe, context.inputs["data"]
     config = recipe.scorer_config(scorer)
+    assert recipe.curate is not None
     subset = scorer_subset(samples, recipe.curate.fraction, recipe.seed)
     chosen = {sample.images for sample in subset}
     datasets = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvila_pipelines.steps.context import StepContext
@@ -13,10 +14,20 @@ if TYPE_CHECKING:
 
 
 def run(context: StepContext) -> dict[str, float]:
-    """Write the splits, captions and images of easy-VQA.
+    """Write the splits, captions and images of easy-VQA, and generated clips.
 
-    Outputs: `train.jsonl`, `validation.jsonl`, `test.jsonl`, `captions.jsonl`, `text.jsonl`, `images.parquet`.
+    Outputs: `train.jsonl`, `validation.jsonl`, `test.jsonl`, `captions.jsonl`, `text.jsonl`, `images.parquet`; with
+    clips also `clips.jsonl` and `videos.parquet`. Without a built-in data set only `registry.json`, which says where
+    the data are named that stages read themselves.
+
+    Raises:
+        DataError: The registry does not exist.
     """
+    if context.recipe.data.dataset is None:
+        from nvila_pipelines.training.mixtures import write_registry
+
+        write_registry(context.recipe.data.registry, context.out_dir)
+        return {}
     from nvila.data import easy_vqa
     from nvila.data.dataset import IMAGES_FILE
     from nvila.data.media import write_image_table
@@ -44,7 +55,20 @@ def run(context: StepContext) -> dict[str, float]:
         if key in chosen[split]
     ]
     counts["images"] = write_image_table(out / IMAGES_FILE, images)
+    if config.clips:
+        counts["clips"] = _write_clips(out, config.clips)
     return {name: float(count) for name, count in counts.items()}
+
+
+def _write_clips(out: Path, count: int) -> int:
+    """Write generated clips and the questions about them."""
+    from nvila.data import moving_shapes
+    from nvila.data.dataset import VIDEOS_FILE
+    from nvila.data.media import write_image_table
+    from nvila.data.records import write_jsonl
+
+    write_jsonl(out / "clips.jsonl", [one for number in range(count) for one in moving_shapes.questions(number)])
+    return write_image_table(out / VIDEOS_FILE, [(moving_shapes.key(n), moving_shapes.gif(n)) for n in range(count)])
 
 
 def _image_keys(split: Split, max_images: int | None) -> set[str]:

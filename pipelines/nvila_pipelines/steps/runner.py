@@ -21,6 +21,7 @@ from nvila_platform.artifacts import (
     write_atomically,
     write_manifest,
 )
+from nvila_platform.cost import UsageMeter
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, ArtifactStore, open_store, reuse
 from nvila_platform.telemetry import EventLog
@@ -77,6 +78,9 @@ class RunContext:
 def step_config(spec: StepSpec, recipe: Recipe) -> dict[str, Any]:
     """Return the part of a recipe that a step's result depends on."""
     values = recipe.to_dict()
+    for name in spec.placement:
+        section, _, field = name.rpartition(".")
+        del _field(values, section)[field]
     return {name: _field(values, name) for name in spec.sections} | dict(spec.options)
 
 
@@ -138,7 +142,7 @@ def _work(
     key: str,
     events: EventLog,
 ) -> ArtifactRef:
-    started_at = utc_now()
+    started_at, meter = utc_now(), UsageMeter(run.settings)
     events.progress("start", 0, 1)
     out_dir = store.work_dir(spec.name, key)
     context = StepContext(
@@ -164,6 +168,6 @@ def _work(
         inputs={name: ref.digest for name, ref in inputs.items()},
         code_version=code_version(),
         started_at=started_at,
-        metrics=metrics,
+        metrics={**metrics, **meter.usage().metrics()},
     )
     return store.publish(out_dir)

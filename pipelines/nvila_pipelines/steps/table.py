@@ -28,6 +28,8 @@ class StepSpec:
         name: Name in graphs, logs and the workspace.
         module: Module below `nvila_pipelines.steps`; loaded when the step really runs.
         sections: Sections or dotted fields of the recipe that the function may read; they are in the content key.
+        placement: Dotted fields of those sections that say how the work is done and not what comes out of it: on how
+            many processes, say. They are not in the key, so that unfinished work goes on when they change.
         inputs: Input names and the steps that make them.
         options: Fixed extra configuration that tells two uses of one function apart.
         reusable: False for a step with effects outside its directory, which every run does again.
@@ -36,6 +38,7 @@ class StepSpec:
     name: str
     module: str
     sections: tuple[str, ...]
+    placement: tuple[str, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     reusable: bool = True
@@ -57,6 +60,14 @@ _ROWS = (
         name="train",
         module="train",
         sections=("seed", "model", "train"),
+        placement=(
+            "train.num_processes",
+            "train.num_threads",
+            "train.zero_stage",
+            "train.offload",
+            "train.gradient_checkpointing",
+            "train.checkpoints",
+        ),
         inputs={"data": "data", "selection": "curate"},
     ),
     StepSpec(name="quantize", module="quantize", sections=("quantize",), inputs={"model": "train"}),

@@ -7,6 +7,9 @@ import shutil
 
 from nvila_pipelines.steps.context import StepContext
 from nvila_platform.artifacts import write_atomically
+from nvila_platform.training.backup import restore
+from nvila_platform.training.backup_store import open_backups
+from nvila_platform.training.history import HISTORY_FILE, read_history
 
 _SPEED = "tokens_per_second"
 
@@ -19,6 +22,9 @@ def run(context: StepContext) -> dict[str, float]:
     from nvila_platform.launch import LocalLauncher
 
     config, out = context.recipe.train_config(), context.out_dir
+    backups = open_backups(context.settings, out.name)
+    if backups is not None:
+        restore(backups, out, context.reporter.notice)
     spec = out / ".train.json"
     spec.write_text(
         json.dumps(
@@ -33,7 +39,9 @@ def run(context: StepContext) -> dict[str, float]:
         encoding="utf-8",
     )
     section = context.recipe.train
-    env = {} if section.num_threads is None else {"OMP_NUM_THREADS": str(section.num_threads)}
+    env = context.settings.to_env()
+    if section.num_threads is not None:
+        env["OMP_NUM_THREADS"] = str(section.num_threads)
     LocalLauncher().run(
         "nvila_pipelines.steps.train_process",
         [str(spec)],
@@ -48,7 +56,9 @@ def run(context: StepContext) -> dict[str, float]:
     speeds = [line.pop(_SPEED) for line in lines if _SPEED in line]
     write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     losses = {f"loss_{stage.name}": _last_loss(lines, stage.name) for stage in config.stages}
-    return losses | ({_SPEED: float(speeds[-1])} if speeds else {})
+    history = read_history(out / HISTORY_FILE)
+    used = {f"{name}_{stage}": value for stage, one in history.items() for name, value in one.usage.items()}
+    return losses | ({_SPEED: float(speeds[-1])} if speeds else {}) | used
 
 
 def _last_loss(lines: list[dict[str, float | str]], stage: str) -> float:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nvila.errors import CapabilityError, ConfigError, InfrastructureError, NvilaError
@@ -46,9 +47,10 @@ class ClusterClient:
         try:
             try:
                 config.load_kube_config()
+                self._namespace = _context_namespace(config)
             except ConfigException:
                 config.load_incluster_config()
-            self._namespace = _namespace_of(config)
+                self._namespace = _pod_namespace()
         except ConfigException as e:
             raise ConfigError(f"no cluster is known: {_line(e)}", "set KUBECONFIG, or write ~/.kube/config") from e
         self._api = client.CustomObjectsApi()
@@ -57,7 +59,8 @@ class ClusterClient:
         """Create a job.
 
         Args:
-            manifest: As `train_job` makes it; without a namespace it goes where the kubeconfig says.
+            manifest: As `train_job` makes it; without a namespace it goes where the kubeconfig's context says, or
+                where this pod is.
 
         Raises:
             ConfigError: There is a job of this name, or the cluster refuses the manifest.
@@ -108,13 +111,21 @@ class ClusterClient:
         return metadata["name"], metadata.get("namespace") or self._namespace, group, version
 
 
-def _namespace_of(config: Any) -> str:
-    """Return the namespace of the current context; a pod's own is for whoever submits to name."""
-    try:
-        _, active = config.list_kube_config_contexts()
-    except config.ConfigException:
-        return _DEFAULT_NAMESPACE
+def _context_namespace(config: Any) -> str:
+    """Return the namespace of the kubeconfig's current context."""
+    _, active = config.list_kube_config_contexts()
     return str(active["context"].get("namespace") or _DEFAULT_NAMESPACE)
+
+
+def _pod_namespace() -> str:
+    """Return the namespace of the pod that this runs in, which its service account may use."""
+    from kubernetes.config import incluster_config
+
+    try:
+        found = Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace").read_text(encoding="utf-8")
+    except OSError:
+        return _DEFAULT_NAMESPACE
+    return found.strip() or _DEFAULT_NAMESPACE
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nvila.errors import ConfigError, NvilaError
@@ -19,7 +22,8 @@ _CHILD = "nvila_platform.launch.child"
 _LOOPBACK = "127.0.0.1"
 _TAIL_LINES = 20
 _TAIL_BYTES = 16_384
-_STOP_TIMEOUT_S = 10.0
+# Training finishes its step and saves it. Kubernetes gives 30 seconds before it kills.
+_STOP_TIMEOUT_S = 25.0
 # Threads that wait spin for some microseconds and then sleep. The default of milliseconds costs several times the work
 # itself as soon as the machine is busy; never spinning costs half the speed when it is idle.
 _SPIN_COUNT = "20000"
@@ -27,7 +31,10 @@ _GROUP_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GRO
 
 
 class LocalLauncher:
-    """Runs a module in processes of this machine that die with this process."""
+    """Runs a module in processes of this machine that die with this process.
+
+    SIGTERM to this process goes on to them, and this process ends as they do: a module may finish what it is doing.
+    """
 
     def run(
         self, module: str, args: Sequence[str], *, num_processes: int, env: Mapping[str, str], log_path: Path
@@ -92,7 +99,8 @@ def _run(command: Sequence[str], environment: Mapping[str, str], output: int) ->
         command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
     )
     try:
-        return process.wait()
+        with _passing_on(signal.SIGTERM, process):
+            return process.wait()
     finally:
         if process.poll() is None:
             process.terminate()
@@ -101,6 +109,22 @@ def _run(command: Sequence[str], environment: Mapping[str, str], output: int) ->
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def _passing_on(number: signal.Signals, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Send a signal that comes to this process to its child, which decides how to end.
+
+    Elsewhere than in the main thread signals stay as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, lambda received, _: process.send_signal(received))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _failure(module: str, code: int, error_path: Path, log_path: Path, start: int) -> NvilaError:

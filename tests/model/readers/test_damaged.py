@@ -294,7 +294,7 @@ def test_a_compressed_tar_file_that_is_cut_short(suffix: str, tmp_path: Path, re
         ([("x.png", b"1"), ("x.png", b"2"), ("x.txt", b"a")], "the tar file has two members 'x.png'"),
         ([("x.png", b"1")], "no conversation: "),
         ([("x.txt", b"a")], "no conversation: 'caption' stands beside no image"),
-        ([("x.png", b"1"), ("x.txt", b" ")], "the answer in turn 2 is empty"),
+        ([("x.png", b"1"), ("x.txt", b" ")], "no answer: turn 2 is empty"),
     ],
 )
 def test_a_bad_record_of_a_shard_is_alone(

@@ -50,6 +50,15 @@ def test_a_table_keeps_by_id_and_source(data: Path, tmp_path: Path) -> None:
         assert Registry().open(expression).count() == 4
 
 
+def test_a_duplicate_that_was_left_out_stays_out(write_lines: WriteLines, tmp_path: Path) -> None:
+    ids = ["a", "b", "a", "c", "a", "c"]
+    data = write_lines({"id": id, "question": f"Q{number}", "answer": "A"} for number, id in enumerate(ids))
+    kept = [True, False, False, True, False, True]
+    write_selection(tmp_path / "s.parquet", [(id, "data", keep) for id, keep in zip(ids, kept, strict=True)])
+    records = Registry().open(f"{data}@{tmp_path}/s.parquet").records()
+    assert [record.sample.question for record in records if record.sample is not None] == ["Q0", "Q3", "Q5"]
+
+
 def test_a_list_leaves_out_by_position(data: Path, tmp_path: Path) -> None:
     (tmp_path / "0.5").mkdir()
     (tmp_path / "0.5" / "data.json").write_text("[0, 9, 4, 4]")

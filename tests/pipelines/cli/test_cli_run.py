@@ -30,6 +30,7 @@ SUMMARY = Summary(
     workspace="/ws",
     seconds=12.5,
     steps={"data": 1.5, "train": 11.0},
+    usage={"core_hours": 0.005},
     accuracy={"majority": 0.37, "text_majority": 0.67, "wide": 0.98, "quantized": 0.975},
     served={"asked": 50, "right": 49, "p50_ms": 12.0, "p95_ms": 20.0},
     sizes={},

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from nvila_pipelines.cli import main
+
+Curate = Callable[..., int]
 QUESTIONS = ("what color is the shape?", "what shape is in the image?", "is there a red circle?")
 ANSWERS = ("red", "blue", "circle", "a red circle", "yes", "no", "green")
 
@@ -85,3 +88,25 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder / "llava.jsonl"
 
     return make
+
+
+@pytest.fixture
+def curate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Curate:
+    """Run the verb in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    # Tracking has tests of its own; starting MLflow would take longer than all of this.
+    monkeypatch.setattr("nvila_pipelines.curation.finishing.track", lambda *args, **options: None)
+    return lambda *words: main(["curate", *map(str, words)])
+
+
+@pytest.fixture
+def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail when a model is loaded."""
+    monkeypatch.setattr("nvila.curation.scorers.load_scorer", lambda *args, **options: pytest.fail("loads"))
+
+
+@pytest.fixture
+def scored(curate: Curate, models: dict[str, Path], llava: Any, tmp_path: Path) -> Path:
+    """Give the output of a run over 24 records."""
+    assert curate(llava(24), "--small", models["small"], "--large", models["large"], "--out", "out") == 0
+    return tmp_path / "out"

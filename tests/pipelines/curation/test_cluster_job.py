@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from nvila_pipelines.cli import build_parser, main
 from nvila_platform.cluster.client import JobStatus
+
+if TYPE_CHECKING:
+    from tests.charts.crd_validation import CrdSchemas
 
 WORDS = ["/data/llava.jsonl", "--small", "/models/a", "--large", "models:/nvila@champion", "--out", "/out/llava v1"]
 JOB = [*WORDS, "--nodes", "4", "--image", "registry.example.org/nvila:0.1.0"]
@@ -42,6 +45,14 @@ def test_the_job_runs_the_command_that_was_typed(capsys: Any) -> None:
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 8)
     assert trainer["resourcesPerNode"]["requests"] == {"memory": "256Gi", "nvidia.com/gpu": "8"}
     assert len(manifest["spec"]["runtimePatches"]) == 1
+
+
+def test_the_definition_of_the_resource_accepts_what_is_printed(capsys: Any, crds: CrdSchemas) -> None:
+    words = ["--gpus", "8", "--cpu", "32", "--memory", "256Gi", "--claim", "data=/data", "--namespace", "team"]
+    for manifest in (printed(capsys), printed(capsys, *words, "--dtype", "bf16", "--keep-rate", "chart=0.8")):
+        assert crds.errors(manifest) == []
+        manifest["spec"]["trainer"]["numProcPerNode"] = "many"
+        assert crds.errors(manifest) != []
 
 
 def test_nodes_get_the_addresses_that_they_can_reach(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,18 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from nvila_pipelines.cli import main
-
 Curate = Callable[..., int]
-
-
-@pytest.fixture
-def curate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Curate:
-    """Run the verb in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    # Tracking has tests of its own; starting MLflow would take longer than all of this.
-    monkeypatch.setattr("nvila_pipelines.curation.finishing.track", lambda *args, **options: None)
-    return lambda *words: main(["curate", *map(str, words)])
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -76,19 +65,6 @@ def test_a_folder_is_curated_with_one_command(
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["metrics"] == {"records": 24.0, "scored": 22.0, "kept": 9.0}
     assert "shards/scores-00002.parquet" in {entry["path"] for entry in manifest["outputs"]}
-
-
-@pytest.fixture
-def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail when a model is loaded."""
-    monkeypatch.setattr("nvila.curation.scorers.load_scorer", lambda *args, **options: pytest.fail("loads"))
-
-
-@pytest.fixture
-def scored(curate: Curate, models: dict[str, Path], llava: Any, tmp_path: Path) -> Path:
-    """Give the output of a run over 24 records."""
-    assert curate(llava(24), "--small", models["small"], "--large", models["large"], "--out", "out") == 0
-    return tmp_path / "out"
 
 
 def test_choosing_again_scores_nothing(curate: Curate, scored: Path, refuse_models: None, capsys: Any) -> None:
@@ -183,16 +159,17 @@ def test_too_many_bad_records_stop_the_run(
     assert curate(data, *words, "--max-bad", "10%") == 0, "what was scored before is taken"
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_in_the_middle_and_started_again_gives_the_same_bytes(
-    processes: int, curate: Curate, models: dict[str, Path], llava: Any, tmp_path: Path
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_that_are_killed_and_started_again_give_the_same_bytes(
+    curate: Curate, models: dict[str, Path], llava: Any, tmp_path: Path
 ) -> None:
     data = llava(240, {100: "{broken"})
     words = [str(data), "--small", str(models["small"]), "--large", str(models["large"]), "--threads", "1"]
     words += ["--shard-size", "4"]
     program = "import sys; from nvila_pipelines.cli import main; main(sys.argv[1:])"
     killed = subprocess.Popen(
-        [sys.executable, "-c", program, "curate", *words, "--out", "killed", "--processes", str(processes)],
+        [sys.executable, "-c", program, "curate", *words, "--out", "killed", "--processes", "2"],
         stderr=subprocess.DEVNULL,
         cwd=tmp_path,
     )
@@ -221,8 +198,27 @@ def test_two_processes_give_the_same_bytes_as_one(
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_gives_the_same_bytes_as_one_process(
+    curate: Curate, models: dict[str, Path], llava: Any, tmp_path: Path
+) -> None:
+    data = llava(60, {30: "{broken"})
+    words = [str(data), "--small", str(models["small"]), "--large", str(models["large"]), "--threads", "1"]
+    words += ["--shard-size", "7", "--method", "cluster", "--normalize", "token"]
+    assert curate(*words, "--out", "one") == 0
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    agent += ["--nproc-per-node=2", "--no-python", str(Path(sys.executable).with_name("nvila")), "curate"]
+    done = subprocess.run(
+        [*agent, *words, "--out", "two"], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("kept 30 of 60 records") == 1, "one process speaks"
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline
         assert process is None or process.poll() is None, "ended too early"

@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -19,7 +19,9 @@ from nvila.data import easy_vqa
 from nvila.data.media import write_image_table
 from nvila.data.records import Sample, write_jsonl
 from nvila_pipelines.report import write_report
+from nvila_platform.artifacts import utc_now, write_manifest
 from nvila_platform.lineage import Lineage
+from nvila_platform.training.history import HISTORY_FILE
 
 STAGES = ("align", "vision", "language", "instruct")
 ATTACK = "<script>alert('question')</script> & what is the color?"
@@ -78,6 +80,13 @@ def build_run(root: Path, *, num_train: int, num_test: int) -> FakeRun:
     served = {"asked": 50, "right": 49, "p50_ms": 38.4, "p95_ms": 61.0, "model": "models:/nvila-quickstart/3"}
     _write_json(artifacts["serve"] / "serve.json", served)
     summary = _summary(root, wide, quantized, served)
+    for step, directory in artifacts.items():
+        hours = summary["steps"][step] / 3600
+        metrics = {"core_hours": hours, "energy_kwh_estimated": hours / 100, "cost_eur": hours / 20}
+        if step == "train":
+            metrics |= {f"core_hours_{stage}": hours / 5 for stage in STAGES}
+        about: dict[str, Any] = {"config": {}, "inputs": {}, "code_version": "v", "started_at": utc_now()}
+        write_manifest(directory, step=step, key="0" * 64, metrics=metrics, **about)
     return FakeRun(artifacts=artifacts, summary=summary, lineage=build_lineage())
 
 
@@ -156,6 +165,24 @@ def _write_training(directory: Path, numbers: random.Random) -> None:
             loss = last + (first - last) * math.exp(-step / 120) * numbers.uniform(0.9, 1.1)
             rows.append({"stage": stage, "step": step, "loss": loss, "lr_scale": 1.0, "tokens_per_second": 5000})
     _write_rows(directory / "metrics.jsonl", rows)
+    _write_rows(directory / HISTORY_FILE, list(_history(numbers)))
+
+
+def _history(numbers: random.Random) -> Iterator[dict[str, Any]]:
+    for number, stage in enumerate(STAGES):
+        for step in range(1, 601, 12):
+            skipped = {"skipped": 1.0} if stage == "vision" and step in (121, 241) else {}
+            values = {
+                "lr_scale": (1 + math.cos(math.pi * step / 600)) / 2,
+                "grad_norm": 0.4 + math.exp(-step / 90) * numbers.uniform(1.5, 2.5),
+                "skipped_steps": float((step >= 121) + (step >= 241)) if stage == "vision" else 0.0,
+                "tokens_per_second": (4800 + 900 * number) * numbers.uniform(0.94, 1.04) * min(1, 0.7 + step / 60),
+                "samples_per_second": 210.0 + 15 * number,
+                "memory_gib": 0.81,
+                **skipped,
+            }
+            line = {"attempt": number, "stage": stage, "step": step, "seconds": step / 22, "values": values}
+            yield {**line, "usage": {"core_hours": step / 22 / 3600}}
 
 
 def _sizes() -> dict[str, dict[str, int]]:
@@ -223,6 +250,7 @@ def _summary(root: Path, wide: dict[str, Any], quantized: dict[str, Any], served
         "workspace": str(root),
         "seconds": sum(seconds.values()) + 9.3,
         "steps": seconds,
+        "usage": {"core_hours": 0.0612, "energy_kwh_estimated": 0.00061, "cost_eur": 0.0031},
         "accuracy": {
             "majority": 0.373,
             "text_majority": 0.668,

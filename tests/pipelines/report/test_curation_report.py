@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ from PIL import Image
 
 from nvila.curation.choosing import SourceCount
 from nvila.data.readers.record import Record
-from nvila.data.records import vqa_sample
+from nvila.data.records import Message, Part, Sample, vqa_sample
 from nvila.errors import ArtifactError
 from nvila_pipelines.report.curation_report import write_curation_report
 from nvila_pipelines.report.score_summary import BINS, summarise
@@ -100,6 +101,29 @@ def test_the_ends_are_shown_with_both_likelihoods(tmp_path: Path) -> None:
     assert "0.7 %" in first, "exp(-5)"
     distracting = html.partition("Distracting")[2].partition("</li>")[0]
     assert "-2.000" in distracting
+
+
+def test_several_pictures_and_answers_of_one_sample_are_shown(tmp_path: Path) -> None:
+    names = [f"folder/{number}.png" for number in range(6)]
+
+    class Pages(Stream):
+        def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+            for record in super().records(start, stop):
+                images = tuple(Part(type="image", value=name) for name in names)
+                messages = (
+                    Message(role="user", content=(*images, Part(type="text", value="first?"))),
+                    Message(role="assistant", content=(Part(type="text", value="one"),)),
+                    Message(role="user", content=(Part(type="text", value="second?"),)),
+                    Message(role="assistant", content=(Part(type="text", value="two"),)),
+                )
+                media = {name: Picture(broken=name == names[1]) for name in names}
+                yield replace(record, sample=Sample(id="x", source="a", messages=messages), media=media)
+
+    card = page(scored(tmp_path), Pages()).partition('<li class="card')[2].partition("</li>")[0]
+    assert card.count("<img") == 3
+    assert '<div class="noimage">image folder/1.png cannot be shown</div>' in card
+    assert "<dt>pictures</dt><dd>4 of 6</dd>" in card
+    assert "<dt>answers</dt><dd>one / two</dd>" in card
 
 
 def test_without_the_data_there_are_no_samples_but_the_rest(tmp_path: Path) -> None:

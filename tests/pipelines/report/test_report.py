@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nvila_pipelines.report import write_report
+from nvila_pipelines.report import write_plots, write_report
 
 if TYPE_CHECKING:
     from tests.pipelines.report.conftest import FakeRun, MakeRun
 
-ORDER = ["accuracy", "kinds", "sizes", "times", "losses", "selection", "examples", "gate"]
+ORDER = ["accuracy", "kinds", "sizes", "times", "losses", "speed", "rates", "cost", "selection", "examples", "gate"]
 ORDER += ["registered", "served", "lineage", "recipe", "machine"]
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -97,7 +97,7 @@ def test_page_is_well_formed_and_accessible(finished_page: str) -> None:
     assert targets <= set(ids)
     assert all(tag.get("alt") for tag in page.named("img"))
     assert all(tag.get("role") == "img" and tag.get("aria-label") for tag in page.named("svg"))
-    assert len(page.named("svg")) == 4 + 4 + 1 + 1
+    assert len(page.named("svg")) == 4 + 4 + 8 + 4 + 1 + 1
     assert len(page.named("caption")) == len(page.named("table"))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1
@@ -218,6 +218,55 @@ def test_damaged_output_costs_only_its_section(
     html = report_of(run, tmp_path, artifacts=without(run, *plotted))
     assert why in section_of(html, section)
     assert "<table" in section_of(html, "kinds")
+
+
+def test_speed_and_rates_have_a_panel_a_stage_and_mark_skipped_steps(finished_page: str) -> None:
+    speed, rates = section_of(finished_page, "speed"), section_of(finished_page, "rates")
+    assert re.findall(r"<figcaption><strong>(.*?)</strong>", speed) == ["align", "vision", "language", "instruct"]
+    assert re.findall(r"<figcaption><strong>(.*?)</strong>", rates)[:3] == [
+        "align: learning rate",
+        "align: gradient norm",
+        "vision: learning rate",
+    ]
+    figures = speed.split("<figure")[1:]
+    assert ["2 steps skipped" in figure for figure in figures] == [False, True, False, False]
+    assert [figure.count("skipped") > 2 for figure in figures] == [False, True, False, False], "the legend of the marks"
+    assert "255 samples/s at the end, memory 829.4 MiB" in speed
+
+
+def test_cost_has_steps_stages_and_a_sum(finished_page: str) -> None:
+    text = section_of(finished_page, "cost")
+    assert re.findall(r'<th scope="col"[^>]*>(.*?)</th>', text) == ["Step", "Core-hours", "kWh estimated", "EUR"]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text)
+    assert [name for name, _ in rows][2:8] == ["train", "- align", "- vision", "- language", "- instruct", "quantize"]
+    cells = {name: re.findall(r'<td class="n"[^>]*>(.*?)</td>', row) for name, row in rows}
+    assert cells["train"] == ["0.0328", "0.000328", "0.00164"]
+    assert cells["- align"] == ["0.00657", "-", "-"]
+    assert float(cells["all"][0]) == pytest.approx(220.2 / 3600, rel=0.01)
+    assert "by the prices in the settings" in text
+
+
+def test_run_without_history_or_manifests_says_so(run: FakeRun, tmp_path: Path) -> None:
+    (run.artifacts["train"] / ".history.jsonl").unlink()
+    for directory in run.artifacts.values():
+        (directory / "manifest.json").write_text("{")
+    html = report_of(run, tmp_path, artifacts=without(run, "curate"))
+    assert "has no .history.jsonl" in section_of(html, "speed")
+    assert "There is nothing to show." in section_of(html, "cost")
+    assert "<svg" in section_of(html, "losses")
+
+
+def test_plots_are_written_as_files(finished: FakeRun, tmp_path: Path) -> None:
+    folder = write_plots(finished.artifacts, tmp_path / "plots", tmp_path)
+    assert folder == tmp_path / "plots"
+    names = {path.name for path in folder.iterdir()}
+    assert {"loss-align.svg", "speed-vision.svg", "rates-align-gradient-norm.svg"} <= names
+    assert len(names) == 4 + 4 + 8
+    text = (folder / "speed-vision.svg").read_text()
+    assert text.startswith("<svg")
+    assert "var(--" not in text
+    assert write_plots({}, tmp_path / "none", tmp_path) is None
+    assert not (tmp_path / "none").exists()
 
 
 def test_absent_step_is_named(run: FakeRun, tmp_path: Path) -> None:

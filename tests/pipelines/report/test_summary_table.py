@@ -35,6 +35,7 @@ def printed(summary: dict[str, Any], width: int = 120) -> str:
 def test_table_shows_what_a_run_ends_with(run: FakeRun) -> None:
     sizes = {"wide": {"total": 4_816_896}, "quantized": {"total": 1_109_536}}
     text = printed({**run.summary, "sizes": sizes})
+    assert "Used:   0.0612 core-hours, 0.00061 kWh (estimated), 0.0031 EUR" in text
     for row in ("blind.*37.3 %", "blind.*66.8 %", "wide.*4.6 MiB", "quantized.*points.*1.1 MiB"):
         assert re.search(row, text), row
     assert re.search("served.*98.0 %.*49 of 50 over HTTP, median 38 ms", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.curate import _merged_deltas, _ranked, scorer_subset
 from nvila_platform.artifacts import file_sha256
 from nvila_platform.settings import Settings
+from nvila_platform.training.backup_store import FolderBackups
+from nvila_platform.training.history import HISTORY_FILE, read_history
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -32,7 +35,8 @@ def module_bench(request: pytest.FixtureRequest, micro: Recipe, tmp_path_factory
     root = tmp_path_factory.mktemp("steps")
     # The class comes from the fixture's module: tests import nothing from each other.
     made = request.getfixturevalue("bench_class")
-    return made(micro, Settings.load(root / "ws", {}), root / "bench")
+    variables = {"NVILA_PEAK_TFLOPS": "0.1", "NVILA_WATTS_PER_CORE": "10", "NVILA_CHECKPOINT_URI": str(root / "volume")}
+    return made(micro, Settings.load(root / "ws", variables), root / "bench")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,7 @@ def test_samples_without_a_number_are_set_aside(tmp_path: Path, change: Callable
     assert pq.read_table(tmp_path / "scores.parquet")["status"].to_pylist() == ["ok", "ok", "not_finite", "ok"]
     assert json.loads((tmp_path / "quarantine.jsonl").read_text())["where"] == "train.jsonl:3"
     literal = change("curate.centre=none", "curate.resolution=0", "curate.keep_rate=0.5").curate
+    assert literal is not None
     assert _ranked(samples, deltas, literal) == ([2.0, 0.0, None, 1.0], [True, False, False, True])
 
 
@@ -113,6 +118,37 @@ def test_training_leaves_every_stage_and_the_model(trained: tuple[dict[str, floa
     assert [line["stage"] for line in lines if line["step"] == 0] == ["base", "align", "vision", "instruct"]
     assert metrics["loss_instruct"] == lines[-1]["loss_smooth"]
     assert metrics["tokens_per_second"] > 0
+
+
+def test_training_is_watched_with_the_settings_of_the_command(
+    trained: tuple[dict[str, float], Path], module_bench: Any
+) -> None:
+    metrics, out = trained
+    history = read_history(out / HISTORY_FILE)
+    assert list(history) == ["base", "align", "vision", "instruct"]
+    assert 0 < history["align"].points[-1].values["mfu"] < 1
+    assert {"core_hours_align", "energy_kwh_estimated_instruct"} <= set(metrics)
+    events = [json.loads(line) for line in (module_bench.root / "events.jsonl").read_text().splitlines()]
+    last = [event for event in events if event["step"] == "train" and event.get("phase") == "align"][-2:]
+    assert {"loss", "tokens_per_second", "samples_per_second", "mfu", "memory_gib"} <= set(last[0]["metrics"])
+    assert set(last[1]["metrics"]) == {"core_hours", "energy_kwh_estimated"}
+    assert not [event for event in events if "no backup" in event.get("notice", "")]
+    assert FolderBackups(Path(module_bench.settings.checkpoint_uri) / out.name).names() == [], "it has finished"
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_backups(
+    trained: tuple[dict[str, float], Path], curated: tuple[dict[str, float], Path], bench: Any, data_dir: Path
+) -> None:
+    """Two stages were finished on a machine that is gone."""
+    store = FolderBackups(bench.root / "volume" / "train")
+    for name in ("1-base", "2-align"):
+        files = {path.name: path for path in (trained[1] / name).iterdir()}
+        store.put(name, files | {".beside/metrics.jsonl": trained[1] / "metrics.jsonl"})
+    bench.settings = replace(bench.settings, checkpoint_uri=str(bench.root / "volume"))
+    out = bench.run("train", {"data": data_dir, "selection": curated[1]})[1]
+    assert hashes(out) == hashes(trained[1])
+    assert bench.reporter.notices == ["nothing of this training is on this machine; going on from the backup 2-align"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -158,10 +161,75 @@ def test_a_cluster_that_does_not_answer_is_worth_another_try(server: Server, tmp
     assert failed.value.retryable
 
 
-def test_without_a_cluster_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = str(tmp_path / "none")
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", missing)
     monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", missing)
     monkeypatch.setenv("KUBECONFIG", missing)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """Write a certificate of 127.0.0.1 that vouches for itself, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "cluster of a test")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).add_extension(address, critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.not_valid_before(now - datetime.timedelta(hours=1))
+    signed = builder.not_valid_after(now + datetime.timedelta(hours=1)).sign(key, hashes.SHA256())
+    encoding = serialization.Encoding.PEM
+    (folder / "ca.crt").write_bytes(signed.public_bytes(encoding))
+    plain = serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain))
+    return folder / "ca.crt", folder / "key.pem"
+
+
+@pytest.fixture
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, Path]]:
+    """Give what a pod has: no kubeconfig, the address of the API server, and the files of a service account."""
+    forget_kubeconfig(tmp_path, monkeypatch)
+    account = tmp_path / "serviceaccount"
+    account.mkdir()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate(account))
+    (account / "token").write_text("secret", encoding="utf-8")
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(account / "token"))
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(account / "ca.crt"))
+    server = Server()
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_port))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server, account
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("file", "asked", "namespace"),
+    [("research\n", None, "research"), ("research", "other", "other"), (None, None, "default"), ("", None, "default")],
+    ids=["of-the-pod", "of-the-manifest", "no-file", "empty-file"],
+)
+def test_in_a_pod_jobs_go_to_its_own_namespace(
+    file: str | None, asked: str | None, namespace: str, pod: tuple[Server, Path]
+) -> None:
+    server, account = pod
+    if file is not None:
+        (account / "namespace").write_text(file, encoding="utf-8")
+    created = ClusterClient().submit(manifest(namespace=asked))
+    assert created.namespace == namespace
+    assert list(server.jobs) == [f"{namespace}/trainjobs/curate-x"]
+
+
+def test_without_a_cluster_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_kubeconfig(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="no cluster is known"):
         ClusterClient()

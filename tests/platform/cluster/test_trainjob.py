@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nvila.errors import ConfigError
 from nvila_platform.cluster.trainjob import TrainJobSpec, train_job
 
-CRDS = Path(__file__).resolve().parents[4] / "shared" / "crds"
+if TYPE_CHECKING:
+    from tests.charts.crd_validation import CrdSchemas
 
 
 def spec(**changed: Any) -> TrainJobSpec:
@@ -93,27 +89,9 @@ def test_what_the_cluster_would_refuse_is_refused_here(changed: dict[str, Any], 
         spec(**changed)
 
 
-@pytest.fixture(scope="module")
-def crd_validation() -> Iterator[ModuleType]:
-    """The validator of the chart tests, which are no package."""
-    if not CRDS.is_dir():
-        pytest.skip(f"needs the definitions of the resources in {CRDS}")
-    path = Path(__file__).resolve().parents[2] / "charts" / "crd_validation.py"
-    found = importlib.util.spec_from_file_location("trainjob_crd_validation", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    # Data classes look their module up while they are made.
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    yield module
-    del sys.modules[found.name]
-
-
 @pytest.mark.parametrize("changed", [{}, FULL], ids=["least", "full"])
-def test_the_definition_accepts_the_manifest(changed: dict[str, Any], crd_validation: ModuleType) -> None:
-    schemas = crd_validation.CrdSchemas(CRDS)
+def test_the_definition_accepts_the_manifest(changed: dict[str, Any], crds: CrdSchemas) -> None:
     manifest = train_job(spec(**changed))
-    assert schemas.errors(manifest) == []
+    assert crds.errors(manifest) == []
     manifest["spec"]["trainer"]["nodes"] = 4
-    assert schemas.errors(manifest) != []
+    assert crds.errors(manifest) != []

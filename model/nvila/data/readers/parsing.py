@@ -139,7 +139,7 @@ def _check_answers(turns: Sequence[Turn]) -> None:
         raise RecordError("no answer: the last turn is not the assistant's")
     for number, turn in enumerate(turns, start=1):
         if turn.role == "assistant" and not any(isinstance(piece, str) and piece.strip() for piece in turn.pieces):
-            raise RecordError(f"the answer in turn {number} is empty")
+            raise RecordError(f"no answer: turn {number} is empty")
 
 
 def _name(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -89,12 +89,32 @@ class Fp8AdamW(torch.optim.Optimizer):
             first, second = g * (1 - beta1), g * g * (1 - beta2)
         state["step"] += 1
         for name, values in zip(_MOMENTS, (first, second), strict=True):
-            moment = quantize_moment(values, **self._rounding)
-            state.update({f"{name}_{field}": getattr(moment, field) for field in _FIELDS})
+            self._keep(state, name, values)
         t = float(state["step"])
         denominator = second.sqrt_().div_((1 - beta2**t) ** 0.5).add_(group["eps"])
         direction = first.div_(denominator).div_(1 - beta1**t).view_as(parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+
+    def _keep(self, state: dict[str, Any], name: str, values: Tensor) -> None:
+        moment = quantize_moment(values, **self._rounding)
+        state.update({f"{name}_{field}": getattr(moment, field) for field in _FIELDS})
+
+    def moment(self, parameter: Tensor, name: str) -> Fp8Moment:
+        """Return a moment of a parameter that has been updated."""
+        return _moment(self.state[parameter], name)
+
+    def set_moments(self, parameter: Tensor, moments: Mapping[str, Tensor], steps: int) -> None:
+        """Set the state of a parameter.
+
+        Args:
+            parameter: The parameter.
+            moments: `exp_avg` and `exp_avg_sq` of its shape; they are rounded.
+            steps: How often it has been updated.
+        """
+        state: dict[str, Any] = {"step": torch.tensor(float(steps))}
+        for name in _MOMENTS:
+            self._keep(state, name, moments[name])
+        self.state[parameter] = state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.

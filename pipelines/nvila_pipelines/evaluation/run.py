@@ -1,0 +1,194 @@
+"""An evaluation from request to result files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvila_pipelines.evaluation.request import SCRATCH, EvaluationRequest
+from nvila_pipelines.evaluation.work import answer_tasks, open_log, open_task
+from nvila_platform.artifacts import code_version, file_sha256, storage_errors, write_atomically
+
+if TYPE_CHECKING:
+    from nvila.evaluation.results import TaskResult
+    from nvila.evaluation.task import Task
+    from nvila_platform.settings import Settings
+    from nvila_platform.telemetry import ProgressView
+
+STEP = "evaluate"
+_VERSIONS = ("nvila", "torch", "transformers", "torchao", "numpy", "av", "pillow")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation made.
+
+    Args:
+        results: Every task with its scores.
+        file: The result file.
+        samples: The sample log of every task.
+    """
+
+    results: tuple[TaskResult, ...]
+    file: Path
+    samples: Mapping[str, Path]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form of the command."""
+        return {
+            "results": json.loads(self.file.read_text(encoding="utf-8"))["results"],
+            "file": str(self.file),
+            "samples": {name: str(path) for name, path in self.samples.items()},
+        }
+
+
+def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView) -> Evaluation:
+    """Answer what is not answered yet, score everything, and write the result files.
+
+    Raises:
+        ConfigError: A task is unknown or has no data here.
+        DataError: The data cannot be read, or too many samples have no score.
+        ResourceError: The disk is full.
+    """
+    from nvila.evaluation.registry import select_tasks
+    from nvila.evaluation.results import summarize
+    from nvila.evaluation.runner import check_failures, score_all
+    from nvila_platform.s3_filesystem import data_filesystems
+
+    started = time.time()
+    clock = time.monotonic()
+    tasks = select_tasks(request.tasks)
+    _check_data(request, tasks)
+    filesystems = data_filesystems(settings)
+    with storage_errors(request.folder):
+        (request.folder / SCRATCH).mkdir(parents=True, exist_ok=True)
+    work = [(task, open_task(request, task, filesystems)) for task in tasks]
+    reporter = view.reporter(STEP)
+    for task in tasks:
+        for other in open_log(request, task).others(task, request.model_digest):
+            reporter.notice(f"answers to {task.name} version {other} are not used for version {task.version}")
+    if request.processes > 1:
+        _launch(request, settings, view)
+    else:
+        answer_tasks(request, work, reporter)
+    results = []
+    for task, rows in work:
+        reporter.progress(f"score {task.name}", 0, 0)
+        outcome = score_all(task, rows, open_log(request, task), request.limit)
+        check_failures(task, outcome, request.max_failed)
+        if outcome.failures:
+            reporter.notice(f"{task.name}: {len(outcome.failures)} of {outcome.total} samples have no score")
+        results.append(summarize(task, rows.name, outcome, seed=request.seed))
+    return _write(request, results, _about(request, started, time.monotonic() - clock))
+
+
+def model_digest(folder: Path) -> str:
+    """Return the identity of a model folder that has no manifest: of the names and bytes of its files."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_data(request: EvaluationRequest, tasks: Sequence[Task]) -> None:
+    from nvila.errors import ConfigError, nearest
+
+    names = [task.name for task in tasks]
+    for name in request.data:
+        if name not in names:
+            raise ConfigError(f"--data names '{name}', which is not among the tasks", nearest(name, names))
+
+
+def _launch(request: EvaluationRequest, settings: Settings, view: ProgressView) -> None:
+    """Answer in several processes and draw what they report."""
+    from nvila_platform.launch import LocalLauncher
+    from nvila_platform.telemetry import follow
+
+    scratch = request.folder / SCRATCH
+    events, order = scratch / "events.jsonl", scratch / "order.json"
+    events.unlink(missing_ok=True)
+    request.save(order, events=str(events))
+    stop = threading.Event()
+
+    def draw() -> None:
+        for event in follow(events, stop.is_set):
+            view.show(event)
+
+    thread = threading.Thread(target=draw, name="evaluate-events", daemon=True)
+    thread.start()
+    try:
+        LocalLauncher().run(
+            "nvila_pipelines.evaluation.work",
+            [str(order)],
+            num_processes=request.processes,
+            env=settings.to_env() | {"OMP_NUM_THREADS": str(request.threads)},
+            log_path=scratch / "processes.log",
+        )
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _about(request: EvaluationRequest, started: float, seconds: float) -> dict[str, Any]:
+    return {
+        "config": {
+            "model": "nvila",
+            "model_args": f"pretrained={request.model},dtype={request.dtype}",
+            "batch_size": request.batch_size,
+            "device": request.device,
+            "limit": request.limit,
+            "random_seed": request.seed,
+            "numpy_seed": request.seed,
+            "torch_seed": request.seed,
+            "processes": request.processes,
+            "fixture": request.fixture,
+        },
+        "git_hash": code_version(),
+        "date": started,
+        "model_source": "nvila",
+        "model_name": request.model_name,
+        "model_name_sanitized": _UNSAFE.sub("_", request.model_name),
+        "model_digest": request.model_digest,
+        "software": _software(),
+        "total_evaluation_time_seconds": round(seconds, 3),
+    }
+
+
+def _software() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _write(request: EvaluationRequest, results: Sequence[TaskResult], about: Mapping[str, Any]) -> Evaluation:
+    from nvila.evaluation.results import results_file, sample_lines
+
+    folder = request.folder / str(about["model_name_sanitized"])
+    moment = datetime.fromtimestamp(about["date"], UTC).strftime("%Y%m%d_%H%M%S_%f")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        samples = {}
+        for result in results:
+            path = folder / f"{moment}_samples_{result.task.name}.jsonl"
+            write_atomically(path, "".join(sample_lines(result)))
+            samples[result.task.name] = path
+        # Last, so that a result file never stands without its samples.
+        file = folder / f"{moment}_results.json"
+        write_atomically(file, json.dumps(results_file(results, about), indent=2, ensure_ascii=False) + "\n")
+    return Evaluation(tuple(results), file, samples)

@@ -1,0 +1,106 @@
+"""The work of one process of an evaluation, and that process itself when a launcher starts it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvila_pipelines.evaluation.request import ANSWERS, FIXTURES, EvaluationRequest
+
+if TYPE_CHECKING:
+    from nvila.data.readers.locations import FileSystems
+    from nvila.evaluation.answer_log import AnswerLog
+    from nvila.evaluation.rows import TaskRows
+    from nvila.evaluation.runner import Answerer
+    from nvila.evaluation.task import Task
+    from nvila.progress import Reporter
+
+
+def open_task(request: EvaluationRequest, task: Task, filesystems: FileSystems | None = None) -> TaskRows:
+    """Open the data of a task: where the user says it is, its fixture, or what is built in.
+
+    Raises:
+        ConfigError: There is none.
+        DataError: It is missing, or lacks a column.
+    """
+    from nvila.evaluation.fixtures import write_fixture
+    from nvila.evaluation.rows import open_rows
+
+    place = request.data.get(task.name)
+    if place is None and request.fixture and task.file.data.builtin is None:
+        place = str(write_fixture(task, request.folder / FIXTURES / f"{task.name}-{task.digest[:12]}"))
+    return open_rows(task, place, filesystems=filesystems)
+
+
+def open_log(request: EvaluationRequest, task: Task) -> AnswerLog:
+    """Open the answers of the request's model to a task."""
+    from nvila.evaluation.answer_log import AnswerLog
+
+    return AnswerLog.open(request.folder / ANSWERS, task, request.model_digest, {"dtype": request.dtype})
+
+
+def answer_tasks(
+    request: EvaluationRequest, work: list[tuple[Task, TaskRows]], reporter: Reporter, *, rank: int = 0, world: int = 1
+) -> None:
+    """Answer a process's share of all tasks; the model is loaded when there is something to answer."""
+    from nvila.evaluation.runner import TaskRun
+
+    @cache
+    def load() -> Answerer:
+        return _load_model(request)
+
+    for task, rows in work:
+        TaskRun(
+            task=task,
+            rows=rows,
+            log=open_log(request, task),
+            load=load,
+            batch_size=request.batch_size,
+            limit=request.limit,
+            rank=rank,
+            world=world,
+            reporter=reporter,
+        ).run()
+
+
+def _load_model(request: EvaluationRequest) -> Answerer:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from nvila.assembly import load_model
+    from nvila.evaluation.model_answerer import ModelAnswerer
+    from nvila.quantization.saved import is_quantized
+
+    for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    disable_progress_bar()
+    torch.manual_seed(request.seed)
+    torch.set_num_threads(request.threads)
+    folder = Path(request.model)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[request.dtype]
+    model, processor = load_model(folder, **({} if is_quantized(folder) else {"dtype": dtype}))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if request.device == "cuda" else request.device
+    return ModelAnswerer(model.to(device), processor)  # type: ignore[arg-type]  # transformers types `to` as a function
+
+
+def main(path: str) -> None:
+    """Answer a share of what a file asks for."""
+    from nvila.evaluation.registry import select_tasks
+    from nvila_platform.s3_filesystem import data_filesystems
+    from nvila_platform.settings import Settings
+    from nvila_platform.telemetry import EventLog
+
+    request, order = EvaluationRequest.load(Path(path))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    filesystems = data_filesystems(Settings.load())
+    work = [(task, open_task(request, task, filesystems)) for task in select_tasks(request.tasks)]
+    with EventLog(Path(order["events"]), step=f"evaluate {rank}") as reporter:
+        answer_tasks(request, work, reporter, rank=rank, world=world)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

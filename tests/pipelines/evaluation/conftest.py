@@ -1,0 +1,91 @@
+"""A tiny model that answers with words of its own, and the command in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvila_pipelines.cli import main
+
+TEXTS = ("what color is the shape? is there a circle? yes no red blue green circle one two three four 1 2 42 A B",)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    from nvila.assembly import build_model, build_processor, save_model
+    from nvila.data.tokenizers import build_word_tokenizer
+    from nvila.training.config import ModelConfig
+
+    tokenizer = build_word_tokenizer(TEXTS, model_max_length=512)
+    config = ModelConfig(
+        vision={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        language={
+            "model_type": "qwen2",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.2,
+        },
+        projector="mlp_downsample_2x2_fix",
+        select_layer=-1,
+        max_length=512,
+    )
+    torch.manual_seed(3)
+    model = build_model(config, tokenizer).eval()
+    folder = tmp_path_factory.mktemp("trained") / "tiny" / "model"
+    save_model(model, build_processor(model.config, tokenizer), folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return found
+
+
+Nvila = Callable[..., Outcome]
+
+
+@pytest.fixture
+def nvila(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nvila:
+    """Run the command in this process, in an empty folder and without our variables."""
+    for name in [name for name in os.environ if name.startswith("NVILA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
