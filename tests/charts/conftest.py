@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,13 +10,19 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
+if TYPE_CHECKING:
+    from tests.charts.built_in_validation import BuiltInSchemas
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / ".tools" / "bin"
+CRDS = ROOT.parent / "shared" / "crds"
+KUBERNETES = ("1.30", "1.33", "1.34", "1.35", "1.36", "1.37")
 
 Document = dict[str, Any]
 
@@ -91,3 +98,21 @@ def render(helm: Helm) -> Callable[..., list[Document]]:
         return known[key]
 
     return documents
+
+
+@pytest.fixture(scope="session")
+def built_in() -> BuiltInSchemas:
+    """Schemas of Kubernetes' own resources, of the oldest version that the charts admit and the current ones."""
+    schemas: BuiltInSchemas = _beside("built_in_validation").BuiltInSchemas(KUBERNETES)
+    return schemas
+
+
+def _beside(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered first: dataclasses look their own module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

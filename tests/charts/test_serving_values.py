@@ -37,7 +37,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "root": ({"podSecurityContext": {"runAsUser": 0}}, "at '/podSecurityContext/runAsUser'"),
     "may-be-root": ({"podSecurityContext": {"runAsNonRoot": False}}, "at '/podSecurityContext/runAsNonRoot'"),
     "privileged-port": ({"server": {"port": 80}}, "at '/server/port'"),
-    "no-pods": ({"autoscaling": {"minReplicas": 0}}, "at '/autoscaling/minReplicas'"),
+    "no-pods": (
+        {"autoscaling": {"minReplicas": 0}},
+        "autoscaling.minReplicas is 0, and nothing would bring a first pod",
+    ),
+    "no-pods-always": (
+        {"autoscaling": {"enabled": False, "minReplicas": 0}},
+        "autoscaling.minReplicas is 0, and nothing would bring a first pod",
+    ),
+    "no-pods-by-the-pods-own-metric": (
+        {"autoscaling": {"class": "keda", "minReplicas": 0, "keda": {"serverAddress": "http://p:9090"}}},
+        "autoscaling.minReplicas is 0, and nothing would bring a first pod",
+    ),
+    "less-than-no-pods": ({"autoscaling": {"minReplicas": -1}}, "at '/autoscaling/minReplicas'"),
+    "unknown-scaler": ({"autoscaling": {"class": "vpa"}}, "at '/autoscaling/class'"),
+    "keda-without-prometheus": ({"autoscaling": {"class": "keda"}}, "needs autoscaling.keda.serverAddress"),
     "unknown-metric": ({"autoscaling": {"metric": "gpu"}}, "at '/autoscaling/metric'"),
     "max-under-min": ({"autoscaling": {"minReplicas": 5}}, "autoscaling.maxReplicas is 4"),
     "no-time-after-draining": (
@@ -56,9 +70,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("values", "said"), REFUSED.values(), ids=REFUSED.keys())
 def test_wrong_values_are_refused_by_name(helm: Helm, values: dict[str, Any], said: str) -> None:
-    done = helm.template(CHART, values)
+    done = helm.template(CHART, values, extra=("--api-versions", "keda.sh/v1alpha1"))
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def test_keda_without_its_api_is_refused_with_the_way_out(helm: Helm) -> None:
+    values = {"autoscaling": {"class": "keda", "keda": {"serverAddress": "http://prometheus:9090"}}}
+    done = helm.template(CHART, values)
+    assert "autoscaling.class keda needs the API keda.sh/v1alpha1, which this cluster does not have" in done.stderr
+    assert helm.template(CHART, values, extra=("--api-versions", "keda.sh/v1alpha1")).returncode == 0
 
 
 @pytest.mark.parametrize(

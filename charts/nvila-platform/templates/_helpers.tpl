@@ -1,0 +1,205 @@
+{{/*
+Chart name, or what replaces it.
+*/}}
+{{- define "nvila-platform.name" -}}
+{{- default .Chart.Name .Values.nameOverride }}
+{{- end }}
+
+{{/*
+Prefix of every resource's name.
+
+A StatefulSet's pods carry `<name>-<hash>` as a label, which holds 63 characters: 40 are left beside our own endings. A
+longer name is refused instead of cut, because two long names could be cut to the same one.
+*/}}
+{{- define "nvila-platform.fullname" -}}
+{{- $name := include "nvila-platform.name" . }}
+{{- $full := printf "%s-%s" .Release.Name $name }}
+{{- if contains $name .Release.Name }}
+{{- $full = .Release.Name }}
+{{- end }}
+{{- $full = default $full .Values.fullnameOverride }}
+{{- if gt (len $full) 40 }}
+{{- fail (printf "name %q has %d characters, at most 40 fit into labels: set fullnameOverride" $full (len $full)) }}
+{{- end }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $full) }}
+{{- fail (printf "name %q must start with a letter and hold only a-z, 0-9 and -: set fullnameOverride" $full) }}
+{{- end }}
+{{- $full }}
+{{- end }}
+
+{{/*
+Labels that never change between versions of a release. Takes `root` and `component`.
+*/}}
+{{- define "nvila-platform.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "nvila-platform.name" .root }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{/*
+Labels of pods. No chart version here: it would restart every pod on an upgrade that changes nothing else.
+*/}}
+{{- define "nvila-platform.podLabels" -}}
+{{ include "nvila-platform.selectorLabels" . }}
+app.kubernetes.io/part-of: nvila
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/*
+Labels of every other resource.
+*/}}
+{{- define "nvila-platform.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+{{ include "nvila-platform.podLabels" . }}
+{{- end }}
+
+{{/*
+Image reference, by digest where one is given, otherwise by tag. Takes `root`, `image` and `path`, its key in the values.
+*/}}
+{{- define "nvila-platform.image" -}}
+{{- if eq .image.tag "latest" }}
+{{- fail (printf "%s.tag \"latest\" names another image tomorrow: give a version, or set %s.digest" .path .path) }}
+{{- end }}
+{{- $registry := default .root.Values.global.imageRegistry .image.registry }}
+{{- $name := .image.repository }}
+{{- if $registry }}
+{{- $name = printf "%s/%s" $registry $name }}
+{{- end }}
+{{- if .image.digest }}
+{{- printf "%s@%s" $name .image.digest }}
+{{- else }}
+{{- printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) }}
+{{- end }}
+{{- end }}
+
+{{/*
+Pull secrets of the chart and of its umbrella, as a YAML list; empty when there are none.
+*/}}
+{{- define "nvila-platform.imagePullSecrets" -}}
+{{- range concat .Values.global.imagePullSecrets .Values.imagePullSecrets | uniq }}
+- name: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/*
+Security context of a container: the `restricted` pod security standard with a read-only root.
+*/}}
+{{- define "nvila-platform.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{/*
+What every pod spec starts with. Takes `root`, and `user` for an image whose user is not ours.
+*/}}
+{{- define "nvila-platform.podSpec" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with include "nvila-platform.imagePullSecrets" .root }}
+imagePullSecrets:
+  {{- . | trim | nindent 2 }}
+{{- end }}
+securityContext:
+  {{- if .user }}
+  runAsNonRoot: true
+  runAsUser: {{ .user }}
+  runAsGroup: {{ .user }}
+  fsGroup: {{ .user }}
+  # A large volume is not walked through at every start.
+  fsGroupChangePolicy: OnRootMismatch
+  {{- else }}
+  {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+  {{- end }}
+  seccompProfile:
+    type: RuntimeDefault
+{{- with .root.Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .root.Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/*
+How the bundled database is asked whether it takes connections, over TCP: while initdb runs, only the socket answers.
+*/}}
+{{- define "nvila-platform.postgresProbe" -}}
+exec:
+  command:
+    - pg_isready
+    - --host=127.0.0.1
+    - --username={{ .Values.postgres.user }}
+    - --dbname={{ .Values.postgres.database }}
+{{- end }}
+
+{{/*
+Claim of a StatefulSet's volume. Its labels cannot change later, so they are the selector's. Takes `root`, `component`
+and `persistence`.
+*/}}
+{{- define "nvila-platform.claim" -}}
+- metadata:
+    name: data
+    labels:
+      {{- include "nvila-platform.selectorLabels" . | nindent 6 }}
+  spec:
+    accessModes: [ReadWriteOnce]
+    {{- with .persistence.storageClass }}
+    storageClassName: {{ . }}
+    {{- end }}
+    resources:
+      requests:
+        storage: {{ .persistence.size }}
+{{- end }}
+
+{{/*
+A container of ours that runs a Python file of this chart. Takes `root` and `file`.
+*/}}
+{{- define "nvila-platform.script" -}}
+image: {{ include "nvila-platform.image" (dict "root" .root "image" .root.Values.image "path" "image") }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+command: [python, -c]
+args:
+  - |
+    {{- .root.Files.Get (printf "files/%s" .file) | nindent 4 }}
+{{- end }}
+
+{{/*
+Requests and limits of the small scripts.
+*/}}
+{{- define "nvila-platform.scriptResources" -}}
+requests:
+  cpu: 50m
+  memory: 128Mi
+limits:
+  cpu: 500m
+  memory: 256Mi
+{{- end }}
+
+{{/*
+Where S3 is and who we are there, as the project's own settings name it.
+*/}}
+{{- define "nvila-platform.s3Env" -}}
+- name: NVILA_S3_ENDPOINT
+  value: {{ include "nvila-platform.s3Endpoint" . | quote }}
+- name: NVILA_S3_SECURE
+  value: {{ include "nvila-platform.s3Secure" . | quote }}
+{{ include "nvila-platform.s3Credentials" (dict "root" . "access" "NVILA_S3_ACCESS_KEY" "secret" "NVILA_S3_SECRET_KEY") }}
+{{- end }}

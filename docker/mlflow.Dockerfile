@@ -1,0 +1,42 @@
+# The MLflow server of charts/nvila-platform: MLflow's own image has neither the Postgres driver nor the S3 client.
+#
+#   docker build -f docker/mlflow.Dockerfile -t nvila/mlflow:0.1.0 --build-arg VERSION=0.1.0 .
+
+ARG BASE_IMAGE=python:3.11-slim
+
+FROM ${BASE_IMAGE} AS dependencies
+ENV PIP_CONSTRAINT=/src/constraints.txt \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+COPY constraints.txt ./
+RUN python3 -m venv /opt/mlflow \
+    && /opt/mlflow/bin/pip install --no-cache-dir \
+        mlflow==3.17.2 \
+        boto3==1.44.8 \
+        prometheus-flask-exporter==0.23.2 \
+        psycopg2-binary==2.9.13
+
+# ---- What runs.
+FROM ${BASE_IMAGE} AS runtime
+ARG BASE_IMAGE
+ARG VERSION=0.0.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="nvila-mlflow" \
+      org.opencontainers.image.description="MLflow on Postgres and S3" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}"
+RUN groupadd --gid 10001 nvila \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin nvila
+# Owned by root: the server cannot change its own code.
+COPY --from=dependencies --chown=0:0 /opt/mlflow /opt/mlflow
+ENV PATH="/opt/mlflow/bin:${PATH}" \
+    HOME=/tmp \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+WORKDIR /tmp
+USER 10001:10001
+EXPOSE 5000
+ENTRYPOINT ["mlflow"]
+CMD ["server", "--help"]
