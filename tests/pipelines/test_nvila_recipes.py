@@ -16,7 +16,7 @@ REAL = ["nvila-lite-2b", "nvila-lite-8b", "nvila-8b", "nvila-8b-video"]
 ALL = ("vision", "projector", "language")
 
 
-def settings(name: str) -> dict[str, tuple[dict[str, float], int, float | None]]:
+def settings(name: str) -> dict[str, tuple[dict[str, float], int | None, float | None]]:
     stages = load_recipe(name).train.stages
     return {
         stage: ({str(part): rate for part, rate in one.lr.rates().items()}, one.images_per_step, one.max_grad_norm)

@@ -143,7 +143,7 @@ def test_data_that_are_not_there_are_refused_before_anything_runs(run: Run, tmp_
 
 
 def test_a_stage_has_a_length_limit_of_its_own(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"max_length is 5, but one image alone takes 6 positions"):
+    with pytest.raises(ConfigError, match=r"max_length is 5, but one image alone takes 5 positions"):
         run(tmp_path, "questions", max_length=5)
 
 
