@@ -57,7 +57,8 @@ def _watch() -> None:
 
 def _importing() -> bool:
     """Whether a module of ours asks, on its own way in; it cannot be registered before it is there."""
-    ours = [module for name, module in sys.modules.items() if name.startswith("nvila.")]
+    # Of a copy: another thread may import something meanwhile.
+    ours = [module for name, module in sys.modules.copy().items() if name.startswith("nvila.")]
     return any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in ours)
 
 

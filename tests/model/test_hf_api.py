@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, TextIteratorStreamer, pipeline
 
 import nvila
+from nvila._registration import _importing
 from nvila.assembly import load_model, save_model
 from nvila.image_processing import NVILAImageProcessor
 from nvila.modeling import NVILAForConditionalGeneration
@@ -168,3 +170,16 @@ def test_batches_of_images_with_different_tiles_are_answered_as_one_by_one(
 
 def chat_inputs(processor: NVILAProcessor, chats: list[Any]) -> Any:
     return processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+
+
+def test_registration_bears_imports_of_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that imports something when it is looked at stands for the thread that does so at that moment."""
+
+    class Importing(str):
+        def startswith(self, *args: Any) -> bool:
+            monkeypatch.setitem(sys.modules, "imported_meanwhile", ModuleType("imported_meanwhile"))
+            return super().startswith(*args)
+
+    monkeypatch.setitem(sys.modules, Importing("looked_at"), ModuleType("looked_at"))
+    assert not _importing()
+    assert "imported_meanwhile" in sys.modules
