@@ -67,9 +67,10 @@ def test_formula_agrees_with_counted_operations(
 def test_published_decoder_costs_what_its_parameters_say() -> None:
     """Qwen2-7B: 6.5 billion parameters in the blocks' matrices, two operations each."""
     flops = model_flops(NVILAConfig.from_preset("nvila-8b"))
-    assert flops.decoder.linear_per_token == pytest.approx(2 * 6.525e9, rel=0.001)
-    assert flops.decoder.head_per_token == 2 * 3584 * flops.decoder.vocabulary
-    assert flops.decoder.attention_per_token(4096) == 4 * 28 * 3584 * 4096
+    assert flops.decoder.weights == pytest.approx(6.525e9, rel=0.001)
+    assert flops.decoder.head(1).forward == 2 * 3584 * flops.decoder.vocabulary
+    token = flops.decoder.work(1, context=4096)
+    assert token.forward - token.linear == 4 * 28 * 3584 * 4096
     # SigLIP-SO400M at 448 pixels: 1024 tokens, 26 of 27 blocks.
     assert (flops.tower.tokens, flops.tower.blocks) == (1024, 26)
     assert flops.step(["language"], tokens=0, tiles=1, context=0) == pytest.approx(0.97e12, rel=0.05)
@@ -78,8 +79,10 @@ def test_published_decoder_costs_what_its_parameters_say() -> None:
 def test_hand_worked_decoder() -> None:
     shape = DecoderShape(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4, vocabulary=10)
     # q, k, v, o: 64 + 32 + 32 + 64; gate, up, down: 3 * 128.
-    assert shape.linear_per_token == 2 * 2 * (192 + 384)
-    assert shape.attention_per_token(5) == 4 * 2 * 8 * 5
+    assert shape.weights == 2 * (192 + 384)
+    work = shape.work(3, context=5)
+    assert work.linear == 2 * 3 * 2 * (192 + 384)
+    assert work.forward == work.linear + 3 * 4 * 2 * 8 * 5
 
 
 def test_unknown_kind_of_decoder_is_named() -> None:
@@ -120,13 +123,13 @@ def test_peak_by_device_name(device: str, precision: Any, tera: float | None) ->
 )
 def test_a_plan_and_a_run_measure_against_the_same_peak(device: str, name: str) -> None:
     gpu = gpu_named(name)
-    fp8 = None if gpu.fp8_tflops is None else gpu.fp8_tflops * 1e12
-    assert (peak_flops(device, "bf16"), peak_flops(device, "fp8")) == (gpu.bf16_tflops * 1e12, fp8)
+    fp8 = None if gpu.peak.fp8 is None else gpu.peak.fp8 * 1e12
+    assert (peak_flops(device, "bf16"), peak_flops(device, "fp8")) == (gpu.peak.bf16 * 1e12, fp8)
 
 
 def test_projector_behind_merged_scales_is_left_out() -> None:
-    assert model_flops(NVILAConfig.from_preset("nvila-8b")).projector_per_tile == 0
-    assert model_flops(NVILAConfig.from_preset("nvila-lite-8b")).projector_per_tile > 0
+    assert model_flops(NVILAConfig.from_preset("nvila-8b")).projected_per_tile == 0
+    assert model_flops(NVILAConfig.from_preset("nvila-lite-8b")).projected_per_tile == 121
 
 
 def test_fp8_is_twice_as_fast_where_there_is_any() -> None:

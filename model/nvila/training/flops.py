@@ -1,10 +1,13 @@
 """Floating-point operations of a training step, in closed form.
 
-A product of (n, k) and (k, m) matrices takes 2nkm operations; everything else (norms, activations, softmax, rotary
+A product of (m, k) and (k, n) matrices takes 2 m k n operations; everything else (norms, activations, softmax, rotary
 embedding) is left out, as in the estimates that MFU is defined with (PaLM, arXiv 2204.02311, appendix B; Kaplan et al.,
-arXiv 2001.08361, section 2.1). Attention is counted in full, without the half that a causal mask hides, as there.
+arXiv 2001.08361, section 2.1). The forward pass of a linear layer with P weights takes 2 P for each position, and
+attention over rows of n positions 4 n w for each position and layer of width w; the half that a causal mask hides is
+counted too, as there. The backward pass takes as much again for the gradients of inputs, and as much again for those of
+weights, where they are wanted.
 
-These are operations that the model asks for: what gradient checkpointing computes a second time does not count.
+The plan of a run (`nvila.training.planning`) and the meter of a running one count with the same formula.
 """
 
 from __future__ import annotations
@@ -15,6 +18,57 @@ from typing import Any
 
 from nvila.errors import CapabilityError
 from nvila.training.config import PartName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartWork:
+    """The forward pass of one part over some positions.
+
+    Args:
+        weights: Weights of the linear layers that a position goes through.
+        positions: Positions over which they run.
+        attention: Sum over attention layers and rows of n * n * width; 0 without attention.
+    """
+
+    weights: int
+    positions: float
+    attention: float = 0.0
+
+    @property
+    def linear(self) -> float:
+        """Operations of linear layers."""
+        return 2 * self.weights * self.positions
+
+    @property
+    def forward(self) -> float:
+        """Operations of the forward pass."""
+        return self.linear + 4 * self.attention
+
+
+def step_operations(
+    work: dict[PartName, PartWork], head: PartWork, trained: Collection[PartName], *, checkpointing: bool = False
+) -> float:
+    """Count the operations of forward and backward pass.
+
+    Args:
+        work: Forward work of every part over a step.
+        head: The language-model head, over the supervised positions.
+        trained: Parts that learn; gradients flow back to the first of them.
+        checkpointing: Whether decoder and tower run forward once more.
+    """
+    flows = {
+        "vision": "vision" in trained,
+        "projector": "vision" in trained or "projector" in trained,
+        "language": True,
+    }
+    total = 0.0
+    for part, one in work.items():
+        total += one.forward
+        # In the decoder gradients flow back to the projector, or to its own first layer.
+        if flows[part]:
+            total += one.linear + 8 * one.attention + (one.linear if part in trained else 0.0)
+            total += one.forward if checkpointing and part != "projector" else 0.0
+    return total + head.forward * (3 if "language" in trained else 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,19 +84,19 @@ class DecoderShape:
     vocabulary: int
 
     @property
-    def linear_per_token(self) -> int:
-        """Operations of all matrices of the blocks for one token, forward; the head is not among them."""
+    def weights(self) -> int:
+        """Weights of all matrices of the blocks; the head is not among them."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return 2 * self.layers * (attention + 3 * self.hidden * self.intermediate)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
-    @property
-    def head_per_token(self) -> int:
-        """Operations of the output layer for one token, forward."""
-        return 2 * self.hidden * self.vocabulary
+    def work(self, tokens: int, context: float) -> PartWork:
+        """Return the forward pass over `tokens` positions, each of which attends to `context` of them."""
+        width = self.layers * self.heads * self.head_dim
+        return PartWork(weights=self.weights, positions=tokens, attention=width * tokens * context)
 
-    def attention_per_token(self, context: float) -> float:
-        """Operations of scores and weighted values for one token that sees `context` tokens, forward."""
-        return 4 * self.layers * self.heads * self.head_dim * context
+    def head(self, positions: int) -> PartWork:
+        """Return the forward pass of the output layer over some positions."""
+        return PartWork(weights=self.hidden * self.vocabulary, positions=positions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +114,13 @@ class TowerShape:
         """Operations of the patch embedding, forward."""
         return 2 * self.tokens * self.patch_values * self.hidden
 
-    @property
-    def blocks_per_tile(self) -> int:
-        """Operations of the blocks, attention included, forward."""
-        linear = 2 * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
-        return self.blocks * self.tokens * (linear + 4 * self.hidden * self.tokens)
+    def work(self, tiles: int) -> PartWork:
+        """Return the forward pass of the blocks over some tiles."""
+        return PartWork(
+            weights=self.blocks * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate),
+            positions=tiles * self.tokens,
+            attention=self.blocks * tiles * self.tokens**2 * self.hidden,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,21 +130,21 @@ class ModelFlops:
     Args:
         decoder: The language model.
         tower: The vision tower.
-        projector_per_tile: Forward operations of the projector for one tile.
+        projector_weights: Weights of the linear layers of the projector.
+        projected_per_tile: Positions of a tile that they run over; 0 leaves the projector out.
     """
 
     decoder: DecoderShape
     tower: TowerShape
-    projector_per_tile: int
+    projector_weights: int
+    projected_per_tile: int
 
     def step(
         self, parts: Collection[PartName], *, tokens: int, tiles: int, context: float, supervised: int = 0
     ) -> float:
         """Operations of one training step, forward and backward.
 
-        The gradient of a matrix product takes one product for its input, when anything before it is trained, and one
-        for its weights, when those are. Attention has no weights, so its backward pass takes two wherever a gradient
-        passes.
+        These are what the model asks for: what gradient checkpointing computes a second time does not count.
 
         Args:
             parts: Parts that are trained.
@@ -98,17 +154,14 @@ class ModelFlops:
             supervised: Positions that the output layer is computed for. Without it the head counts nothing and the
                 result is a lower bound.
         """
-        trained = {part: part in parts for part in ("vision", "projector", "language")}
-        below = trained["vision"] or trained["projector"]
-        flows = below or trained["language"]
-        vision = 3 if trained["vision"] else 1
+        work: dict[PartName, PartWork] = {
+            "vision": self.tower.work(tiles),
+            "projector": PartWork(weights=self.projector_weights, positions=tiles * self.projected_per_tile),
+            "language": self.decoder.work(tokens, context),
+        }
         # Nobody asks for the gradient of pixels.
-        embedding = 2 if trained["vision"] else 1
-        total = float(tiles) * (vision * self.tower.blocks_per_tile + embedding * self.tower.embedding_per_tile)
-        total += tiles * _passes(below, trained["projector"]) * self.projector_per_tile
-        matrices = _passes(flows, trained["language"])
-        total += matrices * (tokens * self.decoder.linear_per_token + supervised * self.decoder.head_per_token)
-        return total + (3 if flows else 1) * tokens * self.decoder.attention_per_token(context)
+        embedding = tiles * (2 if "vision" in parts else 1) * self.tower.embedding_per_tile
+        return step_operations(work, self.decoder.head(supervised), parts) + embedding
 
 
 def model_flops(config: Any) -> ModelFlops:
@@ -138,9 +191,10 @@ def model_flops(config: Any) -> ModelFlops:
             tokens=(vision.image_size // vision.patch_size) ** 2,
             patch_values=vision.num_channels * vision.patch_size**2,
         ),
+        projector_weights=weights,
         # Every linear layer of every variant comes behind the compression. How many tiles of Dynamic-S2 are left when
         # its scales have merged is not known here; leaving the projector out keeps the figure a lower bound.
-        projector_per_tile=0 if config.uses_s2 else 2 * config.num_image_tokens * weights,
+        projected_per_tile=0 if config.uses_s2 else config.num_image_tokens,
     )
 
 
@@ -162,8 +216,3 @@ def _decoder_shape(text: Any) -> DecoderShape:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocabulary=text.vocab_size,
     )
-
-
-def _passes(flows: bool, trained: bool) -> int:
-    """Matrix products a layer takes: forward, for its input's gradient where one is wanted, for its own weights'."""
-    return 3 if trained else 2 if flows else 1

@@ -52,11 +52,14 @@ def peak_flops(device: str, precision: Precision) -> float | None:
         >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16")
         989000000000000.0
     """
-    for pattern, peak in PEAKS.items():
-        if re.search(pattern, device):
-            found = {"bf16": peak.bf16, "fp8": peak.fp8, "fp32": None}[precision]
-            return None if found is None else found * _TERA
-    return None
+    peak = peak_of(device)
+    found = None if peak is None else {"bf16": peak.bf16, "fp8": peak.fp8, "fp32": None}[precision]
+    return None if found is None else found * _TERA
+
+
+def peak_of(device: str) -> Peak | None:
+    """Look a device up in the table by its name."""
+    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, device)), None)
 
 
 def device_name() -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nvila.errors import ConfigError
+from nvila.training.flops import PartWork, step_operations
 from nvila.training.planning.activations import Block, block_bytes, buffer_bytes, loss_bytes, stack_bytes
-from nvila.training.planning.compute import PartWork, gpu_hours, mixed_peak, step_operations, step_seconds
+from nvila.training.planning.compute import gpu_hours, mixed_peak, step_seconds
 from nvila.training.planning.devices import GIB, gpu_named, parse_memory
 from nvila.training.planning.states import moment_bytes, state_bytes
 

@@ -1,4 +1,4 @@
-"""What GPUs can do, from the vendors' data sheets."""
+"""The GPUs that a plan knows by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from nvila.errors import ConfigError, nearest
+from nvila.training.hardware import Peak, peak_of
 
 GIB = 2**30
 _UNITS = {
@@ -29,25 +30,29 @@ class Gpu:
     Args:
         name: As recipes spell it.
         memory_gib: Memory in GiB.
-        bf16_tflops: Peak of dense bf16 products with fp32 sums, in 1e12 operations a second.
-        fp8_tflops: The same for FP8; None without FP8 units.
+        peak: What it can do, by the table that a running training is measured against too.
     """
 
     name: str
     memory_gib: float
-    bf16_tflops: float
-    fp8_tflops: float | None = None
+    peak: Peak
+
+
+def _gpu(name: str, memory_gib: float, device: str) -> Gpu:
+    peak = peak_of(device)
+    assert peak is not None, device
+    return Gpu(name=name, memory_gib=memory_gib, peak=peak)
 
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu(name="a100-40gb", memory_gib=40, bf16_tflops=312),
-        Gpu(name="a100-80gb", memory_gib=80, bf16_tflops=312),
-        Gpu(name="h100", memory_gib=80, bf16_tflops=989, fp8_tflops=1979),
-        Gpu(name="h200", memory_gib=141, bf16_tflops=989, fp8_tflops=1979),
-        Gpu(name="l40s", memory_gib=48, bf16_tflops=362, fp8_tflops=733),
-        Gpu(name="rtx-4090", memory_gib=24, bf16_tflops=165, fp8_tflops=330),
+        _gpu("a100-40gb", 40, "A100"),
+        _gpu("a100-80gb", 80, "A100"),
+        _gpu("h100", 80, "H100"),
+        _gpu("h200", 141, "H200"),
+        _gpu("l40s", 48, "L40S"),
+        _gpu("rtx-4090", 24, "RTX 4090"),
     )
 }
 

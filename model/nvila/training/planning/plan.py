@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from nvila.errors import ConfigError
 from nvila.training.config import PARTS, ModelConfig, PartName, StageConfig, TrainConfig
-from nvila.training.planning.compute import PartWork, fp8_share, gpu_hours, mixed_peak, step_operations, step_seconds
+from nvila.training.flops import PartWork, step_operations
+from nvila.training.planning.compute import fp8_share, gpu_hours, mixed_peak, step_seconds
 from nvila.training.planning.devices import GIB, Gpu
 from nvila.training.planning.memory import MemoryPlan, Share, fitting, memory_plans, query_width
 from nvila.training.planning.sizes import (
@@ -282,11 +283,11 @@ def _operations(
 
 def _peak(config: TrainConfig, sizes: Mapping[PartName, PartSizes], hardware: Hardware) -> float:
     """Peak of the stage's products: FP8 layers run at their own speed, all others at that of bf16."""
-    fp8 = hardware.gpu.fp8_tflops
+    fp8 = hardware.gpu.peak.fp8
     if config.precision.name != "fp8" or fp8 is None:
-        return hardware.gpu.bf16_tflops
+        return hardware.gpu.peak.bf16
     weights = sum(part.weights for part in sizes.values())
-    return mixed_peak(hardware.gpu.bf16_tflops, fp8, fp8_share(sizes["language"].fp8_weights, weights))
+    return mixed_peak(hardware.gpu.peak.bf16, fp8, fp8_share(sizes["language"].fp8_weights, weights))
 
 
 def _check_batch(stage: StageConfig, gpus: int) -> None:
