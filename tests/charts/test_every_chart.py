@@ -277,7 +277,7 @@ def test_charts_have_one_version_and_the_umbrella_asks_for_it() -> None:
         assert (UMBRELLA / "charts" / name).resolve() == CHARTS / name
 
 
-@pytest.mark.parametrize("name", [*NAMES, "nvila"])
+@pytest.mark.parametrize("name", [*NAMES, "nvila-serving", "nvila"])
 def test_schema_knows_exactly_the_keys_of_the_values(name: str) -> None:
     schema = json.loads((CHARTS / name / "values.schema.json").read_text(encoding="utf-8"))
     values = yaml.safe_load((CHARTS / name / "values.yaml").read_text(encoding="utf-8"))

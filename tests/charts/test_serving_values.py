@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
 
 if TYPE_CHECKING:
     from tests.charts.conftest import Document, Helm
@@ -104,22 +102,6 @@ def test_old_kubernetes_is_refused(helm: Helm) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Values, their schema and their documentation agree
-
-
-def test_schema_knows_exactly_the_keys_of_the_values() -> None:
-    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
-    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
-
-    def compare(node: dict[str, Any], value: Any, path: str) -> None:
-        node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
-        if not isinstance(value, dict) or not node.get("properties"):
-            return
-        assert node["additionalProperties"] is False, path
-        assert node["properties"].keys() == value.keys(), path
-        for key, child in value.items():
-            compare(node["properties"][key], child, f"{path}/{key}")
-
-    compare(schema, values, "")
 
 
 def docs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

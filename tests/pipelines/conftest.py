@@ -1,14 +1,17 @@
-"""The micro recipe, a workspace, and a run that does everything once for all tests that only look at its results."""
+"""The command in this process, the micro recipe, a workspace, and one run for tests that only look at its results."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nvila_pipelines.cli import main
 from nvila_pipelines.lifecycle import new_run
 from nvila_pipelines.recipe import Recipe, load_recipe
 from nvila_pipelines.steps.context import StepContext
@@ -28,6 +31,37 @@ def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return found
+
+
+Nvila = Callable[..., Outcome]
+
+
+@pytest.fixture
+def nvila(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nvila:
+    """Run the command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.errors import ConfigError
-from nvila_pipelines.cli.options import add_recipe_arguments, prepare_workspace
+from nvila_pipelines.cli.options import add_recipe_arguments, prepare_workspace, share, whole_number
 from nvila_pipelines.cli.output import emit, emit_json
 from nvila_pipelines.cli.step import run_to
 from nvila_platform.settings import Settings
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--out", type=Path, metavar="DIR", help="folder of everything that is made")
     data.add_argument("--media-dir", metavar="DIR", help="folder that the paths of images and videos start from")
     data.add_argument("--mixtures", metavar="FILE", help="YAML file that names data sets; DATA is then names: a + b")
-    data.add_argument("--max-bad", type=_share, metavar="SHARE", help="stop when more cannot be scored (default: 10%%)")
+    data.add_argument("--max-bad", type=share, metavar="SHARE", help="stop when more cannot be scored (default: 10%%)")
     score = parser.add_argument_group("scoring")
     for name in ("small", "large"):
         score.add_argument(
@@ -80,10 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument(
         "--sequential", action="store_true", default=None, help="one model in memory at a time; reads the data twice"
     )
-    score.add_argument("--processes", type=_count, metavar="N", help="local processes (default: 1)")
-    score.add_argument("--threads", type=_count, metavar="N", help="threads of a process (default: its share of cores)")
-    score.add_argument("--shard-size", type=_count, metavar="N", help="records that appear together (default: 4096)")
-    score.add_argument("--batch-tokens", type=_count, metavar="N", help="positions of a batch (default: 8192)")
+    score.add_argument("--processes", type=whole_number, metavar="N", help="local processes (default: 1)")
+    score.add_argument(
+        "--threads", type=whole_number, metavar="N", help="threads of a process (default: its share of cores)"
+    )
+    score.add_argument(
+        "--shard-size", type=whole_number, metavar="N", help="records that appear together (default: 4096)"
+    )
+    score.add_argument("--batch-tokens", type=whole_number, metavar="N", help="positions of a batch (default: 8192)")
     choice = parser.add_argument_group("choosing")
     choice.add_argument(
         "--keep-rate",
@@ -100,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="by delta (default), or a baseline: at random, or the same share of every cluster of like images",
     )
     choice.add_argument("--seed", type=int, metavar="N", help="of random and cluster (default: 0)")
-    choice.add_argument("--clusters", type=_count, metavar="N", help="of the method cluster (default: by size)")
+    choice.add_argument("--clusters", type=whole_number, metavar="N", help="of the method cluster (default: by size)")
     choice.add_argument(
         "--dry-run", action="store_true", default=None, help="show what saved scores would keep, write nothing"
     )
@@ -111,10 +115,12 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group(
         "cluster", "With --nodes, print the manifest of a Kubeflow TrainJob, or --submit it."
     )
-    cluster.add_argument("--nodes", type=_count, metavar="N", help="nodes of the job; DIR must be on a shared volume")
+    cluster.add_argument(
+        "--nodes", type=whole_number, metavar="N", help="nodes of the job; DIR must be on a shared volume"
+    )
     cluster.add_argument("--image", help="container image with nvila")
     cluster.add_argument(
-        "--gpus", type=_count, metavar="N", help="GPUs and processes of a node (default: one CPU process)"
+        "--gpus", type=whole_number, metavar="N", help="GPUs and processes of a node (default: one CPU process)"
     )
     cluster.add_argument("--cpu", metavar="N", help="cores of a node")
     cluster.add_argument("--memory", metavar="SIZE", help="memory of a node: 64Gi")
@@ -278,7 +284,7 @@ def _rule(args: argparse.Namespace) -> Rule:
     for text in args.keep_rate or ():
         source, separator, value = text.rpartition("=")
         try:
-            rate = _share(value)
+            rate = share(value)
         except argparse.ArgumentTypeError as e:
             raise ConfigError(f"--keep-rate {text!r}: {e}", "write 0.5, 50% or chart=0.8") from e
         if separator:
@@ -295,15 +301,6 @@ def _rule(args: argparse.Namespace) -> Rule:
     )
 
 
-def _share(text: str) -> float:
-    """Return a share written as 0.01 or 1%."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)(%?)", text.strip())
-    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share, write 0.01 or 1%")
-    return share
-
-
 def _number(text: str) -> float:
     """Return a number that is one."""
     try:
@@ -313,10 +310,3 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no number")
     return value
-
-
-def _count(text: str) -> int:
-    """Return a positive whole number."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from nvila_pipelines.curation.finishing import STEP, finish
 from nvila_pipelines.curation.request import CurationRequest, CurationResult
 from nvila_pipelines.curation.scoring_process import own_rank, scoring_run, shards_of
 from nvila_pipelines.curation.spec import ScoringSpec, data_digest, folder_digest, open_stream
+from nvila_pipelines.processes import run_watched
 from nvila_platform.artifacts import MANIFEST_NAME, storage_errors, utc_now
 
 if TYPE_CHECKING:
@@ -234,35 +234,21 @@ def _launch(
     request: CurationRequest, spec: ScoringSpec, settings: Settings, view: ProgressView, *, features: bool
 ) -> None:
     """Score in several processes of this machine and draw what they report."""
-    from nvila_platform.launch import LocalLauncher
-    from nvila_platform.telemetry import follow
-
     scratch = request.out / _SCRATCH
     scratch.mkdir(exist_ok=True)
     events, order = scratch / "events.jsonl", scratch / "order.json"
-    events.unlink(missing_ok=True)
     values = {"out": str(request.out), "events": str(events), "features": features}
     values |= {"sequential": request.sequential, "max_bad": spec.max_bad}
     order.write_text(json.dumps(values), encoding="utf-8")
-    stop = threading.Event()
-
-    def draw() -> None:
-        for event in follow(events, stop.is_set):
-            view.show(event)
-
-    thread = threading.Thread(target=draw, name="curate-events", daemon=True)
-    thread.start()
-    try:
-        LocalLauncher().run(
-            "nvila_pipelines.curation.scoring_process",
-            [str(order)],
-            num_processes=request.processes,
-            env=settings.to_env() | {"OMP_NUM_THREADS": str(spec.threads)},
-            log_path=scratch / "processes.log",
-        )
-    finally:
-        stop.set()
-        thread.join()
+    run_watched(
+        "nvila_pipelines.curation.scoring_process",
+        order,
+        events=events,
+        processes=request.processes,
+        threads=spec.threads,
+        settings=settings,
+        view=view,
+    )
 
 
 def _wait(request: CurationRequest, shards: Shards, reporter: Reporter) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvila_pipelines.evaluation.request import SCRATCH, EvaluationRequest
 from nvila_pipelines.evaluation.work import answer_tasks, open_log, open_task
+from nvila_pipelines.processes import run_watched
 from nvila_platform.artifacts import code_version, file_sha256, storage_errors, write_atomically
 
 if TYPE_CHECKING:
@@ -115,32 +115,18 @@ def _check_data(request: EvaluationRequest, tasks: Sequence[Task]) -> None:
 
 def _launch(request: EvaluationRequest, settings: Settings, view: ProgressView) -> None:
     """Answer in several processes and draw what they report."""
-    from nvila_platform.launch import LocalLauncher
-    from nvila_platform.telemetry import follow
-
     scratch = request.folder / SCRATCH
     events, order = scratch / "events.jsonl", scratch / "order.json"
-    events.unlink(missing_ok=True)
     request.save(order, events=str(events))
-    stop = threading.Event()
-
-    def draw() -> None:
-        for event in follow(events, stop.is_set):
-            view.show(event)
-
-    thread = threading.Thread(target=draw, name="evaluate-events", daemon=True)
-    thread.start()
-    try:
-        LocalLauncher().run(
-            "nvila_pipelines.evaluation.work",
-            [str(order)],
-            num_processes=request.processes,
-            env=settings.to_env() | {"OMP_NUM_THREADS": str(request.threads)},
-            log_path=scratch / "processes.log",
-        )
-    finally:
-        stop.set()
-        thread.join()
+    run_watched(
+        "nvila_pipelines.evaluation.work",
+        order,
+        events=events,
+        processes=request.processes,
+        threads=request.threads,
+        settings=settings,
+        view=view,
+    )
 
 
 def _about(request: EvaluationRequest, started: float, seconds: float) -> dict[str, Any]:

@@ -1,17 +1,10 @@
-"""A tiny model that answers with words of its own, and the command in this process."""
+"""A tiny model that answers with words of its own."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from nvila_pipelines.cli import main
 
 TEXTS = ("what color is the shape? is there a circle? yes no red blue green circle one two three four 1 2 42 A B",)
 
@@ -56,36 +49,3 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "tiny" / "model"
     save_model(model, build_processor(model.config, tokenizer), folder)
     return folder
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one command line did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def last_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
-        return found
-
-
-Nvila = Callable[..., Outcome]
-
-
-@pytest.fixture
-def nvila(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nvila:
-    """Run the command in this process, in an empty folder and without our variables."""
-    for name in [name for name in os.environ if name.startswith("NVILA_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> Outcome:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run

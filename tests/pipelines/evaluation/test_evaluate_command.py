@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.pipelines.evaluation.conftest import Nvila
+    from tests.pipelines.conftest import Nvila
 
 TASKS = "chartqa,pope,mmmu_val"
 MINE = "{version: 1, title: T, fields: {question: q, answer: a}, prompt: '{question}', scorer: exact_match}"

@@ -11,7 +11,7 @@ from nvila.evaluation.registry import task_files
 from nvila.evaluation.scorers.table import SCORERS
 
 if TYPE_CHECKING:
-    from tests.pipelines.evaluation.conftest import Nvila
+    from tests.pipelines.conftest import Nvila
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
