@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nvila.data.collation import Batch, collate
 from nvila.data.conversation import ConversationEncoder
+from nvila.data.easy_vqa import text_only
 from nvila.data.records import vqa_sample
 from nvila.data.tensors import PixelCache
 from nvila.errors import CapabilityError
@@ -42,9 +43,11 @@ def batch(encoder: ConversationEncoder) -> Batch:
 
 @pytest.fixture
 def run(model: NVILAForConditionalGeneration, model_config: ModelConfig, batch: Batch, tiles: PixelCache) -> Run:
-    """Train a copy of the model for a few steps on one batch; returns the losses and the weights."""
+    """Train a copy of the model for a few steps on one batch, or one each; returns the losses and the weights."""
 
-    def train(*, lr: dict[PartName, float] = RATES, **changes: Any) -> tuple[list[float], dict[str, Tensor]]:
+    def train(
+        *, lr: dict[PartName, float] = RATES, batches: Sequence[Batch] = (batch,) * len(SCALES), **changes: Any
+    ) -> tuple[list[float], dict[str, Tensor]]:
         stage = stage_config(lr)
         values: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 0.5} | changes
         config = TrainConfig(model=model_config, stages=(stage,), **values)
@@ -52,8 +55,8 @@ def run(model: NVILAForConditionalGeneration, model_config: ModelConfig, batch: 
         engine = build_engine(trained, trained_parts(trained, stage), config)
         assert engine.module is trained
         losses = []
-        for scale in SCALES:
-            loss = engine(**model_inputs(batch, tiles.tensors(batch.images, ()))).loss
+        for scale, one in zip(SCALES, batches, strict=False):
+            loss = engine(**model_inputs(one, tiles.tensors(one.images, ()) if one.images else {})).loss
             losses.append(float(loss.detach()))
             engine.backward(loss)
             engine.step(scale)
@@ -105,6 +108,29 @@ def test_torch_steps_are_adamw_with_clipping_and_a_rate_for_each_part(
     losses, weights = run(backend="torch")
     assert losses[-1] < losses[0]
     assert_same_weights(weights, by_hand(model, batch, tiles), atol=5e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [None, 0, 1])
+@pytest.mark.usefixtures("one_process")
+def test_a_step_of_text_alone_moves_the_tower_by_its_moments(
+    run: Run, batch: Batch, encoder: ConversationEncoder, zero_stage: int | None
+) -> None:
+    """As it would with another process that has images: how samples are dealt decides nothing."""
+    if zero_stage is not None:
+        pytest.importorskip("deepspeed", reason="deepspeed is an extra")
+    (text,) = text_only([vqa_sample(id="t", source="s", image="a", question="what color?", answer="red")])
+    words = collate([[encoder(text)]], pad_token_id=0)
+    changes: dict[str, Any] = {"backend": "torch"} if zero_stage is None else {"zero_stage": zero_stage}
+    _, start = run(batches=[], **changes)
+    _, before = run(batches=[batch], **changes)
+    _, after = run(batches=[batch, words], **changes)
+    name = "model.vision_tower.encoder.layers.0.mlp.fc1.weight"
+    # First moment 0.9 * 0.1 g, second 0.95 * 0.05 g^2, both corrected for two steps, at the rate of the second one.
+    step = (0.9 * 0.1 / (1 - 0.9**2)) / (0.95 * 0.05 / (1 - 0.95**2)) ** 0.5
+    moved = (after[name] - before[name] * (1 - RATES["vision"] * SCALES[1] * 0.1)).abs()
+    assert float(moved.median()) == pytest.approx(RATES["vision"] * SCALES[1] * step, rel=0.02)
+    _, first = run(batches=[words], **changes)
+    assert_same_weights({name: first[name]}, {name: start[name] * (1 - RATES["vision"] * SCALES[0] * 0.1)}, atol=1e-7)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])

@@ -111,6 +111,11 @@ class _TorchEngine:
         loss.backward()
 
     def step(self, lr_scale: float) -> StepOutcome:
+        for parameter in self._parameters:
+            # As DeepSpeed does for parts that no sample of a step went through: AdamW would leave them alone, and how
+            # samples are dealt to processes would decide about their moments and decay.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
         applied = math.isfinite(norm)
         if applied:
