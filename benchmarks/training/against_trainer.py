@@ -4,8 +4,8 @@ Both train the same parts from the same weights on the same samples: questions a
 dialogues about one, and long texts. A step holds as many tokens on average in both, in fp32, with AdamW over all
 parameters. The Trainer draws samples at random and pads them to the longest, as it does by default; it is timed once
 more with `train_sampling_strategy="group_by_length"`. Its samples are tokenised and its pictures decoded beforehand.
-NVILA reads its samples from a folder, decodes and tokenises them while it trains, packs them into rows and makes logits
-of supervised positions only. The head has the share of the decoder's parameters that Qwen2.5-1.5B's has.
+NVILA reads its samples from a folder, decodes and tokenises them while it trains, joins them without padding and makes
+logits of supervised positions only. The head has the share of the decoder's parameters that Qwen2.5-1.5B's has.
 
 Repeats alternate. The losses of both on the same held-out samples are compared before, between and after them.
 
@@ -53,6 +53,8 @@ from nvila.data.tokenizers import build_word_tokenizer, token_id
 from nvila.losses import IGNORE_INDEX
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
+from nvila.training.loop import model_inputs
+from nvila.training.run import set_attention
 
 GOAL = 1.8
 MAX_LENGTH = 512
@@ -140,7 +142,7 @@ def run(folder: Path, batch: int, repeats: int, steps: int, count: int) -> tuple
     write_data(folder / "held-out", HELD_OUT, seed=1)
     lengths, prepared = prepare(open_feed(folder, "train", processor, 4 * MAX_LENGTH))
     _, held_out = prepare(open_feed(folder, "held-out", processor, 4 * MAX_LENGTH))
-    feed = open_feed(folder, "train", processor, round(batch * mean(lengths)))
+    feed = open_feed(folder, "train", processor, equal_budget(folder, processor, batch, lengths))
     grouped = LlavaForConditionalGeneration(theirs.config)
     grouped.load_state_dict(theirs.state_dict())
     contestants: dict[str, tuple[nn.Module, Callable[[], Timing]]] = {
@@ -161,7 +163,9 @@ def run(folder: Path, batch: int, repeats: int, steps: int, count: int) -> tuple
             contest.losses[name].append(held_out_loss(model, held_out))
             print(f"{number} {name}: {timing.speed:.1f} samples/s, loss {contest.losses[name][-1]:.4f}", flush=True)
     feed.close()
+    samples = {name: sum(one.samples for one in row) / repeats / steps for name, row in contest.repeats.items()}
     details = {
+        "samples_per_step": {name: round(number, 2) for name, number in samples.items()},
         "lengths": {"mean": round(mean(lengths), 1), "median": median(lengths), "longest": max(lengths)},
         "samples_per_trainer_step": batch,
         "steps_per_repeat": steps,
@@ -180,7 +184,7 @@ def conclude(contest: Contest) -> list[Claim]:
     start = abs(contest.losses["nvila"][0] - contest.losses["trainer"][0])
     # Random batches of a small set: the curves cross, so both are compared as a whole.
     curve = [a / b for a, b in zip(contest.losses["nvila"][1:], contest.losses["trainer"][1:], strict=True)]
-    note = "Trainer pads random samples to the longest; NVILA packs and makes logits of supervised positions only"
+    note = "Trainer pads samples to the longest; NVILA joins them without padding, with logits of supervised positions"
     return [
         claim("speed", "samples/s over those of Trainer", speed, f"at least {GOAL}", median(speed) >= GOAL, note),
         claim(
@@ -216,9 +220,23 @@ def conclude(contest: Contest) -> list[Claim]:
     ]
 
 
+def equal_budget(folder: Path, processor: NVILAProcessor, batch: int, lengths: Sequence[int]) -> int:
+    """Return the token budget with which a step holds as many samples on average as one of the Trainer.
+
+    A step ends before the sample that does not fit, so a budget of `batch` mean lengths would hold fewer.
+    """
+    wanted = round(batch * mean(lengths))
+    feed = open_feed(folder, "train", processor, wanted)
+    held = len(lengths) / feed.steps_in(1)
+    feed.close()
+    return round(wanted * batch / held)
+
+
 def open_feed(folder: Path, name: str, processor: NVILAProcessor, batch_tokens: int) -> BatchFeed:
     """Open a folder as a training stage does."""
-    budget = TokenBudget(batch_tokens=batch_tokens, micro_batch_tokens=batch_tokens, max_length=MAX_LENGTH, pack=True)
+    budget = TokenBudget(
+        batch_tokens=batch_tokens, micro_batch_tokens=batch_tokens, max_length=MAX_LENGTH, pack=True, flat=True
+    )
     stage = StageData(expression=str(folder / name), budget=budget, max_bad=0.0)
     return open_stage_data(stage, Registry().open(stage.expression), processor, folder / "index")
 
@@ -314,6 +332,7 @@ def nvila_steps(
 ) -> Callable[[], Timing]:
     """Return a function that trains for some steps: the training loop without its reports."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    set_attention(model, "sdpa")
 
     def train() -> Timing:
         model.train()
@@ -323,13 +342,7 @@ def nvila_steps(
             supervised = sum(one.num_supervised for micro in micro_batches for row in micro for one in row)
             for micro in micro_batches:
                 batch = collate(micro, pad_token_id)
-                loss = model(
-                    input_ids=batch.input_ids,
-                    labels=batch.labels,
-                    position_ids=batch.position_ids,
-                    attention_mask=batch.attention_mask,
-                    **feed.tensors(batch.images, batch.videos),
-                ).loss
+                loss = model(**model_inputs(batch, feed.tensors(batch.images, batch.videos), flat=True)).loss
                 (loss * (batch.num_supervised / supervised)).backward()
                 timing.samples += batch.num_samples
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  # its name everywhere
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from nvila.data.collation import Batch, collate
 from nvila.data.conversation import ConversationEncoder, Encoded
@@ -20,6 +19,8 @@ from nvila.data.records import vqa_sample
 from nvila.data.tensors import PixelCache
 from nvila.errors import CapabilityError, ConfigError, DataError
 from nvila.modeling import NVILAForConditionalGeneration
+from nvila.packed_attention import PACKED_SDPA, joins_rows, use_packed_attention
+from nvila.training.loop import model_inputs
 
 
 def plain(length: int, mark: int = 0) -> Encoded:
@@ -67,38 +68,6 @@ def samples(encoder: ConversationEncoder) -> list[Encoded]:
     ]
 
 
-def attend_by_lengths(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What flash attention computes: causal attention inside each of the given lengths, no mask."""
-    assert attention_mask is None
-    assert torch.equal(cu_seq_lens_q, kwargs["cu_seq_lens_k"])
-    lengths = cu_seq_lens_q.diff().tolist()
-    assert (sum(lengths), max(lengths)) == (query.shape[2], max_length_q)
-    pieces = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
-    return torch.cat(pieces, 2).transpose(1, 2), None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def by_lengths() -> Iterator[None]:
-    AttentionInterface.register("by_lengths", attend_by_lengths)
-    AttentionMaskInterface.register("by_lengths", lambda *args, **kwargs: None)
-    yield
-    del AttentionInterface._global_mapping["by_lengths"]
-    del AttentionMaskInterface._global_mapping["by_lengths"]
-
-
 def pairs(batch: Batch) -> dict[str, Any]:
     return {
         "input_ids": batch.input_ids,
@@ -117,13 +86,16 @@ def positions_alone(batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in lengths(batch).items() if name in names}
 
 
-BACKENDS = [("eager", pairs), ("sdpa", pairs), ("by_lengths", lengths), ("sdpa", positions_alone)]
-IDS = ["eager", "sdpa", "lengths", "positions"]
+BACKENDS = [("eager", pairs), ("sdpa", pairs), (PACKED_SDPA, lengths), (PACKED_SDPA, pairs), ("sdpa", positions_alone)]
+IDS = ["eager", "sdpa", "lengths", "lengths-given-pairs", "positions"]
 
 
 def with_attention(model: NVILAForConditionalGeneration, attention: str) -> NVILAForConditionalGeneration:
     changed = copy.deepcopy(model)
-    changed.model.language_model.set_attn_implementation(attention)
+    if attention == PACKED_SDPA:
+        use_packed_attention(changed.model.language_model)
+    else:
+        changed.model.language_model.set_attn_implementation(attention)
     assert changed.model.language_model.config._attn_implementation == attention
     return changed
 
@@ -206,6 +178,46 @@ def test_a_packed_row_by_hand() -> None:
     assert flat.labels.tolist() == [[-100, -100, 7, -100, 9, -100, 9]]
     assert flat.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     assert (flat.cu_seqlens.tolist(), flat.cu_seqlens.dtype, flat.max_seqlen) == ([0, 3, 5, 7], torch.int32, 3)
+
+
+def test_a_row_of_one_a_padded_row_and_generation_are_those_of_sdpa(
+    samples: list[Encoded], model: NVILAForConditionalGeneration
+) -> None:
+    joined = with_attention(model, PACKED_SDPA).eval()
+    plain_ = with_attention(model, "sdpa").eval()
+    ids = torch.tensor([sample.ids[:6] for sample in samples if not sample.images])
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    for mask in (None, padded):
+        torch.testing.assert_close(
+            joined(input_ids=ids, attention_mask=mask).logits[:, 2:],
+            plain_(input_ids=ids, attention_mask=mask).logits[:, 2:],
+        )
+        found, expected = (
+            one.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+            for one in (joined, plain_)
+        )
+        assert torch.equal(found, expected)
+
+
+def test_decoders_with_windows_keep_their_attention(model: NVILAForConditionalGeneration) -> None:
+    changed = with_attention(model, "sdpa").model.language_model
+    changed.config.layer_types = ["sliding_attention", *changed.config.layer_types[1:]]
+    use_packed_attention(changed)
+    assert not joins_rows(changed)
+    changed.config.layer_types = ["full_attention"] * len(changed.config.layer_types)
+    use_packed_attention(changed)
+    assert joins_rows(changed)
+
+
+def test_training_joins_rows_unless_samples_share_a_beginning(samples: list[Encoded]) -> None:
+    packed = collate_packed(pack(samples, 40), pad_token_id=0)
+    flat = model_inputs(packed, {}, flat=True)
+    assert isinstance(flat["input_ids"], Tensor)
+    assert flat["input_ids"].shape == (1, sum(len(sample.ids) for sample in samples))
+    assert "attention_mask" not in flat
+    assert "attention_mask" in model_inputs(packed, {})
+    sharing = collate([[samples[0], samples[3]]], pad_token_id=0)
+    assert "attention_mask" in model_inputs(sharing, {}, flat=True)
 
 
 def test_wrong_uses_of_packing_are_named(samples: list[Encoded]) -> None:

@@ -46,6 +46,7 @@ def problems(draw: st.DrawFn) -> tuple[SampleSizes, dict[str, Any]]:
         "pack": draw(st.booleans()),
         "samples_per_image": draw(st.integers(1, 4)),
         "tile_positions": draw(st.sampled_from([0, 5])),
+        "flat": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
     return sizes, budget
@@ -95,7 +96,8 @@ def test_processes_together_get_the_global_batches_in_equally_many_micro_batches
         assert sorted(row for share in shares for micro in share for row in micro) == sorted(batch)
         # Each rank has its rows by itself: no micro-batch is over the budget of a forward pass.
         for micro in (micro for share in shares for micro in share if micro):
-            padded = len(micro) * max(row_length(sizes, row) for row in micro)
+            lengths = [row_length(sizes, row) for row in micro]
+            padded = sum(lengths) if budget["flat"] else len(micro) * max(lengths)
             assert padded + budget["tile_positions"] * sum(row_tiles(sizes, row) for row in micro) <= 3 * MAX
         # Dealing the longest first to whom has least leaves no more than one row between any two.
         weights = [
@@ -187,6 +189,15 @@ def test_tiles_count_in_batches_and_in_forward_passes() -> None:
     assert len(epoch(heavy)[0]) == 6
     assert max(len(micro) for micro in next(light)) == 12
     assert max(len(micro) for micro in next(heavy)) == 2
+
+
+def test_joined_rows_leave_room_for_more_and_may_go_on_as_padded_ones() -> None:
+    sizes = make_sizes([40, 20, 20, 20, 20])
+    padded, joined = (make(sizes, flat=flat) for flat in (False, True))
+    # Three rows of 40 fill 120 positions, and so do one of 40 and four of 20.
+    assert sorted(map(len, next(padded))) == [2, 3]
+    assert sorted(map(len, next(joined))) == [5]
+    padded.load_state_dict(joined.state_dict())
 
 
 def test_a_process_without_rows_gets_empty_micro_batches() -> None:

@@ -63,6 +63,7 @@ class TokenBudget:
             and rows of similar length stand together.
         samples_per_image: At most this many samples of an image share a row and one encoding of the image.
         tile_positions: Positions that the work on a tile is worth, besides those that its visual tokens fill.
+        flat: Rows of a forward pass are joined without padding, which leaves room for more of them.
     """
 
     batch_tokens: int
@@ -71,6 +72,7 @@ class TokenBudget:
     pack: bool = False
     samples_per_image: int = 1
     tile_positions: int = 0
+    flat: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "micro_batch_tokens", "max_length", "samples_per_image"):
@@ -157,7 +159,8 @@ class TokenBudgetSampler:
 
     def _fingerprint(self) -> str:
         budget = asdict(self._budget)
-        del budget["micro_batch_tokens"]  # which follows the machine and moves no sample to another batch
+        for name in ("micro_batch_tokens", "flat"):
+            del budget[name]  # which follows the machine and moves no sample to another batch
         digest = hashlib.blake2b(json.dumps([self._seed, budget], sort_keys=True).encode())
         for column in (self._sizes.lengths, self._sizes.tiles, self._sizes.prefixes, self._sizes.groups):
             digest.update(np.ascontiguousarray(column, np.int64).tobytes())
@@ -178,16 +181,16 @@ class TokenBudgetSampler:
     def _cut(self, rows: Rows) -> list[Rows]:
         """Put rows of similar length into micro-batches within the budget of a forward pass."""
         micro: list[Rows] = []
-        width = tiles = 0
+        positions = width = tiles = 0
         for row in sorted(rows, key=lambda row: (-row_length(self._sizes, row), row)):
-            count = len(micro[-1]) + 1 if micro else 1
-            own = self._tiles(row)
-            if micro and count * width + (tiles + own) * self._budget.tile_positions <= self._budget.micro_batch_tokens:
+            length, own = row_length(self._sizes, row), self._tiles(row)
+            wide = positions + (length if self._budget.flat else width)
+            if micro and wide + (tiles + own) * self._budget.tile_positions <= self._budget.micro_batch_tokens:
                 micro[-1].append(row)
-                tiles += own
+                positions, tiles = wide, tiles + own
             else:
                 micro.append([row])
-                width, tiles = row_length(self._sizes, row), own
+                positions, width, tiles = length, length, own
         return micro
 
     def _tiles(self, row: Row) -> int:

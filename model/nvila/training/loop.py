@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvila.data.collation import Batch, collate
+from nvila.data.collation import PREFIX_SEGMENT, Batch, collate
+from nvila.data.packing import flatten
 from nvila.training.augmentation import random_shift
 from nvila.training.batches import BatchSource, MicroBatch
 from nvila.training.checkpoints import Checkpoints
@@ -43,6 +44,7 @@ class StageLoop:
         checkpoints: Where the middle of the stage is saved; None never saves.
         stop: Ends the stage after the step that it came in.
         skipped_path: File that names the samples of skipped steps.
+        flat: Join the rows of a batch to one without padding, whose samples the decoder tells apart by their lengths.
     """
 
     engine: TrainEngine
@@ -56,6 +58,7 @@ class StageLoop:
     checkpoints: Checkpoints | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     skipped_path: Path | None = None
+    flat: bool = False
     _health: Health = field(init=False)
     _noise: torch.Generator = field(init=False)
     _tokens: int = 0
@@ -152,7 +155,7 @@ class StageLoop:
             loading += time.monotonic() - begin
             tiles += num_tiles(media)
             with autocast(self.config.precision, batch.input_ids.device.type):
-                loss = self.engine(**model_inputs(batch, media)).loss
+                loss = self.engine(**model_inputs(batch, media, flat=self.flat)).loss
             value, weight = float(loss.detach()), count / supervised
             part += value * weight
             # The backend averages over processes. A loss that is no number must not end in a gradient that is one:
@@ -230,8 +233,16 @@ def learning_rate_scale(step: int, stage: StageConfig) -> float:
     return warm * decay
 
 
-def model_inputs(batch: Batch, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the keyword arguments of a training forward pass."""
+def model_inputs(batch: Batch, media: Mapping[str, Tensor], *, flat: bool = False) -> dict[str, Tensor | int]:
+    """Return the keyword arguments of a training forward pass.
+
+    Args:
+        batch: The texts.
+        media: Pixels.
+        flat: Join the rows to one without padding, if no samples share their beginning.
+    """
+    if flat and batch.num_samples and not bool((batch.segments == PREFIX_SEGMENT).any()):
+        return {**media, **flatten(batch).model_inputs()}
     return {
         **media,
         "input_ids": batch.input_ids,

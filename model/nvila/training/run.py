@@ -24,11 +24,12 @@ from nvila.data.sampling import GroupSampler
 from nvila.data.tensors import PixelCache
 from nvila.errors import ResourceError
 from nvila.modeling import NVILAForConditionalGeneration
+from nvila.packed_attention import joins_rows, use_packed_attention
 from nvila.processing import NVILAProcessor
 from nvila.progress import SILENT, Reporter
 from nvila.training.batches import BatchSource, GroupBatches
 from nvila.training.checkpoints import Checkpoints
-from nvila.training.config import PARTS, StageConfig, TrainConfig
+from nvila.training.config import PARTS, Attention, StageConfig, TrainConfig
 from nvila.training.engine import ParameterGroup, build_engine
 from nvila.training.interrupts import StopRequest
 from nvila.training.loop import StageLoop
@@ -163,6 +164,7 @@ def train(
             log.reporter.notice(f"stage {stage.name} is already trained; going on from it")
         else:
             processor = _stage_processor(model, processor, stage)
+            set_attention(model, config.for_stage(stage).attention)
             with feeds.open(stage, number, model, processor, run) as (sized, batches, tensors):
                 weights, stopping = _train_stage(model, batches, tensors, sized, number, run)
             _save(model, processor, directory, weights)
@@ -172,6 +174,13 @@ def train(
         # Also after a stage that just ran: the next one then starts from what was saved, as it would after a restart.
         model, processor = load_model(directory)
     return directory
+
+
+def set_attention(model: NVILAForConditionalGeneration, attention: Attention) -> None:
+    """Set the attention of both towers; with `sdpa`, the decoder takes rows that are joined without padding."""
+    model.set_attn_implementation(attention)
+    if attention == "sdpa":
+        use_packed_attention(model.model.language_model)
 
 
 def trained_parts(model: NVILAForConditionalGeneration, stage: StageConfig) -> list[ParameterGroup]:
@@ -212,7 +221,6 @@ def _train_stage(
 ) -> tuple[dict[str, Tensor] | None, bool]:
     """Train one stage; returns its weights where the model does not hold them, and whether to stop behind it."""
     config = run.config.for_stage(stage)
-    model.set_attn_implementation(config.attention)
     parameter_groups = trained_parts(model, stage)
     applied = apply_precision(model.model.language_model, config.precision)
     if config.precision.name == "fp8" and not applied.converted:
@@ -232,6 +240,7 @@ def _train_stage(
         checkpoints=run.checkpoints(number, stage),
         stop=run.stop,
         skipped_path=run.out_dir / SKIPPED_FILE,
+        flat=joins_rows(model.model.language_model),
     )
     try:
         stopping = loop.run()

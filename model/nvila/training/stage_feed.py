@@ -20,6 +20,7 @@ from nvila.data.stage_data import StageData, open_stage_data, quarantine_of, til
 from nvila.data.token_budget import TokenBudget
 from nvila.errors import ConfigError, DataError, nearest
 from nvila.modeling import NVILAForConditionalGeneration
+from nvila.packed_attention import joins_rows
 from nvila.processing import NVILAProcessor
 from nvila.progress import Reporter
 from nvila.training.config import StageConfig, TrainConfig
@@ -113,6 +114,7 @@ def token_feed(
         pack=stage.pack,
         samples_per_image=stage.samples_per_image,
         tile_positions=tile_positions(model),
+        flat=stage.samples_per_image == 1 and joins_rows(model.model.language_model),
     )
     feed = open_stage_data(
         StageData(
