@@ -104,9 +104,12 @@ def select(pool: Pool, data: Path, small: Path, large: Path, method: str, seed: 
     """Run `nvila curate` as anybody would and return the samples that it kept; scores are made once."""
     out = folder / "curated"
     command = [str(Path(sys.executable).with_name("nvila")), "curate", str(data), "--out", str(out)]
-    command += ["--small", str(small), "--large", str(large), "--keep-rate", str(RATE), "--seed", str(seed)]
+    command += ["--small", str(small), "--large", str(large), "--keep-rate", str(RATE)]
     command += ["--method", method, "--workspace", str(folder / "workspace")]
-    subprocess.run(command, check=True, capture_output=True)
+    command += [] if method == "deltaloss" else ["--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{done.stderr[-2000:]}\n{' '.join(command)} failed with {done.returncode}")
     table = pq.read_table(out / "selection.parquet", columns=["id", "kept"])
     kept = {name for name, keep in zip(table["id"].to_pylist(), table["kept"].to_pylist(), strict=True) if keep}
     return [sample for sample in pool.samples if sample.id in kept]

@@ -137,14 +137,18 @@ def quarantine_line(row: dict[str, Any]) -> str:
 def _duplicates(shards: Shards, numbers: list[int], out: Path) -> dict[int, str]:
     """Return the records whose source and id came before, by index, with the reason."""
     paths = [str(shards.path(number)) for number in numbers]
+    # All records are grouped by eight bytes each; names and places are only held of the few that came twice.
     query = """
+        WITH named AS (SELECT *, hash(source, id) AS name FROM read_parquet($paths)
+                       WHERE status != 'unreadable' AND id != ''),
+             few AS (SELECT index, source, id, "where" FROM named
+                     WHERE name IN (SELECT name FROM named GROUP BY name HAVING count(*) > 1))
         SELECT later.index, first.index, first."where"
-        FROM read_parquet($paths) AS later
+        FROM few AS later
         JOIN (SELECT source, id, min(index) AS index, arg_min("where", index) AS "where"
-              FROM read_parquet($paths) WHERE status != 'unreadable' AND id != ''
-              GROUP BY source, id HAVING count(*) > 1) AS first
+              FROM few GROUP BY source, id HAVING count(*) > 1) AS first
         USING (source, id)
-        WHERE later.index > first.index AND later.status != 'unreadable'
+        WHERE later.index > first.index
         ORDER BY later.index
     """
     with database(out) as connection:

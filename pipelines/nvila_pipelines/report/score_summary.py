@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,13 +25,15 @@ _ORDERS: Mapping[End, tuple[str, str]] = {
     "redundant": ("true", "abs(delta)"),
     "distracting": ("delta < 0", "delta"),
 }
-# Both files have a row for every record, in the same order.
+# Rows that the ends of a histogram's scale are read from; an exact quantile would hold all of them.
+_SCALE_ROWS = 100_000
+# Both files have a row for every record, in the same order. Nothing is copied: each question reads them again.
 _SCORED = """
-    CREATE TEMP TABLE scored AS
+    CREATE TEMP VIEW scored AS
     SELECT position, id, source, small, large, delta, kept FROM (
         SELECT s.file_row_number AS position, s.id, s.source, s.nll_small AS small, s.nll_large AS large, s.delta,
             k.kept
-        FROM read_parquet($scores, file_row_number = true) AS s POSITIONAL JOIN read_parquet($selection) AS k
+        FROM read_parquet({scores}, file_row_number = true) AS s POSITIONAL JOIN read_parquet({selection}) AS k
     ) WHERE isfinite(delta) AND isfinite(small) AND isfinite(large)
 """
 
@@ -141,21 +143,19 @@ def summarise(scores: Path, selection: Path, scratch: Path | None = None) -> Sco
             ]
             if counts[0] != counts[1]:
                 raise ArtifactError(f"{scores.name} has {counts[0]} rows, {selection.name} {counts[1]}", "choose again")
-            connection.execute(_SCORED, {"scores": str(scores), "selection": str(selection)})
+            connection.execute(_SCORED.format(scores=_quoted(scores), selection=_quoted(selection)))
             kept = connection.execute("SELECT count(*) FROM read_parquet(?) WHERE kept", [str(selection)]).fetchall()
             scored, below = connection.execute(
                 "SELECT count(*), count(*) FILTER (large < small) FROM scored"
             ).fetchall()[0]
-            stride = max(1, -(-scored // MAX_POINTS))
             points = connection.execute(
-                "SELECT small, large, kept FROM (SELECT *, row_number() OVER (ORDER BY position) AS row FROM scored) "
-                "WHERE (row - 1) % ? = 0 ORDER BY row",
-                [stride],
+                "SELECT small, large, kept FROM scored WHERE position % ? = 0 ORDER BY position",
+                [_stride(counts[0], MAX_POINTS)],
             ).fetchall()
             return ScoreSummary(
                 records=counts[0],
                 kept=kept[0][0],
-                sources=_sources(connection),
+                sources=_sources(connection, counts[0]),
                 points=tuple((small, large, was_kept) for small, large, was_kept in points),
                 scored=scored,
                 below=below,
@@ -166,51 +166,80 @@ def summarise(scores: Path, selection: Path, scratch: Path | None = None) -> Sco
         raise ArtifactError(f"{scores.name} or {selection.name} cannot be read: {reason}", "run the step again") from e
 
 
-def _sources(connection: DuckDBPyConnection) -> tuple[SourceSummary, ...]:
-    rows = connection.execute("""
+def _sources(connection: DuckDBPyConnection, records: int) -> tuple[SourceSummary, ...]:
+    rows = connection.execute(
+        """
         SELECT source, count(*), count(*) FILTER (kept), min(delta) FILTER (kept), max(delta) FILTER (NOT kept),
-            quantile_disc(delta, 0.005), quantile_disc(delta, 0.995)
+            quantile_disc(delta, 0.005) FILTER (position % $stride = 0),
+            quantile_disc(delta, 0.995) FILTER (position % $stride = 0), min(delta), max(delta)
         FROM scored GROUP BY source ORDER BY source
-    """).fetchall()
+        """,
+        {"stride": _stride(records, _SCALE_ROWS)},
+    ).fetchall()
     largest = sorted(rows, key=lambda row: (-row[1], row[0]))[:MAX_PANELS]
-    drawn = {row[0]: _histogram(connection, row) for row in largest}
+    drawn = _histograms(connection, largest)
     return tuple(
         SourceSummary(name=name, scored=count, kept=kept, from_delta=lowest, histogram=drawn.get(name))
         for name, count, kept, lowest, *_ in rows
     )
 
 
-def _histogram(connection: DuckDBPyConnection, row: tuple[Any, ...]) -> DeltaHistogram:
-    source, _, _, lowest_kept, highest_ignored, low, high = row
-    low, high = min(low, 0.0), max(high, 0.0)
-    high = high if high > low else low + 1.0
+def _histograms(connection: DuckDBPyConnection, rows: Sequence[tuple[Any, ...]]) -> dict[str, DeltaHistogram]:
+    """Count the bars of some sources, all in one reading."""
+    scales = {}
+    for source, _, _, _, _, low, high, least, most in rows:
+        # A source so rare that no row of the sample is its own shows all of it.
+        low, high = min(least if low is None else low, 0.0), max(most if high is None else high, 0.0)
+        scales[source] = (low, high if high > low else low + 1.0)
+    connection.execute("CREATE TEMP TABLE scales (source VARCHAR, low DOUBLE, width DOUBLE)")
+    for source, (low, high) in scales.items():
+        connection.execute("INSERT INTO scales VALUES (?, ?, ?)", [source, low, (high - low) / BINS])
     found = connection.execute(
         """
-        SELECT kept, least(greatest(floor((delta - $low) / $width), 0), $last)::INT AS bar, count(*)
-        FROM scored WHERE source = $source GROUP BY ALL
+        SELECT source, kept, least(greatest(floor((delta - low) / width), 0), $last)::INT AS bar, count(*)
+        FROM scored JOIN scales USING (source) GROUP BY ALL
         """,
-        {"low": low, "width": (high - low) / BINS, "last": BINS - 1, "source": source},
+        {"last": BINS - 1},
     ).fetchall()
-    bars: dict[bool, list[int]] = {True: [0] * BINS, False: [0] * BINS}
-    for kept, bar, count in found:
-        bars[kept][bar] = count
-    ordered = None not in (lowest_kept, highest_ignored) and lowest_kept >= highest_ignored
-    return DeltaHistogram(
-        low=low,
-        high=high,
-        kept=tuple(bars[True]),
-        ignored=tuple(bars[False]),
-        boundary=(lowest_kept + highest_ignored) / 2 if ordered else None,
-    )
+    bars: dict[str, dict[bool, list[int]]] = {name: {True: [0] * BINS, False: [0] * BINS} for name in scales}
+    for source, kept, bar, count in found:
+        bars[source][kept][bar] = count
+    drawn = {}
+    for source, _, _, lowest_kept, highest_ignored, *_ in rows:
+        ordered = None not in (lowest_kept, highest_ignored) and lowest_kept >= highest_ignored
+        drawn[source] = DeltaHistogram(
+            low=scales[source][0],
+            high=scales[source][1],
+            kept=tuple(bars[source][True]),
+            ignored=tuple(bars[source][False]),
+            boundary=(lowest_kept + highest_ignored) / 2 if ordered else None,
+        )
+    return drawn
 
 
 def _end(connection: DuckDBPyConnection, condition: str, order: str) -> tuple[Score, ...]:
-    rows = connection.execute(
-        f"""
-        SELECT id, source, small, large, delta, position FROM scored WHERE {condition}
-        QUALIFY row_number() OVER (PARTITION BY source ORDER BY {order}, position) <= {OFFERED}
-        ORDER BY {order}, position
-        """  # noqa: S608  # the parts come from the table above
+    """Return the first samples of every source in an order, without sorting all of them."""
+    first = f"min({{'key': {order}, 'position': position, 'id': id, 'small': small, 'large': large, 'delta': delta}}, "
+    found = connection.execute(
+        f"SELECT source, {first}{OFFERED}) FROM scored WHERE {condition} GROUP BY source"  # noqa: S608  # no one's input
     ).fetchall()
-    names = ("id", "source", "small", "large", "delta", "position")
-    return tuple(Score(**dict(zip(names, row, strict=True))) for row in rows)
+    rows = sorted(
+        ((row["key"], row["position"], source, row) for source, best in found for row in best),
+        key=lambda row: row[:2],
+    )
+    return tuple(
+        Score(
+            id=row["id"], source=source, small=row["small"], large=row["large"], delta=row["delta"], position=position
+        )
+        for _, position, source, row in rows
+    )
+
+
+def _stride(rows: int, wanted: int) -> int:
+    """Every how many rows to take one for as many as are wanted."""
+    return max(1, -(-rows // wanted))
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as SQL text: a view takes no parameters."""
+    return "'" + str(path).replace("'", "''") + "'"

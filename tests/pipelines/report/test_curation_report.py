@@ -159,6 +159,22 @@ def test_the_summary_counts_every_record_once(tmp_path: Path) -> None:
     assert [score.position for score in summary.ends["informative"]][:2] == [39, 38]
 
 
+def test_a_sample_of_the_rows_sets_the_scale_and_all_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = scored(tmp_path)
+    monkeypatch.setattr("nvila_pipelines.report.score_summary._SCALE_ROWS", 20)
+    monkeypatch.setattr("nvila_pipelines.report.score_summary.MAX_POINTS", 10)
+    summary = summarise(out / "scores.parquet", out / "selection.parquet")
+    assert [point[0] for point in summary.points] == pytest.approx([4.0 + index / 10 for index in range(0, 40, 4)])
+    found = {source.name: source.histogram for source in summary.sources}
+    # Only even rows are in the sample, so the second source has its scale from all of its rows.
+    for histogram, high, counts in ((found["a"], 1.8, (10, 10)), (found[ATTACK], 1.9, (10, 9))):
+        assert histogram is not None
+        assert histogram.high == pytest.approx(high)
+        assert (sum(histogram.kept), sum(histogram.ignored)) == counts
+
+
 def test_tables_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     out = scored(tmp_path)
     pq.write_table(pq.read_table(out / "selection.parquet").slice(1), out / "selection.parquet")
