@@ -87,7 +87,8 @@ def train_job(spec: TrainJobSpec) -> dict[str, Any]:
     if env := _variables(spec):
         trainer["env"] = env
     if resources := _resources(spec):
-        trainer["resourcesPerNode"] = {"requests": resources, "limits": resources}
+        # Two mappings, since one would be printed as an alias of the other.
+        trainer["resourcesPerNode"] = {"requests": resources, "limits": dict(resources)}
     job: dict[str, Any] = {"runtimeRef": {"name": spec.runtime}, "trainer": trainer}
     if spec.claims:
         job["runtimePatches"] = [_mounts(spec)]
