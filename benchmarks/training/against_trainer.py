@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two short repeats")
     parser.add_argument("--samples-per-step", type=int, default=8, help="samples of a Trainer step")
     args = parser.parse_args()
-    repeats, steps = (2, 3) if args.quick else (5, 10)
+    repeats, steps = (2, 3) if args.quick else (5, 25)
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory(prefix="nvila-bench-") as folder:
         contest, details = run(Path(folder), args.samples_per_step, repeats, steps, 120 if args.quick else 2000)
