@@ -56,7 +56,9 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
     package = compile_graph("lifecycle", run.directory / "pipeline.yaml")
     with RunWatch(run, recipe, view) as watch:
         arguments = {"recipe": recipe.to_json(), "run_id": run.run_id}
-        run_compiled(package, arguments, settings, settings.workspace / "logs" / f"{run.run_id}.log")
+        log = settings.workspace / "logs" / f"{run.run_id}.log"
+        with EventLog(run.events_path) as events:
+            run_compiled(package, arguments, settings, log, events.notice)
         watch.drain()
         store = open_store(settings)
         refs = run.results()
@@ -165,7 +167,8 @@ class RunWatch:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self.drain()
-        self.bridge.close("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.bridge.close("FINISHED" if kind is None else "FAILED" if not interrupted else "KILLED")
 
     def drain(self) -> None:
         """Take the events that are still in the log; call it when nothing writes to it any more."""

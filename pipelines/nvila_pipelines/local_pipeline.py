@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from nvila.errors import NvilaError
+from nvila.errors import InfrastructureError, NvilaError
 from nvila_platform.artifacts import storage_errors
 from nvila_platform.launch.outcome import left_error
-from nvila_platform.settings import ERROR_FILE, RUNNER_PID, Settings
+from nvila_platform.launch.stopping import RunStop, Terminated
+from nvila_platform.settings import ERROR_FILE, RUNNER_PID, TASKS_FOLDER, Settings
 
 # The machine is part of the name: process ids of another one that shares the workspace mean nothing here.
 _SCRATCH = f".kfp-{socket.gethostname()}-"
@@ -26,20 +28,31 @@ _TASK_ENVIRONMENT = {
 }
 
 
-def run_compiled(package: Path, arguments: Mapping[str, str], settings: Settings, log_path: Path) -> None:
+def run_compiled(
+    package: Path,
+    arguments: Mapping[str, str],
+    settings: Settings,
+    log_path: Path,
+    notice: Callable[[str], None] = lambda _: None,
+) -> None:
     """Run a compiled pipeline; every task is a process of this interpreter.
 
     kfp's own cache is off: steps are reused by content key, which also sees changes of the code, and which checks
     that the files behind a hit are still there and unchanged.
+
+    SIGTERM and SIGINT go on to the running task, whose training saves a checkpoint; this call ends when it has ended.
 
     Args:
         package: Compiled YAML.
         arguments: Pipeline parameters.
         settings: Handed to the tasks through their environment.
         log_path: File for what kfp and the tasks print.
+        notice: Tells the user that a signal came.
 
     Raises:
         NvilaError: A task failed; the task's own error when it left one.
+        KeyboardInterrupt: SIGINT came.
+        Terminated: SIGTERM came.
     """
     with storage_errors(log_path):
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +61,8 @@ def run_compiled(package: Path, arguments: Mapping[str, str], settings: Settings
         scratch = tempfile.TemporaryDirectory(dir=settings.workspace, prefix=f"{_SCRATCH}{os.getpid()}-")
     error_file = Path(scratch.name) / "error.json"
     environment = settings.to_env() | {ERROR_FILE: str(error_file), RUNNER_PID: str(os.getpid())} | _TASK_ENVIRONMENT
+    environment |= {TASKS_FOLDER: scratch.name}
+    stop = RunStop(Path(scratch.name), notice)
     # kfp leaves a folder of every task behind in the system's temporary one. This process keeps its own, which Python
     # looks up once: the scratch folder is gone when the run has ended.
     tempfile.gettempdir()
@@ -64,12 +79,32 @@ def run_compiled(package: Path, arguments: Mapping[str, str], settings: Settings
         )
         pipeline = components.load_component_from_file(str(package))
         try:
-            pipeline(**arguments)
+            with stop.watching():
+                pipeline(**arguments)
+            _end_if_asked(stop, None)
         except RuntimeError as e:
             error = left_error(error_file)
+            _end_if_asked(stop, None if error is None else error[0])
             if error is not None:
                 raise error[0] from e
             raise NvilaError(f"the pipeline stopped: {e}", f"see {log_path}") from e
+
+
+def _end_if_asked(stop: RunStop, error: NvilaError | None) -> None:
+    """End as the signal that came asks for; what a task said about its end is told.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came.
+        Terminated: SIGTERM came.
+    """
+    if stop.signal is None:
+        return
+    # A task that was not asked but failed has its own error to tell.
+    if error is not None and not isinstance(error, InfrastructureError):
+        return
+    if stop.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Terminated("the run was stopped by SIGTERM" if error is None else error.message)
 
 
 def _remove_leftovers(workspace: Path) -> None:

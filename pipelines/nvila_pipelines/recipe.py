@@ -56,12 +56,19 @@ class Recipe(Section):
     def _names_data(self) -> Self:
         if self.data.dataset is None:
             return self
-        known = ["captions", "selected", "text", *(["clips"] if self.data.clips else [])]
+        known = self.own_data
         for name, stage in self.train.stages.items():
             if stage.data is not None and stage.batch_tokens is None and stage.data not in known:
                 hint = f"{nearest(stage.data, known)}; with batch_tokens a stage reads any data set or path"
                 raise rule(f"train.stages.{name}.data", f"is '{stage.data}'", hint)
         return self
+
+    @property
+    def own_data(self) -> list[str]:
+        """Names of what the run's first steps make for stages; none without a built-in data set."""
+        if self.data.dataset is None:
+            return []
+        return ["captions", "selected", "text", *(["clips"] if self.data.clips else [])]
 
     @property
     def register(self) -> schema.RegisterSection:

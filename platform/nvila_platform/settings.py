@@ -25,6 +25,7 @@ TrackTraining = Literal["events", "direct"]
 
 ERROR_FILE = "NVILA_ERROR_FILE"
 RUNNER_PID = "NVILA_RUNNER_PID"
+TASKS_FOLDER = "NVILA_TASKS_FOLDER"
 
 _VARIABLES = {
     "workspace": "NVILA_WORKSPACE",
@@ -167,6 +168,12 @@ def runner_pid(environ: Mapping[str, str] | None = None) -> int | None:
     return int(value) if value.isdecimal() else None
 
 
+def tasks_folder(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Return the folder in which tasks of a local pipeline list their processes, in such a task."""
+    value = (os.environ if environ is None else environ).get(TASKS_FOLDER, "")
+    return Path(value) if value else None
+
+
 def _absolute(path: str) -> Path:
     # Absolute at once: a child process may start in another folder.
     return Path(path).expanduser().absolute()
@@ -241,7 +248,7 @@ def _endpoint(endpoint: str, secure: str) -> tuple[str, bool]:
 
 def _warn_about_misspelled(env: Mapping[str, str]) -> None:
     # Kubernetes injects NVILA_SERVICE_HOST and the like for a Service named nvila, so only near misses are reported.
-    known = {*_VARIABLES.values(), ERROR_FILE, RUNNER_PID}
+    known = {*_VARIABLES.values(), ERROR_FILE, RUNNER_PID, TASKS_FOLDER}
     for name in sorted(key for key in env if key.startswith("NVILA_") and key not in known):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if close:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -191,3 +192,30 @@ def data_dir(micro: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench_class() -> type[Bench]:
     """The class of `bench`, for fixtures that live longer than one test."""
     return Bench
+
+
+@pytest.fixture
+def one_task(tmp_path: Path) -> Callable[[str], Path]:
+    """Compile a pipeline of one task with the body of a step; kfp's real local runner executes it."""
+
+    def make(body: str) -> Path:
+        module = tmp_path / "one_task_pipeline.py"
+        module.write_text(
+            "from kfp import dsl\n\n"
+            "@dsl.component(base_image='python:3', install_kfp_package=False)\n"
+            f"def task(recipe: str, run_id: str):\n    {body}\n\n"
+            "@dsl.pipeline(name='one-task')\n"
+            "def pipeline(recipe: str, run_id: str):\n    task(recipe=recipe, run_id=run_id)\n",
+            encoding="utf-8",
+        )
+        from kfp import compiler
+
+        spec = importlib.util.spec_from_file_location("one_task_pipeline", module)
+        assert spec is not None
+        assert spec.loader is not None
+        loaded: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        compiler.Compiler().compile(loaded.pipeline, str(tmp_path / "one.yaml"))
+        return tmp_path / "one.yaml"
+
+    return make

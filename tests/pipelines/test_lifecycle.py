@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import signal
@@ -12,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -242,33 +240,6 @@ def test_a_task_that_leaves_no_error_points_to_the_log(pipeline: Pipeline, setti
         run_it(settings, tmp_path)
     assert failed.value.hint == f"see {settings.workspace / 'logs' / 'run.log'}"
     assert "\n" not in str(failed.value)
-
-
-@pytest.fixture
-def one_task(tmp_path: Path) -> Callable[[str], Path]:
-    """Compile a pipeline of one task with the body of a step; kfp's real local runner executes it."""
-
-    def make(body: str) -> Path:
-        module = tmp_path / "one_task_pipeline.py"
-        module.write_text(
-            "from kfp import dsl\n\n"
-            "@dsl.component(base_image='python:3', install_kfp_package=False)\n"
-            f"def task(recipe: str, run_id: str):\n    {body}\n\n"
-            "@dsl.pipeline(name='one-task')\n"
-            "def pipeline(recipe: str, run_id: str):\n    task(recipe=recipe, run_id=run_id)\n",
-            encoding="utf-8",
-        )
-        from kfp import compiler
-
-        spec = importlib.util.spec_from_file_location("one_task_pipeline", module)
-        assert spec is not None
-        assert spec.loader is not None
-        loaded: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        compiler.Compiler().compile(loaded.pipeline, str(tmp_path / "one.yaml"))
-        return tmp_path / "one.yaml"
-
-    return make
 
 
 def test_a_typed_error_crosses_kfp(one_task: Callable[[str], Path], settings: Settings) -> None:

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvila.data.builtin import BUILTINS, open_builtin
 from nvila.data.mixture_expression import Term, parse_expression
-from nvila.data.readers.formats import FORMATS
-from nvila.data.readers.locations import FileSystems, Location, locate
+from nvila.data.readers.formats import FORMATS, data_files
+from nvila.data.readers.locations import FileSystems, Location, files_below, locate, reading
 from nvila.data.readers.opening import DatasetSpec, open_dataset
 from nvila.data.readers.record import CountedStream, Record
 from nvila.data.selections import SelectedStream, open_selection
@@ -115,6 +115,28 @@ class Registry:
             ConfigError: A name is unknown, mixtures contain each other, or the expression cannot be read.
         """
         return list(self._expanded(expression, None, ()))
+
+    def files(self, expression: str) -> list[Location]:
+        """Return the data files and selections behind an expression, each once; built-in data sets have none.
+
+        Media that records name are not among them.
+
+        Raises:
+            ConfigError: As in `expand`.
+            DataError: There is no data.
+        """
+        found: dict[str, Location] = {}
+        for leaf in self.expand(expression):
+            places = list(leaf.selections)
+            if leaf.name not in BUILTINS:
+                spec = self._datasets.get(leaf.name, DatasetSpec(path=leaf.name))
+                base = self._home if leaf.name in self._datasets else None
+                places += [file for file, _ in data_files(locate(spec.path, self._filesystems, base), spec.format)]
+            for place in places:
+                with reading(place.uri):
+                    files = [place] if place.is_file() else files_below(place)
+                found |= {file.uri: file for file in files}
+        return list(found.values())
 
     def open(self, expression: str) -> CountedStream:
         """Open a name, a path, or a mixture of them.

@@ -14,6 +14,7 @@ from nvila_pipelines.cli import convert, curate, doctor, evaluate, inspect, quan
 from nvila_pipelines.cli.failures import guarded
 from nvila_pipelines.cli.options import add_common_arguments
 from nvila_pipelines.cli.parser import Parser
+from nvila_platform.launch.stopping import terminable
 from nvila_platform.settings import Settings
 from nvila_platform.telemetry import configure_logging
 
@@ -102,4 +103,5 @@ def _run(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
     if args.log_format is not None:
         settings = replace(settings, log_format=args.log_format)
     configure_logging(settings.log_format)
-    return VERBS[args.verb].run(args, settings)
+    with terminable():
+        return VERBS[args.verb].run(args, settings)

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nvila.errors import CapabilityError, NvilaError, ResourceError
+from nvila.errors import CapabilityError, InfrastructureError, NvilaError, ResourceError
 from nvila_pipelines.cli.output import emit_json
 from nvila_platform.artifacts import storage_errors
+from nvila_platform.launch.stopping import GO_ON, Terminated
 from nvila_platform.settings import Settings
 
 INTERRUPTED = 130
@@ -38,6 +39,8 @@ def guarded(work: Callable[[], int], args: argparse.Namespace) -> int:
         code = work()
         sys.stdout.flush()
         return code
+    except Terminated as e:
+        return _failed(InfrastructureError(str(e), GO_ON), args)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted: the same command goes on where this one stopped\n")
         return INTERRUPTED
@@ -51,10 +54,14 @@ def guarded(work: Callable[[], int], args: argparse.Namespace) -> int:
             traceback.print_exc()
         if error is None:
             error = _unexpected(e, args.workspace)
-        report(error)
-        if args.json:
-            emit_json({"error": error.to_dict(), "exit_code": error.exit_code})
-        return error.exit_code
+        return _failed(error, args)
+
+
+def _failed(error: NvilaError, args: argparse.Namespace) -> int:
+    report(error)
+    if args.json:
+        emit_json({"error": error.to_dict(), "exit_code": error.exit_code})
+    return error.exit_code
 
 
 def report(error: NvilaError) -> None:

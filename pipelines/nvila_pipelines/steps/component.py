@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from nvila.errors import NvilaError
+from nvila.errors import InfrastructureError, NvilaError
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import RunContext, run_step
 from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
-from nvila_platform.settings import Settings, runner_pid
+from nvila_platform.launch.stopping import GO_ON, Terminated, stoppable_task
+from nvila_platform.settings import Settings, runner_pid, tasks_folder
 from nvila_platform.store import ArtifactRef, open_store
 from nvila_platform.telemetry import configure_logging
 
@@ -44,7 +45,7 @@ def run_component(step: str, recipe: str, run_id: str, inputs: Mapping[str, str]
         The local directory of the result.
 
     Raises:
-        SystemExit: The step failed with a typed error, which was left for the parent process.
+        SystemExit: The step failed with a typed error, which was left for the parent process; or it was stopped.
     """
     # When the run is killed its tasks must not go on alone. The parent is a shell that would outlive the run.
     die_with_parent(signal.SIGKILL, os.getppid())
@@ -55,8 +56,13 @@ def run_component(step: str, recipe: str, run_id: str, inputs: Mapping[str, str]
     configure_logging(settings.log_format, context={"run_id": run_id, "step": step})
     try:
         refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
-        ref = run_step(step, Recipe.from_json(recipe), refs, RunContext(run_id=run_id, settings=settings))
-        directory = open_store(settings).fetch(ref)
+        with stoppable_task(tasks_folder()):
+            ref = run_step(step, Recipe.from_json(recipe), refs, RunContext(run_id=run_id, settings=settings))
+            directory = open_store(settings).fetch(ref)
+    except Terminated as e:
+        stopped = InfrastructureError(f"step {step} was stopped by SIGTERM", GO_ON)
+        leave_error(stopped)
+        raise SystemExit(stopped.exit_code) from e
     except NvilaError as e:
         leave_error(e)
         raise SystemExit(e.exit_code) from e

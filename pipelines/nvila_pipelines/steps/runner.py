@@ -96,7 +96,8 @@ def step_key(spec: StepSpec, recipe: Recipe, inputs: Mapping[str, ArtifactRef], 
     """
     digests = {name: ref.digest for name, ref in inputs.items()}
     config = step_config(spec, recipe) | ({} if spec.reusable else {"run_id": run_id})
-    return content_key(spec.name, config, digests, code_version())
+    outside = spec.outside_digests(recipe)
+    return content_key(spec.name, config | ({"outside": outside} if outside else {}), digests, code_version())
 
 
 def run_step(name: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: RunContext) -> ArtifactRef:

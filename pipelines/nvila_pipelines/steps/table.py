@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from nvila.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from nvila_pipelines.recipe import Recipe
     from nvila_pipelines.steps.context import StepContext
 
 
@@ -31,6 +32,8 @@ class StepSpec:
         placement: Dotted fields of those sections that say how the work is done and not what comes out of it: on how
             many processes, say. They are not in the key, so that unfinished work goes on when they change.
         inputs: Input names and the steps that make them.
+        outside: `module:function` below `nvila_pipelines` that takes a recipe and returns digests, by name, of files
+            that the function reads and no step has made; they are in the key. Empty when there are none.
         options: Fixed extra configuration that tells two uses of one function apart.
         reusable: False for a step with effects outside its directory, which every run does again.
     """
@@ -40,12 +43,24 @@ class StepSpec:
     sections: tuple[str, ...]
     placement: tuple[str, ...] = ()
     inputs: Mapping[str, str] = field(default_factory=dict)
+    outside: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     reusable: bool = True
 
     def load(self) -> StepFunction:
         """Import the step's function."""
         return cast("StepFunction", import_module(f"nvila_pipelines.steps.{self.module}").run)
+
+    def outside_digests(self, recipe: Recipe) -> dict[str, str]:
+        """Return digests of what the step reads besides its inputs.
+
+        Raises:
+            NvilaError: It is not there.
+        """
+        if not self.outside:
+            return {}
+        module, _, name = self.outside.partition(":")
+        return dict(getattr(import_module(f"nvila_pipelines.{module}"), name)(recipe))
 
 
 _ROWS = (
@@ -69,6 +84,7 @@ _ROWS = (
             "train.checkpoints",
         ),
         inputs={"data": "data", "selection": "curate"},
+        outside="training.outside:data_digests",
     ),
     StepSpec(name="quantize", module="quantize", sections=("quantize",), inputs={"model": "train"}),
     StepSpec(
