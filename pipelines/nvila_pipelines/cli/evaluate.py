@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from nvila.errors import ConfigError
-from nvila_pipelines.cli.evaluation_options import add_evaluation_arguments, given_options, request_of
+from nvila_pipelines.cli.evaluation_options import add_evaluation_arguments, check_side, given_options, request_of
 from nvila_pipelines.cli.options import add_recipe_arguments, prepare_workspace
 from nvila_pipelines.cli.output import emit, emit_json
 from nvila_pipelines.cli.step import run_to
@@ -19,6 +19,7 @@ examples:
   nvila evaluate MODEL --tasks chartqa,pope --data chartqa=/data/chartqa --data pope=hub
   nvila evaluate MODEL --tasks all --fixture                  a few made samples of every task: does it run?
   nvila evaluate MODEL --tasks my-task.yaml --data my-task=rows.jsonl
+  nvila evaluate http://127.0.0.1:8080 --tasks digit_pages    a deployed service, as its clients see it
   nvila evaluate --list-tasks                                 every task, its version and what it is
   nvila evaluate fast seed=1                                  the evaluation step of a recipe
 
@@ -40,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     words = next(action for action in parser._actions if action.dest == "words")
-    words.metavar, words.help = "MODEL", "model folder or models:/NAME@ALIAS; or a recipe and fields of it to change"
+    words.metavar, words.help = (
+        "MODEL",
+        "model folder, models:/NAME@ALIAS or address of an OpenAI endpoint; or a recipe and fields of it",
+    )
     parser.add_argument(
         "--model",
         choices=("wide", "quantized"),
@@ -64,6 +68,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
             "no model is named" if not args.words else f"two models are named: {args.words[0]} and {args.words[1]}",
             "nvila evaluate MODEL --tasks NAMES",
         )
+    check_side(args.words[0], args)
     prepare_workspace(settings)
     request = request_of(args.words[0], args, settings)
     from nvila_pipelines.evaluation.run import evaluate
@@ -86,7 +91,9 @@ def _is_model(words: list[str]) -> bool:
     if len(words) != 1:
         return False
     folders = (Path(words[0]), Path(words[0]) / "model")
-    return words[0].startswith("models:/") or any((folder / "config.json").is_file() for folder in folders)
+    return words[0].startswith(("models:/", "http://", "https://")) or any(
+        (folder / "config.json").is_file() for folder in folders
+    )
 
 
 def _list_tasks(*, as_json: bool) -> int:

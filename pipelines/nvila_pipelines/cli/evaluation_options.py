@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvila.errors import ConfigError
-from nvila_pipelines.cli.options import share, whole_number
+from nvila_pipelines.cli.options import count, share, whole_number
 from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"
 OPTIONS = ("tasks", "data", "limit", "batch_size", "processes", "threads", "dtype", "device", "max_failed", "out")
-FLAGS = ("fixture", "seed")
+FLAGS = ("fixture", "seed", "served_model", "concurrency", "retries", "timeout")
+_HERE, _THERE = ("processes", "threads", "dtype", "device"), ("served_model", "concurrency", "retries", "timeout")
+_ADDRESSES = ("http://", "https://")
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +48,31 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--max-failed", type=share, metavar="SHARE", help="stop when more samples have no score (default: 10%%)"
     )
+    service = parser.add_argument_group("endpoints, where MODEL is http://HOST or https://HOST")
+    service.add_argument("--served-model", metavar="NAME", help="model to ask for (default: the only one)")
+    service.add_argument("--concurrency", type=whole_number, metavar="N", help="requests at once (default: 8)")
+    service.add_argument(
+        "--retries", type=count, metavar="N", help="times a request is sent again after a passing error (default: 3)"
+    )
+    service.add_argument("--timeout", type=float, metavar="SECONDS", help="longest wait for an answer (default: 60)")
 
 
 def given_options(args: argparse.Namespace) -> list[str]:
     """Return which of these options are given, as they are written."""
     return [f"--{name.replace('_', '-')}" for name in (*OPTIONS, *FLAGS) if getattr(args, name) is not None]
+
+
+def check_side(model: str, args: argparse.Namespace) -> None:
+    """Refuse options that mean nothing for the one model of a command.
+
+    Raises:
+        ConfigError: With the option.
+    """
+    remote = model.startswith(_ADDRESSES)
+    for option in _HERE if remote else _THERE:
+        if getattr(args, option) is not None:
+            what = "a model here, but an endpoint is named" if remote else "an endpoint, but a model here is named"
+            raise ConfigError(f"--{option.replace('_', '-')} is about {what}", "leave it out")
 
 
 def request_of(model: str, args: argparse.Namespace, settings: Settings) -> EvaluationRequest:
@@ -59,6 +81,8 @@ def request_of(model: str, args: argparse.Namespace, settings: Settings) -> Eval
     Raises:
         ConfigError: The model or an argument is wrong.
     """
+    if model.startswith(_ADDRESSES):
+        return _endpoint_request(model, args, settings)
     from nvila_pipelines.cli.serve import find_model
     from nvila_pipelines.evaluation.request import EvaluationRequest
     from nvila_pipelines.evaluation.run import model_digest
@@ -67,20 +91,46 @@ def request_of(model: str, args: argparse.Namespace, settings: Settings) -> Eval
     folder = source.directory
     registered = source.version != "unregistered"
     processes = args.processes or 1
-    names = ("limit", "batch_size", "dtype", "seed", "max_failed", "fixture")
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
     return EvaluationRequest(
         model=str(folder),
         model_name=f"{source.name}-v{source.version}" if registered else _folder_name(folder),
         model_digest=model_digest(folder),
-        tasks=tuple(_lasting(word) for text in args.tasks or [BUILTIN] for word in text.split(",")),
-        out=str((args.out or settings.workspace / "evaluations").absolute()),
-        data=places_of_data(args),
         processes=processes,
         threads=args.threads or max(1, (os.cpu_count() or 1) // processes),
         device=_device(args.device or "auto"),
-        **options,
+        **_common(args, settings),
     )
+
+
+def _endpoint_request(url: str, args: argparse.Namespace, settings: Settings) -> EvaluationRequest:
+    """Return the evaluation of a service; it is asked what it serves."""
+    import hashlib
+    from urllib.parse import urlsplit
+
+    from nvila_pipelines.evaluation.request import EvaluationRequest
+    from nvila_platform.endpoint import find_endpoint
+
+    found = find_endpoint(url, args.served_model, api_key=settings.endpoint_api_key)
+    known = {"concurrency": args.concurrency, "retries": args.retries, "timeout_s": args.timeout}
+    return EvaluationRequest(
+        model=found.model,
+        model_name=f"{urlsplit(url).netloc}-{found.model}",
+        # Other servers tell no digest: answers are then kept by address and name.
+        model_digest=found.digest or hashlib.sha256(f"{found.url} {found.model}".encode()).hexdigest(),
+        url=found.url,
+        served_digest=found.digest,
+        **{name: value for name, value in known.items() if value is not None},
+        **_common(args, settings),
+    )
+
+
+def _common(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    names = ("limit", "batch_size", "dtype", "seed", "max_failed", "fixture")
+    return {name: value for name in names if (value := getattr(args, name)) is not None} | {
+        "tasks": tuple(_lasting(word) for text in args.tasks or [BUILTIN] for word in text.split(",")),
+        "out": str((args.out or settings.workspace / "evaluations").absolute()),
+        "data": places_of_data(args),
+    }
 
 
 def _folder_name(folder: Path) -> str:

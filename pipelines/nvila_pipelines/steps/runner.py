@@ -95,8 +95,13 @@ def step_key(spec: StepSpec, recipe: Recipe, inputs: Mapping[str, ArtifactRef], 
             that a run never takes away what another one is reading.
     """
     digests = {name: ref.digest for name, ref in inputs.items()}
-    config = step_config(spec, recipe) | ({} if spec.reusable else {"run_id": run_id})
+    config = step_config(spec, recipe) | ({} if is_reusable(spec, recipe) else {"run_id": run_id})
     return content_key(spec.name, config, digests, code_version())
+
+
+def is_reusable(spec: StepSpec, recipe: Recipe) -> bool:
+    """Whether equal work of an earlier run may be taken."""
+    return spec.reusable and (not spec.outside or _field(recipe.to_dict(), spec.outside) is None)
 
 
 def run_step(name: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: RunContext) -> ArtifactRef:

@@ -33,6 +33,8 @@ class StepSpec:
         inputs: Input names and the steps that make them.
         options: Fixed extra configuration that tells two uses of one function apart.
         reusable: False for a step with effects outside its directory, which every run does again.
+        outside: Field of the recipe that, where it is set, makes the step read what changes outside; every run then
+            does it again, too.
     """
 
     name: str
@@ -42,6 +44,7 @@ class StepSpec:
     inputs: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     reusable: bool = True
+    outside: str = ""
 
     def load(self) -> StepFunction:
         """Import the step's function."""
@@ -88,8 +91,10 @@ _ROWS = (
     StepSpec(
         name="gate",
         module="gate",
-        sections=("gate",),
+        sections=("gate", "register.name"),
         inputs={"wide": "evaluate-wide", "quantized": "evaluate-quantized"},
+        # What is live may change between two runs.
+        outside="gate.max_live_drop",
     ),
     StepSpec(
         name="register",
