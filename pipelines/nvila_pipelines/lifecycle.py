@@ -11,10 +11,12 @@ from datetime import UTC, datetime
 from typing import Self
 
 from nvila_pipelines.compile import compile_graph
+from nvila_pipelines.evaluation.gate import gate_tags
 from nvila_pipelines.local_pipeline import run_compiled
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.run_record import RunRecord
-from nvila_pipelines.steps.runner import RunContext, run_step, step_key
+from nvila_pipelines.steps.gate import read_verdict
+from nvila_pipelines.steps.runner import RunContext, is_reusable, run_step, step_key
 from nvila_pipelines.steps.table import STEPS, step_spec
 from nvila_pipelines.summary import Summary, summarize
 from nvila_pipelines.tracking_bridge import TrackingBridge
@@ -64,6 +66,7 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
         refs = run.results()
         artifacts = {name: store.fetch(ref) for name, ref in refs.items()}
         summary = summarize(run, recipe, artifacts, watch.record.seconds, time.monotonic() - started)
+        watch.bridge.set_tags(gate_tags(read_verdict(artifacts["gate"])))
         # The step that finished last was made of all the others.
         lineage = trace(store, list(refs.values())[-1].digest)
         watch.bridge.log_report(write_report(artifacts, summary.to_dict(), lineage, run.directory / "report.html"))
@@ -124,7 +127,7 @@ def plan(recipe: Recipe, settings: Settings) -> list[PlannedStep]:
     for name, spec in STEPS.items():
         ready = all(source in done for source in spec.inputs.values())
         inputs = {key: done[source] for key, source in spec.inputs.items()} if ready else {}
-        key = step_key(spec, recipe, inputs) if ready and spec.reusable else None
+        key = step_key(spec, recipe, inputs) if ready and is_reusable(spec, recipe) else None
         planned.append(PlannedStep(name=name, key=key, finished=name in done))
     return planned
 

@@ -216,6 +216,15 @@ class GateSection(Section):
     # By how much the best answers without the image must be beaten.
     min_over_blind: Annotated[float, Field(ge=-1, le=1)] = 0.0
     max_quantized_drop: Ratio
+    # Questions that must have been answered.
+    min_samples: Count = 1
+    # Least accuracy of single kinds of question.
+    min_accuracy_by_source: dict[str, Ratio] = Field(default_factory=dict)
+    # Size of the quantized weights; null: no limit.
+    max_size_mib: Annotated[float, Field(gt=0)] | None = None
+    # Loss against the registered model that `against` names, on the same questions; null: not compared.
+    max_live_drop: Ratio | None = None
+    against: Literal["candidate", "champion", "previous"] = "champion"
 
 
 class RegisterSection(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +60,10 @@ class TrackingBridge:
     def log_report(self, path: Path) -> None:
         """Attach a file or folder, such as the report, to the parent run."""
         self._parent.log_artifact(path)
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        """Tag the parent run."""
+        self._parent.set_tags(tags)
 
     def close(self, status: Status) -> None:
         """End the runs that are still open and give MLflow some time to take what is left."""

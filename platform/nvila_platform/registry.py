@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nvila.errors import ArtifactError, ConfigError, InfrastructureError, NvilaError, nearest
@@ -39,6 +40,7 @@ _STEP, _KEY, _DIGEST, _URI = "nvila.step", "nvila.key", "nvila.digest", "nvila.u
 _ATTEMPT = "nvila.attempt"
 # Narrower than MLflow's: these need no quoting in an address or a search.
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+REGISTRY = "models:/"
 _MODEL_URI = re.compile(r"models:/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[^/@]+)|/(?P<version>[1-9][0-9]*))")
 
 
@@ -132,11 +134,7 @@ def resolve(settings: Settings, model_uri: str) -> ModelVersion:
         ArtifactError: The version was registered by something else and refers to no artifact of ours.
         InfrastructureError: The registry failed.
     """
-    match = _MODEL_URI.fullmatch(model_uri)
-    if match is None:
-        raise ConfigError(
-            f"{model_uri!r} is no model address", "write models:/<name>@<alias> or models:/<name>/<number>"
-        )
+    match = _parsed(model_uri)
     name, alias = match["name"], match["alias"]
     with _failures(settings, f"resolving {model_uri!r}"):
         client = _connect_existing(settings, name)
@@ -146,6 +144,58 @@ def resolve(settings: Settings, model_uri: str) -> ModelVersion:
         if alias not in aliases:
             raise ConfigError(f"model {name!r} has no alias {alias!r}", nearest(alias, aliases))
         return _known_version(client, name, aliases[alias])
+
+
+def resolve_if_any(settings: Settings, model_uri: str) -> ModelVersion | None:
+    """Return the version behind an address, or None where nothing is registered under it yet.
+
+    Raises:
+        ConfigError: The address is malformed.
+        ArtifactError: The version refers to no artifact of ours.
+        InfrastructureError: The registry failed.
+    """
+    _parsed(model_uri)
+    try:
+        return resolve(settings, model_uri)
+    except ConfigError as e:
+        logger.info("%s", e.message)
+        return None
+
+
+def version_tags(settings: Settings, version: ModelVersion) -> dict[str, str]:
+    """Return all tags of a version.
+
+    Raises:
+        InfrastructureError: The registry failed.
+    """
+    with _failures(settings, f"reading the tags of {version.model_uri}"):
+        client = connect(settings)
+        found = retrying(lambda: client.get_model_version(version.name, str(version.version)))
+        return {str(key): str(value) for key, value in found.tags.items()}
+
+
+def tag_version(settings: Settings, model_uri: str, tags: Mapping[str, object]) -> None:
+    """Set tags of a version; those of its lineage are not to be touched.
+
+    Raises:
+        ConfigError: There is no such version.
+        InfrastructureError: The registry failed.
+    """
+    version = resolve(settings, model_uri)
+    assert not {_STEP, _KEY, _DIGEST, _URI} & set(tags), "what a version is never changes"
+    with _failures(settings, f"tagging {version.model_uri}"):
+        client = connect(settings)
+        for key, value in tags.items():
+            retrying(partial(client.set_model_version_tag, version.name, str(version.version), key, str(value)))
+
+
+def _parsed(model_uri: str) -> re.Match[str]:
+    match = _MODEL_URI.fullmatch(model_uri)
+    if match is None:
+        raise ConfigError(
+            f"{model_uri!r} is no model address", "write models:/<name>@<alias> or models:/<name>/<number>"
+        )
+    return match
 
 
 def _register(

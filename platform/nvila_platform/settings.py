@@ -48,6 +48,7 @@ _VARIABLES = {
     "watts_per_gpu": "NVILA_WATTS_PER_GPU",
     "watts_per_core": "NVILA_WATTS_PER_CORE",
     "currency": "NVILA_CURRENCY",
+    "endpoint_api_key": "NVILA_ENDPOINT_API_KEY",
 }
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
@@ -82,6 +83,7 @@ class Settings:
         watts_per_gpu: Power of a GPU, for an estimate where it cannot be measured.
         watts_per_core: Power of a core at work.
         currency: Of all prices, as a code of three letters.
+        endpoint_api_key: Key of an endpoint that is evaluated; never printed.
     """
 
     workspace: Path
@@ -103,6 +105,7 @@ class Settings:
     watts_per_gpu: float | None = None
     watts_per_core: float | None = None
     currency: str = "USD"
+    endpoint_api_key: str = field(default="", repr=False)
 
     @classmethod
     def load(cls, workspace: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -144,6 +147,7 @@ class Settings:
             watts_per_gpu=_number("watts_per_gpu", values),
             watts_per_core=_number("watts_per_core", values),
             currency=_currency(values),
+            endpoint_api_key=values["endpoint_api_key"],
         )
 
     def to_env(self) -> dict[str, str]:

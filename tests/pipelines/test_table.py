@@ -98,14 +98,20 @@ def test_two_uses_of_one_function_have_keys_of_their_own(micro: Recipe) -> None:
     assert step_key(STEPS["evaluate-wide"], micro, same) != step_key(STEPS["evaluate-quantized"], micro, same)
 
 
-def test_the_run_is_in_the_key_of_a_step_that_every_run_does_again_and_of_no_other(micro: Recipe) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "expected"), [((), {"register"}), (("gate.max_live_drop=0.1",), {"register", "gate"})]
+)
+def test_the_run_is_in_the_key_of_a_step_that_every_run_does_again_and_of_no_other(
+    change: Callable[..., Recipe], overrides: tuple[str, ...], expected: set[str]
+) -> None:
+    recipe = change(*overrides)
     changed = {
         name
         for name, spec in STEPS.items()
-        if step_key(spec, micro, {key: ref(source) for key, source in spec.inputs.items()}, "run-1")
-        != step_key(spec, micro, {key: ref(source) for key, source in spec.inputs.items()}, "run-2")
+        if step_key(spec, recipe, {key: ref(source) for key, source in spec.inputs.items()}, "run-1")
+        != step_key(spec, recipe, {key: ref(source) for key, source in spec.inputs.items()}, "run-2")
     }
-    assert changed == {"register"}
+    assert changed == expected
 
 
 def test_the_code_version_is_in_the_key(micro: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +156,7 @@ def test_the_watch_sees_what_is_not_in_a_row(micro: Recipe, watched: Watch) -> N
             read()
     assert watched(micro, "register").register.alias == "candidate"
     with pytest.raises(AssertionError, match="reads register"):
-        _ = watched(micro, "gate").register
+        _ = watched(micro, "quantize").register
 
 
 def test_the_watch_lets_a_whole_section_through(micro: Recipe, watched: Watch) -> None:

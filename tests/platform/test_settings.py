@@ -32,6 +32,7 @@ EVERY_VARIABLE = {
     "NVILA_PRICE_PER_KWH": "0.3",
     "NVILA_WATTS_PER_GPU": "700",
     "NVILA_WATTS_PER_CORE": "6",
+    "NVILA_ENDPOINT_API_KEY": "key",
     "NVILA_CURRENCY": "eur",
 }
 

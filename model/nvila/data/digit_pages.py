@@ -39,11 +39,14 @@ class DigitPages:
         """Yield every question of a split, four a page; images are keyed `<split>/<page>`."""
         for page in range(PAGES[split]):
             key = f"{split}/{page}"
-            shown = [self._digits.digit(number) for number in self._numbers(key)]
-            for order, (kind, question, answer) in enumerate(_questions(key, shown)):
+            for order, (kind, question, answer) in enumerate(_questions(key, self.shown(key))):
                 yield vqa_sample(
                     id=f"{split}-{page:04d}-{order}", source=kind, image=key, question=question, answer=answer
                 )
+
+    def shown(self, key: str) -> list[int]:
+        """Return the digits of a page, corner by corner in the order of `CORNERS`."""
+        return [self._digits.digit(number) for number in self._numbers(key)]
 
     @lru_cache(maxsize=1)  # noqa: B019 - the questions about one follow each other
     def png(self, key: str) -> bytes:

@@ -158,7 +158,7 @@ def _config(result: TaskResult) -> dict[str, Any]:
         "repeats": 1,
         "num_fewshot": 0,
         "bootstrap_iters": RESAMPLES,
-        "metadata": {"version": file.version, "digest": result.task.digest},
+        "metadata": {"version": file.version, "digest": result.task.digest, "where": result.task.where},
     }
 
 

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class Answerer(Protocol):
     """Whoever answers: a model here, or an endpoint."""
 
-    def answer(self, questions: Sequence[Question], settings: GenerationSettings) -> list[str]:
-        """Answer questions together, in their order.
+    def answer(self, questions: Sequence[Question], settings: GenerationSettings) -> Sequence[str | Answer]:
+        """Answer questions together, in their order; an `Answer` without a text says why there is none.
 
         Raises:
             DataError: One of them cannot be asked; which one shows when they are asked one by one.
@@ -117,7 +117,7 @@ class TaskRun:
     def _ask(self, questions: Sequence[Question]) -> None:
         """Ask a block whole, so that each answer is given beside the same others as without an interruption."""
         try:
-            answers = [Answer(text) for text in self._said(questions)]
+            answers = self._said(questions)
         except DataError as e:
             if len(questions) > 1:
                 logger.info("%s: a batch failed, asking one by one: %s", self.task.name, e)
@@ -132,13 +132,15 @@ class TaskRun:
 
     def _alone(self, question: Question) -> Answer:
         try:
-            return Answer(self._said([question])[0])
+            return self._said([question])[0]
         except DataError as e:
             return Answer(None, str(e))
 
-    def _said(self, questions: Sequence[Question]) -> list[str]:
+    def _said(self, questions: Sequence[Question]) -> list[Answer]:
         settings = self.task.file.generation
-        return [_cut(text, settings.stop) for text in self.load().answer(questions, settings)]
+        said = self.load().answer(questions, settings)
+        answers = [Answer(one) if isinstance(one, str) else one for one in said]
+        return [one if one.text is None else Answer(_cut(one.text, settings.stop)) for one in answers]
 
 
 def score_all(task: Task, rows: TaskRows, log: AnswerLog, limit: int | None = None) -> Outcome:

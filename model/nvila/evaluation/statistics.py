@@ -47,6 +47,7 @@ class Paired:
         high: Upper end.
         p_value: Probability of a difference at least as large if the two were equal.
         test: `mcnemar-exact` for right and wrong, `permutation-exact` or `permutation` for other scores.
+            For metrics that are no mean, samples of the two models are swapped at random: `swaps`.
         better: Samples on which the candidate scores higher.
         worse: Samples on which it scores lower.
     """
@@ -156,6 +157,50 @@ def compare_paired(
     low, high = _mean_percentiles(differences, seed, level)
     mean = math.fsum(differences) / len(differences)
     return Paired(difference=mean, low=low, high=high, p_value=p_value, test=test, better=better, worse=worse)
+
+
+def compare_aggregates(
+    pairs: Sequence[tuple[_T, _T]],
+    aggregate: Callable[[Sequence[_T]], float],
+    *,
+    seed: int,
+    level: float = LEVEL,
+    resamples: int = SLOW_RESAMPLES,
+) -> Paired:
+    """Compare two models by any number over their samples, such as F1.
+
+    The interval comes from resampling pairs. The test swaps the two models' samples of random pairs: were the models
+    equal, that would change nothing.
+
+    Args:
+        pairs: What the number is made of, of the reference and of the candidate, sample by sample.
+        aggregate: Makes the number; NaN when no sample counts.
+        seed: Of resampling and swapping.
+        level: Of the interval.
+        resamples: Of each.
+
+    Raises:
+        ValueError: There are no pairs.
+    """
+    import numpy as np
+
+    if not pairs:
+        raise ValueError("a paired comparison of no samples")
+
+    def difference(some: Sequence[tuple[_T, _T]]) -> float:
+        return aggregate([b for _, b in some]) - aggregate([a for a, _ in some])
+
+    observed, draw, n = difference(pairs), np.random.default_rng(seed), len(pairs)
+    drawn = [difference([pairs[place] for place in draw.integers(0, n, n)]) for _ in range(resamples)]
+    swapped = [
+        difference([(b, a) if swap else (a, b) for (a, b), swap in zip(pairs, draw.random(n) < 0.5, strict=True)])
+        for _ in range(resamples)
+    ]
+    known = [value for value in drawn if not math.isnan(value)] or [math.nan]
+    low, high = (float(end) for end in np.quantile(known, [(1 - level) / 2, (1 + level) / 2]))
+    extreme = sum(abs(value) >= abs(observed) - 1e-12 for value in swapped)
+    p_value = (extreme + 1) / (resamples + 1)
+    return Paired(difference=observed, low=low, high=high, p_value=p_value, test="swaps", better=0, worse=0)
 
 
 def mcnemar(better: int, worse: int) -> float:

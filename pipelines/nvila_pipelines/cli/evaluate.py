@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nvila.errors import ConfigError
-from nvila_pipelines.cli.options import add_recipe_arguments, prepare_workspace, share, whole_number
+from nvila_pipelines.cli.evaluation_options import add_evaluation_arguments, check_side, given_options, request_of
+from nvila_pipelines.cli.options import add_recipe_arguments, prepare_workspace
 from nvila_pipelines.cli.output import emit, emit_json
 from nvila_pipelines.cli.step import run_to
 from nvila_platform.settings import Settings
-
-if TYPE_CHECKING:
-    from nvila_pipelines.evaluation.request import EvaluationRequest
 
 SUMMARY = "measure a model on benchmark tasks, or on the split of a recipe"
 EPILOG = """\
@@ -23,6 +19,7 @@ examples:
   nvila evaluate MODEL --tasks chartqa,pope --data chartqa=/data/chartqa --data pope=hub
   nvila evaluate MODEL --tasks all --fixture                  a few made samples of every task: does it run?
   nvila evaluate MODEL --tasks my-task.yaml --data my-task=rows.jsonl
+  nvila evaluate http://127.0.0.1:8080 --tasks digit_pages    a deployed service, as its clients see it
   nvila evaluate --list-tasks                                 every task, its version and what it is
   nvila evaluate fast seed=1                                  the evaluation step of a recipe
 
@@ -31,9 +28,6 @@ outputs in DIR:
   MODEL/DATE_samples_TASK.jsonl   every sample with its prompt, answer and marks
   answers/                        what has been answered; the same command goes on after an interruption
 """
-_TASK_OPTIONS = ("tasks", "data", "limit", "batch_size", "processes", "threads", "dtype", "device", "max_failed", "out")
-_FLAGS = ("fixture", "seed")
-BUILTIN = "builtin"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,46 +41,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     words = next(action for action in parser._actions if action.dest == "words")
-    words.metavar, words.help = "MODEL", "model folder or models:/NAME@ALIAS; or a recipe and fields of it to change"
+    words.metavar, words.help = (
+        "MODEL",
+        "model folder, models:/NAME@ALIAS or address of an OpenAI endpoint; or a recipe and fields of it",
+    )
     parser.add_argument(
         "--model",
         choices=("wide", "quantized"),
         help="of a recipe: which form of the model (default: quantized)",
     )
-    tasks = parser.add_argument_group("tasks")
-    tasks.add_argument(
-        "--tasks", action="append", metavar="NAMES", help=f"names, tags or YAML files, with commas (default: {BUILTIN})"
-    )
-    tasks.add_argument(
-        "--data",
-        action="append",
-        metavar="TASK=PLACE",
-        help="folder, file or address of a task's data; hub, or hub:ORG/NAME, downloads it",
-    )
-    tasks.add_argument("--fixture", action="store_true", default=None, help="use a few made samples of each task")
-    tasks.add_argument("--limit", type=whole_number, metavar="N", help="only the first N samples of each task")
-    tasks.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: WORKSPACE/evaluations)")
-    tasks.add_argument("--list-tasks", action="store_true", help="list the tasks and end")
-    running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=whole_number, metavar="N", help="questions asked together (default: 32)")
-    running.add_argument("--processes", type=whole_number, metavar="N", help="local processes (default: 1)")
-    running.add_argument(
-        "--threads", type=whole_number, metavar="N", help="threads of a process (default: a share of all)"
-    )
-    running.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights (default: fp32)")
-    running.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where models run (default: a GPU if any)")
-    running.add_argument("--seed", type=int, metavar="N", help="of resampled intervals (default: 0)")
-    running.add_argument(
-        "--max-failed", type=share, metavar="SHARE", help="stop when more samples have no score (default: 10%%)"
-    )
+    add_evaluation_arguments(parser)
+    parser.add_argument("--list-tasks", action="store_true", help="list the tasks and end")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Do the work and return the exit code."""
     if args.list_tasks:
         return _list_tasks(as_json=args.json)
-    given = [f"--{name.replace('_', '-')}" for name in (*_TASK_OPTIONS, *_FLAGS) if getattr(args, name) is not None]
-    if not given and not _is_model(args.words):
+    if not given_options(args) and not _is_model(args.words):
         return run_to(f"evaluate-{args.model or 'quantized'}", args, settings)
     if args.model is not None or args.fast:
         wrong = "--fast" if args.fast else "--model"
@@ -96,8 +68,9 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
             "no model is named" if not args.words else f"two models are named: {args.words[0]} and {args.words[1]}",
             "nvila evaluate MODEL --tasks NAMES",
         )
+    check_side(args.words[0], args)
     prepare_workspace(settings)
-    request = _request(args, settings)
+    request = request_of(args.words[0], args, settings)
     from nvila_pipelines.evaluation.run import evaluate
     from nvila_pipelines.evaluation.table import result_lines
     from nvila_platform.telemetry import ProgressView
@@ -118,7 +91,9 @@ def _is_model(words: list[str]) -> bool:
     if len(words) != 1:
         return False
     folders = (Path(words[0]), Path(words[0]) / "model")
-    return words[0].startswith("models:/") or any((folder / "config.json").is_file() for folder in folders)
+    return words[0].startswith(("models:/", "http://", "https://")) or any(
+        (folder / "config.json").is_file() for folder in folders
+    )
 
 
 def _list_tasks(*, as_json: bool) -> int:
@@ -134,53 +109,3 @@ def _list_tasks(*, as_json: bool) -> int:
     for task in tasks:
         emit(f"{task.name:<{width}}  v{task.version}  {', '.join(task.file.tags):<14}  {task.file.title}")
     return 0
-
-
-def _request(args: argparse.Namespace, settings: Settings) -> EvaluationRequest:
-    from nvila_pipelines.cli.serve import find_model
-    from nvila_pipelines.evaluation.request import EvaluationRequest
-    from nvila_pipelines.evaluation.run import model_digest
-
-    source = find_model(args.words[0], settings)
-    folder = source.directory
-    name = f"{source.name}-v{source.version}" if source.version != "unregistered" else folder.name
-    processes = args.processes or 1
-    names = ("limit", "batch_size", "dtype", "seed", "max_failed", "fixture")
-    options = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return EvaluationRequest(
-        model=str(folder),
-        model_name=folder.parent.name if name == "model" else name,
-        model_digest=model_digest(folder),
-        tasks=tuple(_lasting(word) for text in args.tasks or [BUILTIN] for word in text.split(",")),
-        out=str((args.out or settings.workspace / "evaluations").absolute()),
-        data=_data(args.data or []),
-        processes=processes,
-        threads=args.threads or max(1, (os.cpu_count() or 1) // processes),
-        device=_device(args.device or "auto"),
-        **options,
-    )
-
-
-def _data(words: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for word in words:
-        name, separator, place = word.partition("=")
-        if not separator or not place:
-            raise ConfigError(f"--data {word!r} names no place", "write TASK=FOLDER")
-        if name in found:
-            raise ConfigError(f"--data names '{name}' twice", "leave one of them out")
-        found[name] = _lasting(place)
-    return found
-
-
-def _lasting(place: str) -> str:
-    """Return a local path as one that means the same in another process; names and addresses stay."""
-    return str(Path(place).absolute()) if Path(place).exists() else place
-
-
-def _device(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

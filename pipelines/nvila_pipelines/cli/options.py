@@ -94,6 +94,13 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """Return a whole number from 0; for `type=` of an argument."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
+
+
 def share(text: str) -> float:
     """Return a share written as 0.01 or 1%; for `type=` of an argument."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)(%?)", text.strip())

@@ -17,7 +17,7 @@ class EvaluationRequest:
     """An evaluation.
 
     Args:
-        model: Folder of the model.
+        model: Folder of the model; of an endpoint, the name that it serves the model under.
         model_name: Its name in result files.
         model_digest: Its identity; answers are kept by it.
         tasks: Names, files and tags of tasks.
@@ -32,6 +32,11 @@ class EvaluationRequest:
         device: `cpu` or `cuda`.
         seed: Of resampling, and of torch.
         max_failed: Largest share of samples without a score.
+        url: Address of an OpenAI endpoint that is asked instead of a model here; empty for none.
+        served_digest: Digest that the endpoint tells of its model; None where it tells none.
+        concurrency: Requests that the endpoint gets at once.
+        retries: How often a request that failed for a passing reason is sent again.
+        timeout_s: Longest wait for one answer of the endpoint.
     """
 
     model: str
@@ -49,6 +54,11 @@ class EvaluationRequest:
     device: str = "cpu"
     seed: int = 0
     max_failed: float = 0.1
+    url: str = ""
+    served_digest: str | None = None
+    concurrency: int = 8
+    retries: int = 3
+    timeout_s: float = 60.0
 
     @property
     def folder(self) -> Path:

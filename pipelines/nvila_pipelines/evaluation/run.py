@@ -78,10 +78,11 @@ def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView)
     for task in tasks:
         for other in open_log(request, task).others(task, request.model_digest):
             reporter.notice(f"answers to {task.name} version {other} are not used for version {task.version}")
+    traffic: dict[str, Any] = {}
     if request.processes > 1:
         _launch(request, settings, view)
     else:
-        answer_tasks(request, work, reporter)
+        traffic = answer_tasks(request, work, settings, reporter)
     results = []
     for task, rows in work:
         reporter.progress(f"score {task.name}", 0, 0)
@@ -90,7 +91,10 @@ def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView)
         if outcome.failures:
             reporter.notice(f"{task.name}: {len(outcome.failures)} of {outcome.total} samples have no score")
         results.append(summarize(task, rows.name, outcome, seed=request.seed))
-    return _write(request, results, _about(request, started, time.monotonic() - clock))
+    about = _about(request, started, time.monotonic() - clock)
+    if request.url:
+        about |= {"endpoint": {"url": request.url, "served_digest": request.served_digest, **traffic}}
+    return _write(request, results, about)
 
 
 def model_digest(folder: Path) -> str:
@@ -132,8 +136,10 @@ def _launch(request: EvaluationRequest, settings: Settings, view: ProgressView) 
 def _about(request: EvaluationRequest, started: float, seconds: float) -> dict[str, Any]:
     return {
         "config": {
-            "model": "nvila",
-            "model_args": f"pretrained={request.model},dtype={request.dtype}",
+            "model": "openai" if request.url else "nvila",
+            "model_args": f"base_url={request.url},model={request.model}"
+            if request.url
+            else f"pretrained={request.model},dtype={request.dtype}",
             "batch_size": request.batch_size,
             "device": request.device,
             "limit": request.limit,

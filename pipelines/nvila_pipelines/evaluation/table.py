@@ -30,7 +30,12 @@ def result_lines(results: Sequence[TaskResult]) -> list[str]:
                     value = f"{values[metric]:.4f}" if metric in values else "-"
                     rows.append((f"  {group}", metric, value, "", "", f"{members:,}"))
             name = count = ""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with columns below each other, the first two to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
             cell.ljust(width) if column < 2 else cell.rjust(width)

@@ -7,7 +7,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvila_pipelines.evaluation.request import ANSWERS, FIXTURES, EvaluationRequest
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nvila.evaluation.runner import Answerer
     from nvila.evaluation.task import Task
     from nvila.progress import Reporter
+    from nvila_platform.endpoint import EndpointAnswerer
+    from nvila_platform.settings import Settings
 
 
 def open_task(request: EvaluationRequest, task: Task, filesystems: FileSystems | None = None) -> TaskRows:
@@ -40,18 +42,32 @@ def open_log(request: EvaluationRequest, task: Task) -> AnswerLog:
     """Open the answers of the request's model to a task."""
     from nvila.evaluation.answer_log import AnswerLog
 
-    return AnswerLog.open(request.folder / ANSWERS, task, request.model_digest, {"dtype": request.dtype})
+    how = {"endpoint": True} if request.url else {"dtype": request.dtype}
+    return AnswerLog.open(request.folder / ANSWERS, task, request.model_digest, how)
 
 
 def answer_tasks(
-    request: EvaluationRequest, work: list[tuple[Task, TaskRows]], reporter: Reporter, *, rank: int = 0, world: int = 1
-) -> None:
-    """Answer a process's share of all tasks; the model is loaded when there is something to answer."""
+    request: EvaluationRequest,
+    work: list[tuple[Task, TaskRows]],
+    settings: Settings,
+    reporter: Reporter,
+    *,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, Any]:
+    """Answer a process's share of all tasks; the model is loaded when there is something to answer.
+
+    Returns:
+        What was sent to an endpoint; empty for a model here.
+
+    Raises:
+        InfrastructureError: The endpoint is gone; the same command goes on.
+    """
     from nvila.evaluation.runner import TaskRun
 
     @cache
     def load() -> Answerer:
-        return _load_model(request)
+        return load_answerer(request, settings)
 
     for task, rows in work:
         TaskRun(
@@ -65,6 +81,43 @@ def answer_tasks(
             world=world,
             reporter=reporter,
         ).run()
+    return _traffic(load() if request.url else None, reporter)
+
+
+def _traffic(answerer: Answerer | None, reporter: Reporter) -> dict[str, Any]:
+    """Return and report what was sent to an endpoint."""
+    from nvila_platform.endpoint import EndpointAnswerer
+
+    if not isinstance(answerer, EndpointAnswerer):
+        return {}
+    traffic = answerer.traffic
+    if traffic.retries:
+        reporter.notice(f"{traffic.retries} of {traffic.requests} requests were sent again")
+    for kind, count in sorted(traffic.errors.items()):
+        reporter.notice(f"{count} questions have no answer: {kind}")
+    return {"requests": traffic.requests, "retries": traffic.retries, "errors": dict(traffic.errors)}
+
+
+def load_answerer(request: EvaluationRequest, settings: Settings) -> Answerer:
+    """Load whoever answers.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+    """
+    return _endpoint(request, settings) if request.url else _load_model(request)
+
+
+def _endpoint(request: EvaluationRequest, settings: Settings) -> EndpointAnswerer:
+    from nvila_platform.endpoint import Endpoint, EndpointAnswerer
+
+    known = Endpoint(url=request.url, model=request.model, digest=request.served_digest)
+    return EndpointAnswerer(
+        known,
+        api_key=settings.endpoint_api_key,
+        concurrency=request.concurrency,
+        retries=request.retries,
+        timeout_s=request.timeout_s,
+    )
 
 
 def _load_model(request: EvaluationRequest) -> Answerer:
@@ -96,10 +149,11 @@ def main(path: str) -> None:
 
     request, order = EvaluationRequest.load(Path(path))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    filesystems = data_filesystems(Settings.load())
+    settings = Settings.load()
+    filesystems = data_filesystems(settings)
     work = [(task, open_task(request, task, filesystems)) for task in select_tasks(request.tasks)]
     with EventLog(Path(order["events"]), step=f"evaluate {rank}") as reporter:
-        answer_tasks(request, work, reporter, rank=rank, world=world)
+        answer_tasks(request, work, settings, reporter, rank=rank, world=world)
 
 
 if __name__ == "__main__":

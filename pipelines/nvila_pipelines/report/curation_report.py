@@ -67,7 +67,7 @@ def write_curation_report(
         selection = selection_of(summary, curated(summary.ends, find, pictures))
     _write_plots(out / PLOTS, selection)
     page = (
-        _environment()
+        environment()
         .get_template(_TEMPLATE)
         .render(
             name=name,
@@ -127,7 +127,8 @@ def _samples_of(stream: RecordStream, pictures: RecordPictures) -> Callable[[Col
     return find
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Return the templates of this folder; they escape what they are given."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(

@@ -170,6 +170,28 @@ def likelihood_scatter(points: Sequence[tuple[float, float, bool]], *, name: str
     return _svg(draw, (5.0, 4.6), name, alt)
 
 
+def category_scatter(points: Sequence[tuple[float, float, str]], *, name: str, alt: str) -> str:
+    """Draw (value of A, value of B, verdict) of every category, with the line on which both are equal."""
+    values = [value for a, b, _ in points for value in (a, b) if math.isfinite(value)]
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.05
+    looks = (("none", MUTED, "o", "no difference"), ("worse", MARK, "v", "B worse"), ("better", KEPT, "^", "B better"))
+
+    def draw(axes: Axes) -> None:
+        axes.axline((low, low), slope=1, color=MUTED, linewidth=1, linestyle="--")
+        for verdict, color, marker, label in looks:
+            chosen = [(a, b) for a, b, v in points if (v if v in ("worse", "better") else "none") == verdict]
+            if chosen:
+                x, y = zip(*chosen, strict=True)
+                axes.plot(x, y, linestyle="none", marker=marker, markersize=5, color=color, label=label)
+        axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
+        axes.set_xlabel("A")
+        axes.set_ylabel("B")
+        axes.legend(**_LEGEND, loc="lower right")
+
+    return _svg(draw, (4.2, 3.8), name, alt)
+
+
 def standalone(svg: str) -> str:
     """Turn a plot of the page into a file of its own, in the page's light colours."""
     for variable, color in _LIGHT.items():

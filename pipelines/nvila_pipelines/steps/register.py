@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from nvila.errors import GateError
+from nvila_pipelines.evaluation.gate import gate_tags
 from nvila_pipelines.steps.context import StepContext
-from nvila_pipelines.steps.gate import passed
+from nvila_pipelines.steps.gate import GATE_TAG, read_verdict
 
 
 def run(context: StepContext) -> dict[str, float]:
@@ -22,11 +23,13 @@ def run(context: StepContext) -> dict[str, float]:
     from nvila_platform.registry import register_model, set_alias
     from nvila_platform.store import open_store
 
-    if not passed(context.inputs["verdict"]):
+    verdict = read_verdict(context.inputs["verdict"])
+    if not verdict["passed"]:
         raise GateError("the gate refused this model", "see verdict.json of the gate step")
     section, ref = context.recipe.register, context.refs["model"]
     lineage = trace(open_store(context.settings), ref.digest)
-    tags = {"nvila.gate": context.refs["verdict"].digest, "nvila.code_version": lineage.code_version}
+    tags = {GATE_TAG: context.refs["verdict"].digest, "nvila.code_version": lineage.code_version}
+    tags |= gate_tags(verdict)
     tags |= {f"nvila.lineage.{node.step}": node.digest for node in lineage.walk() if node.step}
     version = register_model(context.settings, section.name, ref, context.tracking_run, tags)
     set_alias(context.settings, section.name, section.alias, version.version)

@@ -95,9 +95,14 @@ def step_key(spec: StepSpec, recipe: Recipe, inputs: Mapping[str, ArtifactRef], 
             that a run never takes away what another one is reading.
     """
     digests = {name: ref.digest for name, ref in inputs.items()}
-    config = step_config(spec, recipe) | ({} if spec.reusable else {"run_id": run_id})
+    config = step_config(spec, recipe) | ({} if is_reusable(spec, recipe) else {"run_id": run_id})
     outside = spec.outside_digests(recipe)
     return content_key(spec.name, config | ({"outside": outside} if outside else {}), digests, code_version())
+
+
+def is_reusable(spec: StepSpec, recipe: Recipe) -> bool:
+    """Whether equal work of an earlier run may be taken."""
+    return spec.reusable and (not spec.live_field or _field(recipe.to_dict(), spec.live_field) is None)
 
 
 def run_step(name: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: RunContext) -> ArtifactRef:

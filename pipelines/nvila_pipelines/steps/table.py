@@ -36,6 +36,8 @@ class StepSpec:
             that the function reads and no step has made; they are in the key. Empty when there are none.
         options: Fixed extra configuration that tells two uses of one function apart.
         reusable: False for a step with effects outside its directory, which every run does again.
+        live_field: Field of the recipe that, where it is set, makes the step read what changes outside; every run then
+            does it again, too.
     """
 
     name: str
@@ -46,6 +48,7 @@ class StepSpec:
     outside: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     reusable: bool = True
+    live_field: str = ""
 
     def load(self) -> StepFunction:
         """Import the step's function."""
@@ -104,8 +107,10 @@ _ROWS = (
     StepSpec(
         name="gate",
         module="gate",
-        sections=("gate",),
+        sections=("gate", "register.name"),
         inputs={"wide": "evaluate-wide", "quantized": "evaluate-quantized"},
+        # What is live may change between two runs.
+        live_field="gate.max_live_drop",
     ),
     StepSpec(
         name="register",

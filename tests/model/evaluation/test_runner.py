@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,11 @@ from tests.model.evaluation.conftest import BASE, Echo
 
 from nvila.errors import DataError, ResourceError
 from nvila.evaluation.answer_log import Answer, AnswerLog
+from nvila.evaluation.asking import Question
 from nvila.evaluation.results import results_file, sample_lines, summarize
 from nvila.evaluation.rows import open_rows
 from nvila.evaluation.runner import Answerer, Outcome, TaskRun, check_failures, score_all
+from nvila.evaluation.task import GenerationSettings
 
 if TYPE_CHECKING:
     from tests.model.evaluation.conftest import MakeTask, WriteRows
@@ -218,7 +220,7 @@ def test_result_files_have_the_shape_of_lmms_eval(run: Run, make_task: MakeTask)
     assert len(file["task_hashes"]["demo"]) == 64
     assert file["intervals"]["demo"]["anls"]["level"] == 0.95
     assert file["categories"]["demo"]["x"]["samples"] == 4
-    assert file["configs"]["demo"]["metadata"] == {"version": 1, "digest": task.digest}
+    assert file["configs"]["demo"]["metadata"] == {"version": 1, "digest": task.digest, "where": "demo.yaml"}
     assert file["model_name"] == "m"
     json.dumps(file, allow_nan=False)
     lines = [json.loads(line) for line in sample_lines(result)]
@@ -255,3 +257,28 @@ def test_the_model_is_loaded_only_when_there_is_something_to_ask(
     started = time.monotonic()
     TaskRun(task=make_task(), rows=rows, log=log, load=load, batch_size=3).run()
     assert time.monotonic() - started < 5
+
+
+def test_an_answerer_may_say_why_it_has_no_answer(
+    make_task: Callable[..., Any], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A failure beside answers costs no second asking, is no wrong answer, and is asked again by the next run."""
+
+    class Shaky:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+
+        def answer(self, questions: Sequence[Question], settings: GenerationSettings) -> list[str | Answer]:
+            self.asked += [question.prompt for question in questions]
+            return [Answer(None, "status 500: down") if q.prompt == "q1" else "yes" for q in questions]
+
+    task = make_task()
+    rows = open_rows(task, str(write_rows(*({"q": f"q{n}", "a": "yes"} for n in range(3)))))
+    log, shaky = AnswerLog.open(tmp_path / "answers", task, "m", {}), Shaky()
+    TaskRun(task=task, rows=rows, log=log, load=lambda: shaky).run()
+    assert shaky.asked == ["q0", "q1", "q2"]
+    outcome = score_all(task, rows, log)
+    assert [sample.answer for sample in outcome.scored] == ["yes", "yes"]
+    assert [failure.problem for failure in outcome.failures] == ["status 500: down"]
+    TaskRun(task=task, rows=rows, log=log, load=lambda: shaky).run()
+    assert len(shaky.asked) == 6
