@@ -10,19 +10,35 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from nvila_pipelines.cli import convert, curate, doctor, evaluate, inspect, quantize, run, serve, train, ui, version
+from nvila_pipelines.cli import (
+    convert,
+    curate,
+    doctor,
+    evaluate,
+    inspect,
+    quantize,
+    run,
+    serve,
+    train,
+    tune,
+    ui,
+    version,
+)
 from nvila_pipelines.cli.failures import guarded
 from nvila_pipelines.cli.options import add_common_arguments
 from nvila_pipelines.cli.parser import Parser
 from nvila_platform.settings import Settings
 from nvila_platform.telemetry import configure_logging
 
-DESCRIPTION = "NVILA on one machine: curate, train, quantize, evaluate, register and serve a visual language model."
+DESCRIPTION = (
+    "NVILA on one machine: curate, train, tune, quantize, evaluate, register and serve a visual language model."
+)
 EPILOG = """\
 examples:
   nvila run                              the whole lifecycle with the recipe quickstart
   nvila run --fast --serve               a short one that leaves the endpoint up
   nvila train seed=1 train.precision=bf16
+  nvila tune models:/nvila@champion my-data/
   nvila serve models:/nvila@champion
   nvila doctor                           is this machine ready?
 
@@ -47,6 +63,7 @@ VERBS: dict[str, Verb] = {
     "run": run,
     "curate": curate,
     "train": train,
+    "tune": tune,
     "quantize": quantize,
     "evaluate": evaluate,
     "convert": convert,
