@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_iter
 from nvila.training.engine import StepOutcome, TrainEngine
 from nvila.training.partitions import Partitions
 
-# The first step makes the optimizer's moments; the second one has them from its beginning.
-_WATCHED_STEP = 2
+# Batches differ in size, so several steps are looked at; on a GPU, where it costs nothing, all but the first.
+_LAST = 9
 
 
 class LiveTensors(TorchDispatchMode):
@@ -59,7 +59,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 class PeakMeter:
-    """Measures the peak of one step of a run.
+    """Measures the peak of the steps of a run.
 
     Args:
         model: What is trained.
@@ -69,24 +69,39 @@ class PeakMeter:
     def __init__(self, model: nn.Module, device: str) -> None:
         self._model, self._cuda = model, device.startswith("cuda")
         self.peak_bytes: int | None = None
+        self._added = 0
 
     def watched(self, engine: TrainEngine) -> TrainEngine:
-        """Return an engine that measures its second step, and otherwise is the one given."""
+        """Return an engine that measures some early steps, and otherwise is the one given."""
         return _WatchedEngine(engine, self)
 
     def begin(self, engine: Any) -> LiveTensors | None:
         """Start to measure; the mode to run under on a CPU."""
         if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+            if self.peak_bytes is None:
+                torch.cuda.reset_peak_memory_stats()
             return None
         optimizer = getattr(engine, "_optimizer", None)
         states = [] if optimizer is None else [v for state in optimizer.state.values() for v in state.values()]
         held = [*self._model.parameters(), *self._model.buffers(), *states]
+        # The first update makes the moments; every later step has them from its beginning, so this one counts them too.
+        trained = [] if states else [p for p in self._model.parameters() if p.requires_grad]
+        self._added = 2 * sum(p.numel() * p.element_size() for p in trained)
         return LiveTensors([one for one in held if isinstance(one, Tensor)])
 
+    def before_update(self, mode: LiveTensors | None) -> None:
+        """Take the figure of forward and backward pass."""
+        if mode is not None:
+            self.peak_bytes = max(mode.peak + self._added, self.peak_bytes or 0)
+
     def end(self, mode: LiveTensors | None) -> None:
-        """Take the figure."""
-        self.peak_bytes = int(torch.cuda.max_memory_allocated()) if mode is None else mode.peak
+        """Take the figure of the whole step."""
+        peak = int(torch.cuda.max_memory_allocated()) if mode is None else mode.peak
+        self.peak_bytes = max(peak, self.peak_bytes or 0)
+
+    def wants(self, number: int) -> bool:
+        """Whether a step, counted from 1, is measured."""
+        return number > 1 if self._cuda else number <= _LAST
 
 
 class _WatchedEngine:
@@ -99,7 +114,8 @@ class _WatchedEngine:
         self._mode: LiveTensors | None = None
 
     def __call__(self, **inputs: Any) -> Any:
-        if self._steps + 1 == _WATCHED_STEP and not self._on:
+        number = self._steps + 1
+        if not self._on and self._meter.wants(number):
             self._on, self._mode = True, self._meter.begin(self._engine)
             if self._mode is not None:
                 self._mode.__enter__()
@@ -111,6 +127,8 @@ class _WatchedEngine:
         self._engine.backward(loss, last=last)
 
     def step(self, lr_scale: float) -> StepOutcome:
+        if self._on:
+            self._meter.before_update(self._mode)
         outcome = self._engine.step(lr_scale)
         self._steps += 1
         if self._on:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nvila.tuning.applying import PartCount
     from nvila.tuning.config import TuneConfig
     from nvila.tuning.data import TuneData
+    from nvila.tuning.planner import Option, Planner
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -33,19 +34,63 @@ class Prepared:
         data: The data, split and indexed.
         tune: What to do.
         parts: What would learn, by part.
+        plan: Its memory and time.
     """
 
     config: NVILAConfig
     data: TuneData
     tune: TuneConfig
     parts: dict[PartName, PartCount]
+    plan: Option | None = None
 
 
 def prepare(request: TuneRequest, settings: Settings, reporter: Reporter) -> Prepared:
-    """Check a request and read its data; weights are not touched.
+    """Check a request, read its data and plan its memory; weights are not touched.
 
     Raises:
-        ConfigError: A setting is wrong, or the memory is too small.
+        ConfigError: A setting is wrong.
+        DataError: The data cannot be used.
+        CapabilityError: The base cannot be tuned in this way here.
+        ResourceError: The memory is too small.
+    """
+    from nvila.tuning.planner import check_fits
+
+    found = read(request, settings, reporter)
+    reporter.progress("plan", 0, 1)
+    planner = open_planner(request, found)
+    if request.micro_batch_tokens is None:
+        option = planner.best(request.method, request.gradient_checkpointing)
+    else:
+        option = planner.option(
+            request.method, request.micro_batch_tokens, checkpointing=bool(request.gradient_checkpointing)
+        )
+    check_fits(option)
+    reporter.progress("plan", 1, 1)
+    tune = replace(
+        found.tune, micro_batch_tokens=option.micro_batch_tokens, gradient_checkpointing=option.checkpointing
+    )
+    return replace(found, tune=tune, plan=option)
+
+
+def open_planner(request: TuneRequest, found: Prepared) -> Planner:
+    """Return the planner of a request."""
+    from nvila.tuning.planner import Planner, available_memory, device_speed
+
+    return Planner(
+        config=found.config,
+        data=found.data,
+        tune=found.tune,
+        available=request.memory or available_memory(request.device),
+        operations_per_second=device_speed(request.device, request.precision),
+        device=request.device,
+    )
+
+
+def read(request: TuneRequest, settings: Settings, reporter: Reporter) -> Prepared:
+    """Check a request and read its data.
+
+    Raises:
+        ConfigError: A setting is wrong.
         DataError: The data cannot be used.
         CapabilityError: The base cannot be tuned in this way here.
     """

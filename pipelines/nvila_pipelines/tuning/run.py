@@ -116,8 +116,8 @@ def artifact_digest(folder: Path) -> str | None:
 def tune_dict(prepared: Prepared) -> dict[str, Any]:
     """Return the settings of the run in JSON form."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(prepared.tune)))
-    # How much goes into one forward pass follows the machine.
-    del values["micro_batch_tokens"]
+    # How it is computed follows the machine's memory.
+    del values["micro_batch_tokens"], values["gradient_checkpointing"]
     return values
 
 
@@ -147,6 +147,12 @@ def _work(
                 observers=observers,
                 on_loss=lambda found: tracker.log_metrics({"tune/held_out_loss": found.loss}, step=found.step),
                 stop=stop,
+            )
+        memory = memory_check(prepared, tuned.peak_bytes)
+        if memory["error"] is not None:
+            reporter.notice(
+                f"peak memory of a step: {memory['measured']:,} bytes measured, {memory['predicted']:,} planned "
+                f"({memory['error']:+.1%})"
             )
         after = score_model(request, prepared, tuned.directory, TUNED, out, settings, view)
         summary = _summary(request, prepared, tuned, before, after, trials)
@@ -194,6 +200,9 @@ def _summary(
     trials: list[RatioTrial],
 ) -> dict[str, Any]:
     metrics: dict[str, float] = {"steps": float(tuned.steps)}
+    memory = memory_check(prepared, tuned.peak_bytes)
+    if memory["error"] is not None:
+        metrics |= {"peak_bytes": float(memory["measured"]), "planned_bytes": float(memory["predicted"])}
     if tuned.best is not None:
         metrics |= {"held_out_loss_before": tuned.losses[0].loss, "held_out_loss": tuned.best.loss}
     for when, scores in (("before", before), ("after", after)):
@@ -213,10 +222,21 @@ def _summary(
         "scores": {"before": before.values, "after": after.values, "guard": list(request.guard)},
         "examples": after.examples,
         "ratios": [asdict(trial) for trial in trials],
-        "memory": {"measured": tuned.peak_bytes},
+        "memory": memory_check(prepared, tuned.peak_bytes),
         "max_drop": request.max_drop,
         "scorer": request.scorer,
         "metrics": metrics,
+    }
+
+
+def memory_check(prepared: Prepared, measured: int | None) -> dict[str, Any]:
+    """Return predicted and measured peak of a step, and how far they are apart."""
+    predicted = None if prepared.plan is None else prepared.plan.step.peak
+    known = measured is not None and predicted is not None
+    return {
+        "predicted": predicted,
+        "measured": measured,
+        "error": (predicted or 0) / (measured or 1) - 1 if known else None,
     }
 
 

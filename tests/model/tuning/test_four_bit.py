@@ -28,7 +28,7 @@ def test_values_are_those_of_the_quantized_format(layer: nn.Linear) -> None:
     other = nn.Sequential(copy.deepcopy(layer))
     scheme = IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(128), mapping_type=MappingType.ASYMMETRIC)
     quantize_(other, scheme, filter_fn=lambda module, _: isinstance(module, nn.Linear))
-    expected = other[0].weight.dequantize()  # type: ignore[union-attr,operator]  # torchao's tensor
+    expected = other[0].weight.dequantize()  # type: ignore[operator]  # torchao's tensor
     wide = layer.weight.detach().clone()
     made = four_bit_layer(layer)
     assert torch.equal(made.weight, expected)
@@ -52,7 +52,12 @@ def test_product_and_gradient_are_those_of_the_widened_layer(layer: nn.Linear) -
 def test_only_packed_weights_are_kept_for_the_backward_pass(layer: nn.Linear) -> None:
     made = four_bit_layer(layer)
     kept: list[torch.Tensor] = []
-    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
         made(torch.randn(5, 256, requires_grad=True))
     assert sum(x.numel() * x.element_size() for x in kept) < layer.in_features * layer.out_features
 

@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = build_model(config, tokenizer).eval()
     folder = tmp_path_factory.mktemp("base") / "model"
-    save_model(model, build_processor(model.config, tokenizer), folder)  # type: ignore[arg-type]  # its own config
+    save_model(model, build_processor(model.config, tokenizer), folder)
     return folder
 
 
