@@ -24,6 +24,7 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.planning.sizes import meta_model
 from nvila.tuning.config import TuneConfig
 from nvila.tuning.splitting import Chosen, split
+from nvila.tuning.timing import TimedStream
 
 # A held-out set of this size tells losses apart well enough, and is passed by in seconds.
 MOST_HELD_OUT = 512
@@ -140,6 +141,10 @@ def open_tune_data(
     length = max_length or int(processor.tokenizer.model_max_length)
     reporter.progress(f"read {stream.name}", 0, 0)
     train, measured = _sides(stream, held_out, seed)
+    if config.num_time_tokens:
+        train = TimedStream(train, config.num_time_tokens, config.time_token_format)
+        if measured is not None:
+            measured = TimedStream(measured, config.num_time_tokens, config.time_token_format)
     reader = MediaReader(processor)
     reader.check_room(length)
     stage = StageData(

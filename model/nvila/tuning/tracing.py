@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as _torch_config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nvila.losses import WHOLE_LOGITS, head_cross_entropy, token_nll
@@ -208,7 +209,9 @@ def _step(model: NVILAForConditionalGeneration, shape: BatchShape) -> None:
     if supervised * model.lm_head.out_features <= WHOLE_LOGITS:
         loss = token_nll(model.lm_head(hidden_MH), targets_M, None).sum()
     else:
-        loss = head_cross_entropy(model.lm_head, hidden_MH, targets_M, reduction="sum")
+        # All positions are learned ones; the meta device cannot see that.
+        with _torch_config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]  # added at import
+            loss = head_cross_entropy(model.lm_head, hidden_MH, targets_M, reduction="sum")
     (loss / supervised).backward()
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from nvila_pipelines.cli import (
+    adapters,
     convert,
     curate,
     doctor,
@@ -66,6 +67,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "plan": plan,
     "tune": tune,
+    "adapters": adapters,
     "quantize": quantize,
     "evaluate": evaluate,
     "convert": convert,

@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     add_model_and_data(parser)
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="defaults of an application: temporal, navigation, medical, or a YAML file"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would learn by part, and end")
     learning = parser.add_argument_group("learning")
     learning.add_argument("--lr", type=positive, metavar="RATE", help="of the language model (default: by its width)")
@@ -113,6 +116,10 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Do the work and return the exit code."""
+    if args.recipe is not None:
+        from nvila_pipelines.tuning.recipes import apply_recipe
+
+        apply_recipe(args, args.recipe)
     method_of(args)  # says what is wrong before torch is imported
     prepare_workspace(settings)
     request = request_of(args, settings)

@@ -13,6 +13,15 @@ WORDS = "what color is the shape ? red blue green yes no is there a circle recta
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="session")
+def base_with_times(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_base(tmp_path_factory.mktemp("times") / "model", time_tokens=100)
+
+
+def build_base(folder: Path, time_tokens: int = 0) -> Path:
     import torch
 
     from nvila.assembly import build_model, build_processor, save_model
@@ -43,10 +52,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tie_word_embeddings": True,
     }
     config = ModelConfig(
-        vision=vision, language=language, projector="mlp_downsample_2x2_fix", select_layer=-2, max_length=128
+        vision=vision,
+        language=language,
+        projector="mlp_downsample_2x2_fix",
+        select_layer=-2,
+        max_length=128,
+        time_tokens=time_tokens,
     )
     model = build_model(config, tokenizer).eval()
-    folder = tmp_path_factory.mktemp("base") / "model"
     save_model(model, build_processor(model.config, tokenizer), folder)
     return folder
 
