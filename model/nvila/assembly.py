@@ -103,24 +103,32 @@ def save_model(
     processor.save_pretrained(directory)
 
 
-def load_model(directory: Path, **options: Any) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
+def load_model(
+    directory: Path, *, base: Path | None = None, **options: Any
+) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
     """Load a folder that `save_model` wrote; a quantized folder comes back with its quantized layers.
+
+    An adapter (`nvila.tuning.adapters`) comes back over its base, not merged.
 
     Args:
         directory: The folder.
+        base: Of an adapter: where its base is now; None takes where it was when the adapter was trained.
         **options: Arguments of `from_pretrained`, such as `dtype`, `device_map` and `attn_implementation`; not for
             quantized folders.
 
     Raises:
         CheckpointError: The folder is not a complete model, holds files that could execute code, or weights that are
-            NaN or infinite.
+            NaN or infinite; or an adapter belongs to another base.
     """
     from safetensors import SafetensorError
 
     from nvila.quantization.saved import is_quantized, load_quantized
+    from nvila.tuning.adapters import is_adapter, load_adapter
 
     check_model_files(directory)
     register_auto_classes()
+    if is_adapter(directory):
+        return load_adapter(directory, base, **options)
     try:
         model = load_quantized(directory) if is_quantized(directory) else _load_wide(directory, options)
         processor = NVILAProcessor.from_pretrained(directory)

@@ -103,9 +103,11 @@ class _TorchEngine:
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device = self._parameters[0].device
 
     def __call__(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
+        moved = {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return self.module(**moved)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         loss.backward()

@@ -26,6 +26,7 @@ from nvila.training.metrics import MetricsLog, drop_lines
 from nvila.training.observer import StageObserver, StageStart, StepRecord
 from nvila.training.precision import autocast
 from nvila.training.processes import gathered, rank, total, world_size
+from nvila.training.validation import Validator
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class StageLoop:
         stop: Ends the stage after the step that it came in.
         skipped_path: File that names the samples of skipped steps.
         flat: Join the rows of a batch to one without padding, whose samples the decoder tells apart by their lengths.
+        validator: Looks at the model between steps, and may end the stage before its last step.
     """
 
     engine: TrainEngine
@@ -59,13 +61,16 @@ class StageLoop:
     stop: StopRequest = field(default_factory=StopRequest)
     skipped_path: Path | None = None
     flat: bool = False
+    validator: Validator | None = None
     _health: Health = field(init=False)
     _noise: torch.Generator = field(init=False)
+    _device_type: str = field(init=False)
     _tokens: int = 0
     _samples: int = 0
 
     def __post_init__(self) -> None:
         self._health = Health(self.config.health)
+        self._device_type = next(self.engine.module.parameters()).device.type
         # Ranks see different images and move them differently.
         self._noise = torch.Generator().manual_seed(self.config.seed + 1_000_003 * rank())
 
@@ -95,13 +100,16 @@ class StageLoop:
             record = self._record(step, sums, outcome, lr_scale, timing)
             self._follow(record, rows)
             stopping = sums[-2] > 0
-            last = step + 1 == self.stage.steps
+            ended = self.validator is not None and self.validator.after_step(step + 1, self.stage.steps)
+            last = ended or step + 1 == self.stage.steps
             if not last and (stopping or sums[-1] > 0 or self._due_by_step(step + 1)):
                 saved = self._save(step + 1)
                 if stopping:
                     self.stop.end(
                         f"after step {step + 1} of stage {self.stage.name}" + ("" if saved else ", not saved")
                     )
+            if ended:
+                break
         self._health.finish(self.stage.name)
         for observer in self._all():
             observer.on_stage_end(self.stage.name)
@@ -123,6 +131,8 @@ class StageLoop:
             self.log.smooth_loss = math.nan if state["smooth_loss"] is None else state["smooth_loss"]
         if rank() == 0 and self.skipped_path is not None:
             drop_lines(self.skipped_path, self.stage.name, first + 1)
+        if self.validator is not None:
+            self.validator.begin(first)
         trained = sum(_numel(p) for p in self.engine.module.parameters() if p.requires_grad)
         start = StageStart(
             stage=self.stage.name,
@@ -154,7 +164,7 @@ class StageLoop:
                 media["pixel_values"] = random_shift(media["pixel_values"], self.stage.max_shift_pixels, self._noise)
             loading += time.monotonic() - begin
             tiles += num_tiles(media)
-            with autocast(self.config.precision, batch.input_ids.device.type):
+            with autocast(self.config.precision, self._device_type):
                 loss = self.engine(**model_inputs(batch, media, flat=self.flat)).loss
             value, weight = float(loss.detach()), count / supervised
             part += value * weight

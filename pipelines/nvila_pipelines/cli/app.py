@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from nvila_pipelines.cli import (
+    adapters,
     compare,
     convert,
     curate,
@@ -18,10 +19,12 @@ from nvila_pipelines.cli import (
     evaluate,
     gate,
     inspect,
+    plan,
     quantize,
     run,
     serve,
     train,
+    tune,
     ui,
     version,
 )
@@ -32,12 +35,15 @@ from nvila_platform.launch.stopping import terminable
 from nvila_platform.settings import Settings
 from nvila_platform.telemetry import configure_logging
 
-DESCRIPTION = "NVILA on one machine: curate, train, quantize, evaluate, register and serve a visual language model."
+DESCRIPTION = (
+    "NVILA on one machine: curate, train, tune, quantize, evaluate, register and serve a visual language model."
+)
 EPILOG = """\
 examples:
   nvila run                              the whole lifecycle with the recipe quickstart
   nvila run --fast --serve               a short one that leaves the endpoint up
   nvila train seed=1 train.precision=bf16
+  nvila tune models:/nvila@champion my-data/
   nvila serve models:/nvila@champion
   nvila doctor                           is this machine ready?
 
@@ -62,6 +68,9 @@ VERBS: dict[str, Verb] = {
     "run": run,
     "curate": curate,
     "train": train,
+    "plan": plan,
+    "tune": tune,
+    "adapters": adapters,
     "quantize": quantize,
     "evaluate": evaluate,
     "compare": compare,

@@ -135,7 +135,8 @@ def _load_model(request: EvaluationRequest) -> Answerer:
     torch.set_num_threads(request.threads)
     folder = Path(request.model)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[request.dtype]
-    model, processor = load_model(folder, **({} if is_quantized(folder) else {"dtype": dtype}))
+    options: dict[str, Any] = {} if is_quantized(folder) else {"dtype": dtype}
+    model, processor = load_model(folder, **options)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if request.device == "cuda" else request.device
     return ModelAnswerer(model.to(device), processor)  # type: ignore[arg-type]  # transformers types `to` as a function
 

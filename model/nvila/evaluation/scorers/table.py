@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from nvila.errors import CapabilityError, ConfigError, nearest
+from nvila.evaluation.scorers.actions import EXPERT_TRIGGER, NAVIGATION_ACTION
 from nvila.evaluation.scorers.anls import ANLS
 from nvila.evaluation.scorers.chexpert import CHEXPERT
 from nvila.evaluation.scorers.choices import CHOICE, CHOICE_OR_TEXT
@@ -19,7 +20,7 @@ from nvila.evaluation.scorers.open_video import OPEN_VIDEO
 from nvila.evaluation.scorers.overlap import REPORT
 from nvila.evaluation.scorers.pope import POPE
 from nvila.evaluation.scorers.relaxed import RELAXED
-from nvila.evaluation.scorers.temporal import TEMPORAL
+from nvila.evaluation.scorers.temporal import TEMPORAL, TIME_SPAN
 from nvila.evaluation.scorers.vqa import TEXT_VQA, VQA
 
 SCORERS: dict[str, Scorer] = {
@@ -27,11 +28,13 @@ SCORERS: dict[str, Scorer] = {
     "chexpert_f1": CHEXPERT,
     "choice_or_text": CHOICE_OR_TEXT,
     "exact_match": EXACT,
+    "expert_trigger": EXPERT_TRIGGER,
     "mathvista": MATHVISTA,
     "medical_vqa": MEDICAL_VQA,
     "mmmu": MMMU,
     "multiple_choice": CHOICE,
     "navigation": NAVIGATION,
+    "navigation_action": NAVIGATION_ACTION,
     "ocrbench": OCRBENCH,
     "open_video": OPEN_VIDEO,
     "pope": POPE,
@@ -39,6 +42,7 @@ SCORERS: dict[str, Scorer] = {
     "report": REPORT,
     "temporal": TEMPORAL,
     "text_vqa": TEXT_VQA,
+    "time_span": TIME_SPAN,
     "vqa": VQA,
 }
 # Other packages add scorers here: a name, and the module and attribute of a `Scorer`.

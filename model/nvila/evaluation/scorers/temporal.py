@@ -93,3 +93,20 @@ TEMPORAL = Scorer(
     },
     needs=("answer", "duration"),
 )
+
+
+def time_span(prediction: str, reference: Reference) -> Marks:
+    """Score a span of time tokens; the answer is one too, so that the video's length does not matter.
+
+    Raises:
+        DataError: The answer names no span.
+    """
+    answer = str(reference.get("answer"))
+    if len(_TIME_TOKEN.findall(answer)) < 2:
+        raise DataError(f"the answer {answer!r} has no two time tokens", "tune a model with time tokens on <seconds>")
+    read, wanted = (read_span(text, float(NUM_TIME_TOKENS - 1)) for text in (prediction, answer))
+    iou = overlap(read, wanted)
+    return {READ: list(read), "video": str(reference.get("id", "")), "iou": iou, "hit": float(iou >= 0.5)}
+
+
+TIME_SPAN = Scorer(score=time_span, metrics=TEMPORAL.metrics)

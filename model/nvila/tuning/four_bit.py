@@ -1,0 +1,193 @@
+"""A frozen linear layer in 4 bits, for QLoRA (Dettmers et al., arXiv 2305.14314) where bitsandbytes cannot run.
+
+Values are those of `nvila quantize`: torchao's asymmetric 4-bit groups along the inputs. They stay packed, two to a
+byte, and are widened for one product at a time, in the backward pass too: torch would otherwise keep the wide weights
+of all layers from the forward pass to the backward pass, and nothing would be saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nvila.errors import CapabilityError
+from nvila.modeling import NVILAForConditionalGeneration
+from nvila.quantization.quantize import INT4
+from nvila.quantization.saved import pack_nibbles, unpack_nibbles
+
+GROUP_SIZES = (128, 64, 32, 16)
+
+
+class FourBitLinear(nn.Linear):
+    """A linear layer whose weight is packed 4-bit codes; it passes gradients on and learns nothing.
+
+    Args:
+        codes: Packed values, uint8 of shape (out, in / 2).
+        scale: Of every group, (out, groups).
+        zero: Code that stands for 0, (out, groups).
+        bias: Bias (out), if any.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
+        # Not that of nn.Linear, which would make a wide weight.
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = codes.shape[0], 2 * codes.shape[1]
+        for name, value in (("codes", codes), ("scale", scale), ("zero", zero)):
+            self.register_buffer(name, value)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # made when it is asked for
+        """The wide weight (out, in), made anew."""
+        return _widen(self.codes, self.scale, self.zero)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        out = cast("Tensor", _FourBitProduct.apply(input, self.codes, self.scale, self.zero))
+        bias = cast("Tensor | None", self.bias)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def widened(self) -> nn.Linear:
+        """Return an ordinary layer of the same values."""
+        with torch.device("meta"):
+            wide = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        wide.weight = nn.Parameter(self.weight, requires_grad=False)
+        wide.bias = self.bias
+        return wide
+
+    def extra_repr(self) -> str:
+        """Return the shape."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits=4"
+
+
+class _FourBitProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scale, zero)
+        ctx.dtype = x.dtype
+        return F.linear(x, _widen(codes, scale, zero).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scale, zero = ctx.saved_tensors
+        return grads[0] @ _widen(codes, scale, zero).to(grads[0].dtype), None, None, None
+
+
+def _widen(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    wide: Tensor = unpack_nibbles(codes).to(scale.dtype).unflatten(1, (scale.shape[1], -1))
+    return wide.sub_(zero.unsqueeze(2)).mul_(scale.unsqueeze(2)).flatten(1)
+
+
+def group_size(width: int) -> int | None:
+    """Return the largest usable group for layers of so many inputs; None where there is none.
+
+    Example:
+        >>> group_size(3584), group_size(96)
+        (128, 32)
+    """
+    return next((size for size in GROUP_SIZES if width % size == 0), None)
+
+
+def check_four_bit(language: Any) -> None:
+    """Check, from the configuration of a decoder alone, that its layers can be kept in 4 bits.
+
+    Raises:
+        CapabilityError: They cannot.
+    """
+    for name in ("hidden_size", "intermediate_size"):
+        width = int(getattr(language, name, 0) or 0)
+        if width and group_size(width) is None:
+            raise CapabilityError(
+                f"language=qlora: {name} {width} is no multiple of {GROUP_SIZES[-1]}, so no 4-bit kernel takes it",
+                "use language=lora",
+            )
+
+
+def to_four_bit(model: NVILAForConditionalGeneration) -> int:
+    """Keep the linear layers of the language model in 4 bits, in place; the head stays as it is.
+
+    On a GPU that is bitsandbytes' NF4 with double quantization, elsewhere `FourBitLinear`.
+
+    Returns:
+        How many layers were changed.
+
+    Raises:
+        CapabilityError: There is no kernel for a layer, or bitsandbytes is missing on a GPU.
+    """
+    decoder = cast("nn.Module", model.model.language_model)
+    names = [name for name, child in decoder.named_modules() if type(child) is nn.Linear]
+    for name in names:
+        layer = cast("nn.Linear", decoder.get_submodule(name))
+        made = _nf4_layer(layer) if layer.weight.device.type == "cuda" else four_bit_layer(layer)
+        parent, _, own = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), own, made)
+    return len(names)
+
+
+def four_bit_layer(layer: nn.Linear) -> FourBitLinear:
+    """Quantize a linear layer; on the meta device only its shape is made."""
+    size = group_size(layer.in_features)
+    if size is None:
+        raise CapabilityError(
+            f"language=qlora: a layer of {layer.in_features} inputs has no 4-bit kernel", "use language=lora"
+        )
+    bias, groups = layer.bias, layer.in_features // size
+    if layer.weight.is_meta:
+        shape = (layer.out_features, groups)
+        codes = torch.empty(layer.out_features, layer.in_features // 2, dtype=torch.uint8, device="meta")
+        scale, zero = (torch.empty(shape, dtype=layer.weight.dtype, device="meta") for _ in range(2))
+        return FourBitLinear(codes, scale, zero, bias)
+    from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    holder = nn.Sequential(layer)
+    quantize_(
+        holder,
+        IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(size), mapping_type=MappingType.ASYMMETRIC),
+        filter_fn=lambda module, _: isinstance(module, nn.Linear),
+    )
+    quantized: Any = cast("nn.Linear", holder[0]).weight
+    shape = (layer.out_features, groups)
+    scale, zero = quantized.scale.reshape(shape), quantized.zero_point.reshape(shape)
+    return FourBitLinear(pack_nibbles(quantized.qdata), scale.contiguous(), zero.to(scale.dtype).contiguous(), bias)
+
+
+def widen_model(model: nn.Module) -> int:
+    """Put ordinary layers in the place of all `FourBitLinear`; returns how many there were."""
+    found = [(name, child) for name, child in model.named_modules() if isinstance(child, FourBitLinear)]
+    for name, child in found:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, child.widened())
+    return len(found)
+
+
+def _nf4_layer(layer: nn.Linear) -> nn.Module:
+    try:
+        import bitsandbytes as bnb
+    except ImportError as e:
+        raise CapabilityError(
+            "language=qlora on a GPU needs bitsandbytes, which is not installed",
+            "pip install 'nvila[tune-gpu]', or use language=lora",
+        ) from e
+    made = bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=torch.bfloat16,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    made.weight = bnb.nn.Params4bit(
+        layer.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
+    )
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    moved: nn.Module = made.to(layer.weight.device)  # which quantizes
+    return moved

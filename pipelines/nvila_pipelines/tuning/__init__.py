@@ -1,0 +1,1 @@
+"""Tuning a model on one's own data, as a user asks for it: from a folder to a registered model."""

@@ -1,0 +1,265 @@
+"""A tuning from request to registered model; whatever is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvila.errors import GateError
+from nvila_pipelines.curation.spec import data_digest
+from nvila_pipelines.tuning.preparing import Prepared, prepare, tune_config
+from nvila_pipelines.tuning.report import write_report
+from nvila_pipelines.tuning.request import AUTO, TuneRequest
+from nvila_pipelines.tuning.scoring import BASE, TUNED, Scores, score_model
+from nvila_platform.artifacts import (
+    code_version,
+    content_key,
+    read_manifest,
+    storage_errors,
+    utc_now,
+    write_atomically,
+    write_manifest,
+)
+from nvila_platform.cost import UsageMeter
+from nvila_platform.settings import Settings
+from nvila_platform.store import ArtifactRef, open_store, reuse
+
+if TYPE_CHECKING:
+    from nvila.progress import Reporter
+    from nvila.tuning.ratio import RatioTrial
+    from nvila_platform.telemetry import ProgressView
+    from nvila_platform.tracking import Tracker
+
+STEP = "tune"
+SUMMARY_FILE = "summary.json"
+ALIAS = "candidate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOutcome:
+    """What a tuning made.
+
+    Args:
+        ref: The artifact.
+        directory: Its folder; the model is in `model/`.
+        summary: What `summary.json` holds.
+        registered: Address in the registry; None when it was not registered.
+        reused: Whether everything was there already.
+    """
+
+    ref: ArtifactRef
+    directory: Path
+    summary: dict[str, Any]
+    registered: str | None
+    reused: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form of the command."""
+        return {
+            **self.summary,
+            "model": self.registered,
+            "path": str(self.directory / "model"),
+            "digest": self.ref.digest,
+            "reused": self.reused,
+        }
+
+
+def tune_model(request: TuneRequest, settings: Settings, view: ProgressView) -> TuneOutcome:
+    """Tune, evaluate and register a model.
+
+    Raises:
+        GateError: The tuned model forgot more than it may; its artifact stays, unregistered.
+        NvilaError: Something is wrong with the request, the data or the base; the same command goes on from there.
+    """
+    from nvila.tuning.adapters import base_digest
+
+    reporter = view.reporter(STEP)
+    prepared = prepare(request, settings, reporter)
+    digest = base_digest(request.model)
+    inputs = {"base": artifact_digest(request.model) or digest, "data": data_digest(request.data)}
+    config = request.to_dict() | {"base_digest": digest, "tune": tune_dict(prepared)}
+    key = content_key(STEP, config, inputs, code_version())
+    store = open_store(settings)
+    with store.lock(STEP, key, reporter):
+        ref = reuse(store, STEP, key, reporter)
+        reused = ref is not None
+        if ref is None:
+            out, started_at, meter = store.work_dir(STEP, key), utc_now(), UsageMeter(settings)
+            with storage_errors(out):
+                summary = _work(request, prepared, digest, out, settings, view)
+            write_manifest(
+                out,
+                step=STEP,
+                key=key,
+                config=config,
+                inputs=inputs,
+                code_version=code_version(),
+                started_at=started_at,
+                metrics={**summary["metrics"], **meter.usage().metrics()},
+            )
+            ref = store.publish(out)
+        directory = store.fetch(ref)
+        summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
+        _check_guard(request, summary, directory)
+        registered = _register(request, settings, ref, summary) if request.name is not None else None
+    return TuneOutcome(ref=ref, directory=directory, summary=summary, registered=registered, reused=reused)
+
+
+def artifact_digest(folder: Path) -> str | None:
+    """Return the digest of the artifact that a model folder belongs to, for its lineage; None where there is none."""
+    manifest = read_manifest(folder) or read_manifest(folder.parent)
+    return None if manifest is None else manifest.digest
+
+
+def tune_dict(prepared: Prepared) -> dict[str, Any]:
+    """Return the settings of the run in JSON form."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(prepared.tune)))
+    # How it is computed follows the machine's memory.
+    del values["micro_batch_tokens"], values["gradient_checkpointing"]
+    return values
+
+
+def _work(
+    request: TuneRequest, prepared: Prepared, digest: str, out: Path, settings: Settings, view: ProgressView
+) -> dict[str, Any]:
+    from nvila.tuning.run import tune
+    from nvila_platform.tracking import open_tracker
+
+    reporter = view.reporter(STEP)
+    with open_tracker(settings, f"{STEP} {out.name}", tags={"nvila.step": STEP}) as tracker:
+        tracker.log_params({"method": request.method.name, "base": digest[:12], **request.to_dict()})
+        before = score_model(request, prepared, request.model, BASE, out, settings, view)
+        trials: list[RatioTrial] = []
+        if request.ratio == AUTO:
+            prepared, trials = _sweep(request, prepared, digest, out, reporter)
+        with _watching(prepared, out, settings, reporter, tracker) as (observers, stop):
+            tuned = tune(
+                prepared.tune,
+                request.model,
+                digest,
+                prepared.data,
+                out,
+                merged=request.merge,
+                device=request.device,
+                reporter=reporter,
+                observers=observers,
+                on_loss=lambda found: tracker.log_metrics({"tune/held_out_loss": found.loss}, step=found.step),
+                stop=stop,
+            )
+        memory = memory_check(prepared, tuned.peak_bytes)
+        if memory["error"] is not None:
+            reporter.notice(
+                f"peak memory of a step: {memory['measured']:,} bytes measured, {memory['predicted']:,} planned "
+                f"({memory['error']:+.1%})"
+            )
+        after = score_model(request, prepared, tuned.directory, TUNED, out, settings, view)
+        summary = _summary(request, prepared, tuned, before, after, trials)
+        write_atomically(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        write_report(out, summary, settings.workspace / "cache" / "matplotlib")
+        tracker.log_metrics(summary["metrics"])
+        tracker.log_artifact(out / "report.html")
+    return summary
+
+
+def _sweep(
+    request: TuneRequest, prepared: Prepared, digest: str, out: Path, reporter: Reporter
+) -> tuple[Prepared, list[RatioTrial]]:
+    """Try ratios, and return the preparation with the best one."""
+    from nvila.tuning.ratio import best_trial, sweep_ratios
+
+    trials = sweep_ratios(
+        prepared.tune,
+        lambda ratio: tune_config(request, prepared.config, prepared.data, ratio).rates,
+        request.model,
+        digest,
+        prepared.data,
+        out / ".sweep",
+        device=request.device,
+        reporter=reporter,
+    )
+    best = best_trial(trials)
+    reporter.notice(f"--lr-ratio auto: {best.ratio:g} has the lowest held-out loss, {best.loss:.4f}")
+    rates = tune_config(request, prepared.config, prepared.data, best.ratio).rates
+    return replace(prepared, tune=replace(prepared.tune, rates=rates)), trials
+
+
+def _watching(prepared: Prepared, out: Path, settings: Settings, reporter: Reporter, tracker: Tracker) -> Any:
+    from nvila_pipelines.tuning.watching import watching
+
+    return watching(prepared, out, settings, reporter, tracker)
+
+
+def _summary(
+    request: TuneRequest,
+    prepared: Prepared,
+    tuned: Any,
+    before: Scores,
+    after: Scores,
+    trials: list[RatioTrial],
+) -> dict[str, Any]:
+    metrics: dict[str, float] = {"steps": float(tuned.steps)}
+    memory = memory_check(prepared, tuned.peak_bytes)
+    if memory["error"] is not None:
+        metrics |= {"peak_bytes": float(memory["measured"]), "planned_bytes": float(memory["predicted"])}
+    if tuned.best is not None:
+        metrics |= {"held_out_loss_before": tuned.losses[0].loss, "held_out_loss": tuned.best.loss}
+    for when, scores in (("before", before), ("after", after)):
+        metrics |= {f"{name}_{when}": value for name, value in scores.values.items()}
+    return {
+        "method": request.method.to_dict(),
+        "name": request.method.name,
+        "rates": dict(prepared.tune.rates),
+        "parts": {part: {"total": one.total, "trained": one.num_trained} for part, one in prepared.parts.items()},
+        "samples": {
+            "train": len(prepared.data.store),
+            "held_out": 0 if prepared.data.held_out is None else prepared.data.held_out.count(),
+            "set_aside": prepared.data.store.num_bad,
+        },
+        "losses": [{"step": one.step, "loss": one.loss} for one in tuned.losses],
+        "best_step": None if tuned.best is None else tuned.best.step,
+        "scores": {"before": before.values, "after": after.values, "guard": list(request.guard)},
+        "examples": after.examples,
+        "ratios": [asdict(trial) for trial in trials],
+        "memory": memory_check(prepared, tuned.peak_bytes),
+        "max_drop": request.max_drop,
+        "scorer": request.scorer,
+        "metrics": metrics,
+    }
+
+
+def memory_check(prepared: Prepared, measured: int | None) -> dict[str, Any]:
+    """Return predicted and measured peak of a step, and how far they are apart."""
+    predicted = None if prepared.plan is None else prepared.plan.step.peak
+    known = measured is not None and predicted is not None
+    return {
+        "predicted": predicted,
+        "measured": measured,
+        "error": (predicted or 0) / (measured or 1) - 1 if known else None,
+    }
+
+
+def _check_guard(request: TuneRequest, summary: dict[str, Any], directory: Path) -> None:
+    scores = summary["scores"]
+    for task in scores["guard"]:
+        before, after = scores["before"][task], scores["after"][task]
+        if before - after > request.max_drop:
+            raise GateError(
+                f"the tuned model fell from {before:.3f} to {after:.3f} on {task}, more than --max-drop "
+                f"{request.max_drop:g}; it is in {directory}, not registered",
+                "mix general data into DATA, tune less (lower --lr, fewer --epochs), or allow more with --max-drop",
+            )
+
+
+def _register(request: TuneRequest, settings: Settings, ref: ArtifactRef, summary: dict[str, Any]) -> str:
+    from nvila_platform.lineage import trace
+    from nvila_platform.registry import register_model, set_alias
+
+    assert request.name is not None
+    lineage = trace(open_store(settings), ref.digest)
+    tags = {f"nvila.lineage.{node.step}": node.digest for node in lineage.walk() if node.step}
+    tags |= {"nvila.code_version": lineage.code_version, "nvila.method": summary["name"]}
+    version = register_model(settings, request.name, ref, None, tags)
+    set_alias(settings, request.name, ALIAS, version.version)
+    return version.model_uri
