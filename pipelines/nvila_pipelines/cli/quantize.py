@@ -26,16 +26,19 @@ EPILOG = """\
 examples:
   nvila quantize MODEL --data mine.jsonl             SmoothQuant W8A8 tower, AWQ 4-bit language model, on your samples
   nvila quantize models:/nvila@champion --data easy-vqa --language int8 --budget 0.5
+  nvila quantize MODEL --data DATA --export compressed-tensors --export gguf      the language part for vLLM, llama.cpp
   nvila quantize MODEL --vision none --language fp8  without data: rounded to nearest, nothing measured
   nvila quantize fast seed=1                         the quantization step of a recipe
 
 outputs in WORKSPACE/artifacts/quantize/KEY, and in DIR with --out:
   model/              safetensors with quantization_config; from_pretrained, evaluate and serve load it
   quantization.json   by part: size, accuracy, error of every layer, time to the first token, tokens a second
+  exports/            what --export asks for
 
 A part that loses more than the budget is left wide, and named.
 """
 SCHEMES = ("w8a8", "w4a16", "int8", "fp8", "none")
+EXPORTS = ("compressed-tensors", "gguf")
 _OPTIONS = (
     "vision",
     "language",
@@ -47,6 +50,7 @@ _OPTIONS = (
     "eval_samples",
     "budget",
     "alpha",
+    "export",
     "dtype",
     "device",
     "out",
@@ -79,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     result.add_argument(
         "--alpha", type=_fraction, metavar="A", help="SmoothQuant: 0 scales nothing, 1 moves most (default: 0.5)"
     )
+    result.add_argument(
+        "--export", action="append", choices=EXPORTS, help="also write the language part in this form; may be repeated"
+    )
     result.add_argument("--out", type=Path, metavar="DIR", help="new folder for a copy of the result")
     result.add_argument("--register", metavar="NAME[@ALIAS]", help="register the result, with its report as tags")
     result.add_argument("--no-speed", action="store_true", default=None, help="do not time requests")
@@ -106,9 +113,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     if not args.words or "=" in args.words[0]:
         raise ConfigError(f"{given[0]} is about a model, but none is named", "nvila quantize MODEL --data DATA")
     if len(args.words) > 1:
-        raise ConfigError(
-            f"{args.words[1]} follows the model {args.words[0]}", "only recipes take fields; leave it out"
-        )
+        problem = f"{args.words[1]} follows the model {args.words[0]}"
+        raise ConfigError(problem, "only recipes take fields; leave it out")
     if args.out is not None and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {args.out} exists", "name a folder that does not")
     name, alias = _registration(args.register)
@@ -173,6 +179,7 @@ def make_request(args: argparse.Namespace, settings: Settings) -> QuantizationRe
         config=QuantizationConfig(vision=vision, language=language, group_size=group),
         data=data,
         data_digest=data_digest(data) if data is not None else None,
+        exports=tuple(dict.fromkeys(getattr(args, "export", None) or ())),
         device=_device(args.device or "auto"),
         speed=not getattr(args, "no_speed", None),
         **options,
@@ -222,6 +229,9 @@ def show(folder: Path, ref: ArtifactRef, version: str | None, *, as_json: bool) 
     for part in report["left_wide"]:
         emit(f"{part} is left wide: it lost more than the budget of {report['budget']:g} points")
     emit(f"model: {folder / 'model'}")
+    exports = folder / "exports"
+    for path in sorted(exports.iterdir()) if exports.is_dir() else ():
+        emit(f"export: {path}")
     if version is not None:
         emit(f"registered: {version}")
 

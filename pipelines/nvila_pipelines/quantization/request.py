@@ -10,6 +10,8 @@ from nvila.errors import ConfigError
 from nvila.quantization.config import QuantizationConfig
 from nvila_pipelines.curation.spec import DataSpec
 
+EXPORTS = ("compressed-tensors", "gguf")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationRequest:
@@ -25,6 +27,7 @@ class QuantizationRequest:
         measure: Other samples, to measure on; 0 measures no accuracy, so that every part is kept.
         budget: Points of accuracy that a part may lose.
         alpha: Strength of SmoothQuant.
+        exports: Other forms of the language part, names in `EXPORTS`.
         dtype: Type of what stays wide; None is that of the stored weights.
         device: Where to work.
         speed: Whether to time requests.
@@ -39,6 +42,7 @@ class QuantizationRequest:
     measure: int = 512
     budget: float = 1.0
     alpha: float = 0.5
+    exports: tuple[str, ...] = ()
     dtype: str | None = None
     device: str = "cpu"
     speed: bool = True
@@ -56,6 +60,7 @@ class QuantizationRequest:
             "measure": self.measure if self.data else 0,
             "budget": self.budget,
             "alpha": self.alpha,
+            "exports": sorted(self.exports),
             "dtype": self.dtype,
             "device": self.device,
             "speed": self.speed,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STEP = "quantize"
 MODEL_FOLDER = "model"
+EXPORT_FOLDER = "exports"
 SIZES_FILE = "sizes.json"
 
 
@@ -30,7 +31,7 @@ def quantize_folder(request: QuantizationRequest, settings: Settings, reporter: 
     """Quantize, measure and export a model; work that is finished is reused.
 
     Returns:
-        The artifact: `model/`, `quantization.json` and `sizes.json`.
+        The artifact: `model/`, `quantization.json`, `sizes.json` and what was exported.
 
     Raises:
         NvilaError: The model, the data or an option is wrong.
@@ -121,7 +122,27 @@ def _work(request: QuantizationRequest, out: Path, reporter: Reporter) -> dict[s
     )
     del config
     metrics = write_result(model, processor, report, out)
+    shutil.rmtree(out / EXPORT_FOLDER, ignore_errors=True)
+    for name in request.exports:
+        reporter.progress(f"export {name}", 0, 1)
+        metrics |= export_language(model, processor, name, out / EXPORT_FOLDER)
+        reporter.progress(f"export {name}", 1, 1)
     return metrics
+
+
+def export_language(
+    model: NVILAForConditionalGeneration, processor: NVILAProcessor, name: str, folder: Path
+) -> dict[str, float]:
+    """Write the language part in another form below a folder; return its size as a metric."""
+    if name == "gguf":
+        from nvila.quantization.gguf_export import export_gguf
+
+        size = export_gguf(model, processor.tokenizer, folder / "language.gguf")
+    else:
+        from nvila.quantization.compressed_export import export_compressed
+
+        size = export_compressed(model, processor.tokenizer, folder / "language-compressed-tensors")
+    return {f"{name.replace('-', '_')}_bytes": float(size)}
 
 
 def _load(request: QuantizationRequest) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:

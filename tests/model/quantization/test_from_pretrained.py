@@ -86,10 +86,10 @@ def test_a_part_cannot_be_loaded_alone(stored: Path) -> None:
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_scheme_comes_back_to_the_bit(
-    scheme: Scheme, dtype: torch.dtype, fresh_model: NVILAForConditionalGeneration, tmp_path: Path
+    scheme: Scheme, dtype: torch.dtype, saved_model: Path, tmp_path: Path
 ) -> None:
     config = QuantizationConfig(vision=scheme, language=scheme, group_size=32)
-    model: Any = fresh_model.to(dtype)  # type: ignore[arg-type]  # transformers types `to` as a function
+    model, _ = load_model(saved_model, dtype=dtype)
     quantize_model(model, config)
     save_quantized(model, config, tmp_path)
     loaded = load_quantized(tmp_path).eval()

@@ -103,13 +103,26 @@ def test_a_model_is_quantized_measured_and_found_again(nvila: Callable[..., Any]
 def test_a_result_is_copied_registered_and_evaluated(
     nvila: Callable[..., Any], model_folder: Path, tmp_path: Path
 ) -> None:
-    words = ("--vision", "none", "--language", "fp8", "--out", tmp_path / "small", "--register", "tiny@candidate")
+    exports = ("--export", "gguf", "--export", "compressed-tensors")
+    words = (
+        *exports,
+        "--vision",
+        "none",
+        "--language",
+        "fp8",
+        "--out",
+        tmp_path / "small",
+        "--register",
+        "tiny@candidate",
+    )
     done = nvila("quantize", model_folder, *words, "--json")
     assert done.code == 0, done.err
     assert done.last_json["model"] == "models:/tiny@candidate"
     assert done.last_json["path"] == str(tmp_path / "small")
     assert "rounded to nearest" in done.err
     assert (tmp_path / "small" / "model" / "config.json").is_file()
+    assert (tmp_path / "small" / "exports" / "language.gguf").is_file()
+    assert (tmp_path / "small" / "exports" / "language-compressed-tensors" / "model.safetensors").is_file()
 
     from nvila_platform.registry import resolve
     from nvila_platform.settings import Settings
