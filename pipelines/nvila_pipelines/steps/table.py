@@ -70,7 +70,7 @@ _ROWS = (
         ),
         inputs={"data": "data", "selection": "curate"},
     ),
-    StepSpec(name="quantize", module="quantize", sections=("quantize",), inputs={"model": "train"}),
+    StepSpec(name="quantize", module="quantize", sections=("quantize",), inputs={"data": "data", "model": "train"}),
     StepSpec(
         name="evaluate-wide",
         module="evaluate",
