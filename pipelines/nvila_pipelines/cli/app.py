@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from nvila_pipelines.cli import convert, curate, doctor, evaluate, inspect, quantize, run, serve, train, ui, version
+from nvila_pipelines.cli import (
+    bench,
+    convert,
+    curate,
+    doctor,
+    evaluate,
+    inspect,
+    quantize,
+    run,
+    serve,
+    train,
+    ui,
+    version,
+)
 from nvila_pipelines.cli.failures import guarded
 from nvila_pipelines.cli.options import add_common_arguments
 from nvila_pipelines.cli.parser import Parser
@@ -49,6 +62,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "quantize": quantize,
     "evaluate": evaluate,
+    "bench": bench,
     "convert": convert,
     "inspect": inspect,
     "serve": serve,

@@ -105,22 +105,17 @@ def metrics_of(report: QuantizationReport) -> dict[str, float]:
 
 def _work(request: QuantizationRequest, out: Path, reporter: Reporter) -> dict[str, float]:
     from nvila.quantization.run import quantize_in_parts
-    from nvila.quantization.saved import is_quantized, restore_part
+    from nvila.quantization.saved import restore_part
 
-    if is_quantized(request.model):
-        raise ConfigError(f"{request.model} is quantized already", "name the wide model that it was made of")
-    for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    model, processor = _load(request)
-    config, report = quantize_in_parts(
+    model, processor = load_wide(request)
+    _, report = quantize_in_parts(
         model,
         processor,
         request.config,
-        _measuring(request, out),
+        measuring_of(request, out),
         restore=lambda part: restore_part(model, request.model, part),
         reporter=reporter,
     )
-    del config
     metrics = write_result(model, processor, report, out)
     shutil.rmtree(out / EXPORT_FOLDER, ignore_errors=True)
     for name in request.exports:
@@ -145,12 +140,22 @@ def export_language(
     return {f"{name.replace('-', '_')}_bytes": float(size)}
 
 
-def _load(request: QuantizationRequest) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
+def load_wide(request: QuantizationRequest) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
+    """Load the wide model of a request.
+
+    Raises:
+        ConfigError: It is quantized already.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     from nvila.assembly import load_model
+    from nvila.quantization.saved import is_quantized
 
+    if is_quantized(request.model):
+        raise ConfigError(f"{request.model} is quantized already", "name the wide model that it was made of")
+    for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     options: dict[str, Any] = {} if request.dtype is None else {"dtype": kinds[request.dtype]}
@@ -159,7 +164,8 @@ def _load(request: QuantizationRequest) -> tuple[NVILAForConditionalGeneration, 
     return model, processor
 
 
-def _measuring(request: QuantizationRequest, scratch: Path) -> Measuring:
+def measuring_of(request: QuantizationRequest, scratch: Path | None) -> Measuring:
+    """Open the data of a request and choose its samples."""
     from nvila.quantization.run import Measuring
     from nvila.quantization.samples import split_samples
     from nvila_pipelines.curation.spec import open_stream

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvila.errors import ArtifactError
-from nvila_pipelines.quantization.table import HEAD, report_rows
 from nvila_pipelines.report import plots
 from nvila_pipelines.report.curation_panels import Panel, Selection, selection_of
 from nvila_pipelines.report.formats import MISSING, number, percent, points, size, step_time
@@ -102,6 +101,9 @@ def sizes(outputs: Outputs) -> tuple[Bar, ...]:
 
 def quantization(outputs: Outputs) -> tuple[tuple[str, ...], ...]:
     """Return a head and one row a part: what was asked for, what it cost, what it changed."""
+    # Here, because the table takes the report's ways of writing numbers.
+    from nvila_pipelines.quantization.table import HEAD, report_rows
+
     report = outputs.json("quantize", "quantization.json")
     speeds = outputs.metrics().get("quantize", {})
     now = _speed(speeds, "wide")

@@ -126,7 +126,7 @@ def test_each_scheme_has_a_report_by_part(
 ) -> None:
     config = QuantizationConfig(vision=vision, language=language, group_size=32)
     told = Told()
-    measuring = Measuring(calibration=sets[0], evaluation=sets[1], budget=100)
+    measuring = Measuring(calibration=sets[0], evaluation=sets[1], budget=100, speed=vision == "w8a8")
     made, report = quantize_in_parts(fresh_model, processor, config, measuring, restore=never, reporter=told)
     assert made == config
     assert [one.part for one in report.parts] == [p for p in ("vision", "language") if config.scheme(p) != "none"]
@@ -140,8 +140,8 @@ def test_each_scheme_has_a_report_by_part(
         # fp8 keeps three bits of mantissa, w4a16 four bits in all; int8 is far nearer.
         bound = {"w4a16": 0.2, "fp8": 0.06}.get(one.scheme, 0.03)
         assert all(0 < layer.error < bound for layer in one.layers)
-        assert one.speed_after is not None
-        assert one.speed_after.ttft_ms > 0
+        assert (one.speed_after is not None) == (vision == "w8a8")
+        assert one.speed_after is None or one.speed_after.ttft_ms > 0
     assert report.sizes["quantized"]["total"] < report.sizes["wide"]["total"]
     assert {"measure wide", f"quantize {report.parts[-1].part}"} <= set(told.phases)
     assert not told.notices

@@ -6,62 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pytest
 
 from nvila_platform.artifacts import read_manifest
 
-if TYPE_CHECKING:
-    from nvila.configuration import NVILAConfig
-
 FEW = ("--samples", "6", "--eval-samples", "12", "--budget", "100")
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model whose tokenizer knows the words of easy-VQA."""
-    import torch
-
-    from nvila.assembly import build_model, build_processor, save_model
-    from nvila.data.builtin import open_builtin
-    from nvila.data.tokenizers import build_word_tokenizer
-    from nvila.training.config import ModelConfig
-
-    records = open_builtin("easy-vqa").records(0, 400)
-    texts = [
-        part.value
-        for record in records
-        if record.sample is not None
-        for message in record.sample.messages
-        for part in message.content
-        if part.type == "text"
-    ]
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    language = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = ModelConfig(
-        vision={"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 16, "vision_use_head": False}
-        | vision,
-        language={"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True} | language,
-        projector="mlp_downsample_2x2_fix",
-        select_layer=-1,
-        max_length=128,
-    )
-    tokenizer = build_word_tokenizer(texts, model_max_length=128)
-    torch.manual_seed(0)
-    model = build_model(config, tokenizer)
-    folder = tmp_path_factory.mktemp("wide") / "model"
-    save_model(model, build_processor(cast("NVILAConfig", model.config), tokenizer), folder)
-    return folder
-
-
-@pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    return tmp_path / "ws"
-
-
-def test_a_model_is_quantized_measured_and_found_again(nvila: Callable[..., Any], model_folder: Path) -> None:
-    done = nvila("quantize", model_folder, "--data", "easy-vqa", *FEW, "--json")
+def test_a_model_is_quantized_measured_and_found_again(
+    nvila: Callable[..., Any], model_folder: Path, data_file: Path
+) -> None:
+    done = nvila("quantize", model_folder, "--data", data_file, *FEW, "--json")
     assert done.code == 0, done.err
     found = done.last_json
     folder = Path(found["path"])
@@ -85,13 +42,13 @@ def test_a_model_is_quantized_measured_and_found_again(nvila: Callable[..., Any]
     loaded = NVILAForConditionalGeneration.from_pretrained(folder / "model")
     assert hasattr(loaded.model.language_model.layers[0].mlp.up_proj.weight, "qdata")
 
-    again = nvila("quantize", model_folder, "--data", "easy-vqa", *FEW)
+    again = nvila("quantize", model_folder, "--data", data_file, *FEW)
     assert "this was done before" in again.err
     lines = again.out.splitlines()
     assert lines[0].split()[:3] == ["part", "scheme", "how"]
     assert [line.split()[0] for line in lines[1:4]] == ["vision", "language", "whole"]
     assert lines[-1] == f"model: {folder / 'model'}"
-    other = nvila("quantize", model_folder, "--data", "easy-vqa", *FEW, "--alpha", "0.3", "--no-speed", "--json")
+    other = nvila("quantize", model_folder, "--data", data_file, *FEW, "--alpha", "0.3", "--no-speed", "--json")
     assert other.last_json["key"] != found["key"]
     assert other.last_json["report"]["speed_after"] is None
 
