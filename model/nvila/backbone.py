@@ -42,16 +42,19 @@ class NVILAPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load weights, as the base class does, from safetensors only.
+        """Load weights, as the base class does, from safetensors only; a quantized folder with its quantized layers.
 
         Raises:
             CheckpointError: The index of shards names files outside its folder, or does not fit those in it.
+            CapabilityError: A quantized folder was asked for with options that its layers do not have.
         """
         folder = Path(kwargs.get("subfolder") or "")
         if isinstance(pretrained_model_name_or_path, str | os.PathLike):
             folder = Path(pretrained_model_name_or_path) / folder
             if (folder / INDEX_FILE).is_file():
                 read_shards(folder)
+            if (quantized := _load_quantized(folder, cls, args, kwargs)) is not None:
+                return quantized
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -276,6 +279,56 @@ class NVILAModel(NVILAPreTrainedModel):
             return allowed_B1LL
         bias = torch.zeros(allowed_B1LL.shape, dtype=dtype, device=allowed_B1LL.device)
         return bias.masked_fill_(~allowed_B1LL, torch.finfo(dtype).min)
+
+
+# What `from_pretrained` may be given for a quantized folder: the rest would change or ignore its layers.
+_QUANTIZED_OPTIONS = {
+    "attn_implementation",
+    "config",
+    "device_map",
+    "dtype",
+    "local_files_only",
+    "output_loading_info",
+    "subfolder",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_safetensors",
+}
+
+
+def _load_quantized(folder: Path, cls: type, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Load a folder that `nvila.quantization` wrote; None if it is none."""
+    from nvila.modeling import NVILAForConditionalGeneration
+    from nvila.quantization.saved import is_quantized, load_quantized
+
+    if not (folder / "config.json").is_file() or not is_quantized(folder):
+        return None
+    unknown = sorted(
+        name for name, value in options.items() if name not in _QUANTIZED_OPTIONS and not name.startswith("_") and value
+    )
+    if unknown or args or not issubclass(cls, NVILAForConditionalGeneration):
+        what = f"{unknown[0]} cannot be used" if unknown else f"{cls.__name__} cannot be loaded alone"
+        raise CapabilityError(f"{folder} is quantized, so {what}", "load it as NVILAForConditionalGeneration")
+    model = load_quantized(folder).eval()
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if dtype not in (None, "auto", model.dtype, str(model.dtype).removeprefix("torch.")):
+        raise CapabilityError(
+            f"{folder} was quantized in {model.dtype}, not {dtype}", "leave dtype out, or quantize a model of that type"
+        )
+    if (implementation := options.get("attn_implementation")) is not None:
+        model.set_attn_implementation(implementation)
+    place = options.get("device_map")
+    if isinstance(place, dict):
+        place = place.get("") if len(place) == 1 else "several devices"
+    if place == "auto":
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+    if place is not None:
+        try:
+            model.to(torch.device(place))
+        except RuntimeError as e:
+            raise CapabilityError(f"device_map={place!r} is no device for a quantized model", "name one device") from e
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model, info) if options.get("output_loading_info") else model
 
 
 def _check_finite(**media: Tensor | None) -> None:

@@ -141,7 +141,7 @@ class Recipe(Section):
 
     def quantization_config(self) -> QuantizationConfig:
         """Return the quantization schemes."""
-        return QuantizationConfig(**self.quantize.model_dump())
+        return QuantizationConfig(**self.quantize.model_dump(include={"vision", "language", "group_size"}))
 
     def _training(
         self,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from nvila.errors import nearest
+from nvila.quantization.config import Scheme
 from nvila.training.config import BaseModels, ModelConfig, Tiling
 from nvila.training.planning.devices import GPUS
 from nvila_pipelines.recipe_fields import (
@@ -196,9 +197,16 @@ class CurateSection(Section):
 class QuantizeSection(Section):
     """Which part becomes smaller and how."""
 
-    vision: Literal["none", "w8a8"]
-    language: Literal["none", "w4a16"]
+    vision: Scheme
+    language: Scheme
     group_size: Count
+    # Samples to calibrate on, and others to measure each part on; 0 calibrates on nothing, which rounds to nearest.
+    calibration_samples: CountOrZero = 128
+    evaluation_samples: CountOrZero = 512
+    # Points of accuracy that a part may lose before it is left wide.
+    budget: Annotated[float, Field(ge=0, le=100)] = 1.0
+    # Data set, path or mixture to calibrate on; None takes the training and validation split of a built-in set.
+    data: str | None = None
 
 
 class EvaluateSection(Section):

@@ -244,7 +244,7 @@ def test_later_override_wins_over_the_file(tmp_path: Path) -> None:
         ("seed=-1", "recipe field seed is -1.*greater than or equal to 0"),
         ("name=a b", r"recipe field name is 'a b' \(use letters"),
         ("train.precision=fp9", r"is 'fp9' \(did you mean 'fp8'\? allowed: fp32, bf16, fp8\)"),
-        ("quantize.vision=off", r"is False \(allowed: none, w8a8\)"),
+        ("quantize.vision=off", r"is False \(allowed: none, w8a8, w4a16, int8, fp8\)"),
         ("data.dataset=7", r"is 7 \(allowed: easy-vqa\)"),
         ("train.betas=3", r"is 3 \(expected a list\)"),
         ("train.betas=[1, 2, 3]", r"expected a list of 2"),

@@ -16,7 +16,7 @@ from nvila.curation.problems import Problem
 from nvila.curation.scoring import nvila_hidden, score_rows
 from nvila.curation.windows import FrameSampling, Window
 from nvila.data.collation import Batch
-from nvila.data.conversation import ConversationEncoder
+from nvila.data.conversation import ConversationEncoder, Encoded
 from nvila.data.media_layout import MediaLayout
 from nvila.data.records import Part, Sample
 from nvila.modeling import NVILAForConditionalGeneration
@@ -51,20 +51,24 @@ class NvilaScorer:
 
     def score(self, window: Window, max_tokens: int) -> list[Outcome]:
         """See `Scorer.score`."""
+        outcomes = self.encode(window)
+
+        def hidden(batch: Batch) -> Tensor:
+            return nvila_hidden(self.model, batch, self.pixels(window, batch))
+
+        pad = self.model.config.text_config.pad_token_id
+        return score_all(outcomes, max_tokens, lambda rows: score_rows(rows, hidden, self.model.lm_head, pad))
+
+    def encode(self, window: Window) -> list[Encoded | Problem]:
+        """Tokenise the samples of a window with the layouts of their media."""
         tokenizer = self.processor.tokenizer
         encoder = ConversationEncoder(
             tokenizer,
             self.processor.num_image_tokens,
-            sys.maxsize,  # what is too long is counted below, with its length
+            sys.maxsize,  # what is too long is counted behind it, with its length
             layouts=lambda media: self._layouts(window, media),
         )
-        outcomes = encode_all(window, encoder, context_of(self.model.config.text_config, tokenizer))
-
-        def hidden(batch: Batch) -> Tensor:
-            return nvila_hidden(self.model, batch, self._pixels(window, batch))
-
-        pad = self.model.config.text_config.pad_token_id
-        return score_all(outcomes, max_tokens, lambda rows: score_rows(rows, hidden, self.model.lm_head, pad))
+        return encode_all(window, encoder, context_of(self.model.config.text_config, tokenizer))
 
     def features(self, window: Window) -> list[Tensor | None]:
         """Mean vision features of each record over its media, one tile an image or frame; None without media.
@@ -102,7 +106,7 @@ class NvilaScorer:
             for part in media
         ]
 
-    def _pixels(self, window: Window, batch: Batch) -> dict[str, Tensor]:
+    def pixels(self, window: Window, batch: Batch) -> dict[str, Tensor]:
         """Make the pixel arguments of a batch."""
         device, dtype = self.model.device, self.model.dtype
         pixels: dict[str, Tensor] = {}

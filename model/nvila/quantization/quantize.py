@@ -1,17 +1,16 @@
-"""Quantize a model in place with torchao's tensor types: W8A8 vision tower, 4-bit weights in the language model."""
+"""Quantize a model in place by rounding to nearest, with torchao's tensor types; calibration is in `calibrated.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-import torch
 from torch import nn
 
-from nvila.errors import ConfigError
+from nvila.configuration import NVILAConfig
 from nvila.modeling import NVILAForConditionalGeneration
-from nvila.quantization.config import QuantizationConfig
-
-INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009  # torch's stubs lack the sub-byte types
+from nvila.quantization.config import Part, QuantizationConfig
+from nvila.quantization.schemes import INT4, check_groups, linear_names, quantize_linears
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,49 +30,43 @@ def quantize_model(model: NVILAForConditionalGeneration, config: QuantizationCon
     Raises:
         ConfigError: A layer's input width is no multiple of the group size (torchao would skip it in silence).
     """
-    from torchao.quantization import (
-        Int8DynamicActivationInt8WeightConfig,
-        IntxWeightOnlyConfig,
-        MappingType,
-        quantize_,
+    check_widths(model, config)
+    return QuantizedLayers(
+        vision=quantize_linears(part_module(model, "vision"), config.vision, config.group_size),
+        language=quantize_linears(part_module(model, "language"), config.language, config.group_size),
     )
-    from torchao.quantization.granularity import PerGroup
-
-    vision: tuple[str, ...] = ()
-    language: tuple[str, ...] = ()
-    if config.vision == "w8a8":
-        tower = model.model.vision_tower.encoder.layers[: model.config.num_vision_blocks]
-        vision = linear_names(tower)
-        quantize_(tower, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_linear)
-    if config.language == "w4a16":
-        decoder = model.model.language_model
-        language = linear_names(decoder)
-        _check_groups(decoder, language, config.group_size)
-        scheme = IntxWeightOnlyConfig(
-            weight_dtype=INT4,
-            granularity=PerGroup(config.group_size),
-            mapping_type=MappingType.ASYMMETRIC,
-        )
-        quantize_(decoder, scheme, filter_fn=_is_linear)
-    return QuantizedLayers(vision=vision, language=language)
 
 
-def linear_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the linear layers below a module."""
-    return tuple(name for name, child in module.named_modules() if isinstance(child, nn.Linear))
+def part_module(model: NVILAForConditionalGeneration, part: Part) -> nn.Module:
+    """Return the layers of a part that are quantized: the tower's blocks that run, or the decoder."""
+    if part == "language":
+        return cast("nn.Module", model.model.language_model)
+    config = cast("NVILAConfig", model.config)
+    return cast("nn.Module", model.model.vision_tower.encoder.layers[: config.num_vision_blocks])
 
 
-def _is_linear(module: nn.Module, _: str) -> bool:
-    return isinstance(module, nn.Linear)
+def part_prefix(part: Part) -> str:
+    """Return what the names of a part's layers start with in the whole model."""
+    return "model.language_model." if part == "language" else "model.vision_tower.encoder.layers."
 
 
-def _check_groups(decoder: nn.Module, names: tuple[str, ...], group_size: int) -> None:
-    for name in names:
-        layer = decoder.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        width = layer.in_features
-        if width % group_size:
-            raise ConfigError(
-                f"quantize.group_size {group_size} does not divide the {width} inputs of {name}",
-                "use a power of two that divides every width of the language model, such as 32",
-            )
+def check_widths(model: NVILAForConditionalGeneration, config: QuantizationConfig) -> None:
+    """Check that the group size fits, before any work is done.
+
+    Raises:
+        ConfigError: It does not divide a layer's inputs.
+    """
+    for part in ("vision", "language"):
+        if config.scheme(part) == "w4a16":
+            check_groups(part_module(model, part), config.group_size)
+
+
+__all__ = [
+    "INT4",
+    "QuantizedLayers",
+    "check_widths",
+    "linear_names",
+    "part_module",
+    "part_prefix",
+    "quantize_model",
+]

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import GenerationConfig
 
 from nvila.configuration import NVILAConfig
 from nvila.errors import CheckpointError
 from nvila.finite import check_weights
 from nvila.modeling import NVILAForConditionalGeneration
-from nvila.quantization.config import QUANT_METHOD, QuantizationConfig
-from nvila.quantization.quantize import INT4, quantize_model
+from nvila.quantization.config import QUANT_METHOD, Part, QuantizationConfig
+from nvila.quantization.quantize import quantize_model
+from nvila.quantization.schemes import INT4, inner_names, rebuilt
 
 WEIGHTS_FILE = "model.safetensors"
 _PACKED = "_packed4"
@@ -41,14 +44,14 @@ def save_quantized(model: NVILAForConditionalGeneration, config: QuantizationCon
             continue
         tensors.update(_flatten(name, tensor))
     save_file({name: t.contiguous() for name, t in tensors.items()}, directory / WEIGHTS_FILE, {"format": "pt"})
-    raw = model.config.to_dict() | {"quantization_config": config.to_dict()}
+    raw = model.config.to_dict() | {"quantization_config": config.to_dict(), "dtype": str(model.dtype).split(".")[-1]}
     (directory / "config.json").write_text(json.dumps(raw, indent=2, default=str) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(directory)
     return (directory / WEIGHTS_FILE).stat().st_size
 
 
 def load_quantized(directory: Path) -> NVILAForConditionalGeneration:
-    """Load what `save_quantized` wrote.
+    """Load what `save_quantized` wrote; nothing wide is made on the way.
 
     Raises:
         CheckpointError: Tensors are missing, left over, of another shape, or hold NaN or infinity.
@@ -59,21 +62,23 @@ def load_quantized(directory: Path) -> NVILAForConditionalGeneration:
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     scheme = QuantizationConfig.from_dict(raw.pop("quantization_config"))
     raw.pop("model_type", None)
-    model = NVILAForConditionalGeneration(NVILAConfig(**raw))
+    model = _empty_model(NVILAConfig(**raw), getattr(torch, str(raw.get("dtype") or "float32")))
     quantize_model(model, scheme)
     try:
         stored = load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"cannot read {directory / WEIGHTS_FILE}: {e}", "make the artifact again") from e
     check_weights(stored, str(directory / WEIGHTS_FILE))
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                continue
-            for inner, target in _inner_tensors(tensor).items():
-                _copy(target, stored, f"{name}{inner}")
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        _assign(model, name, _filled(tensor, stored, name))
     if stored:
         raise CheckpointError(f"{directory / WEIGHTS_FILE} holds unknown tensor {min(stored)}", "wrong config.json?")
+    model.tie_weights()
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.config.quantization_config = scheme.to_dict()
     return model
 
 
@@ -101,8 +106,7 @@ def _inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
     """Return the plain tensors that a parameter is made of, by name suffix."""
     if type(tensor) in (Tensor, torch.nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return {"": tensor}
-    names, _ = tensor.__tensor_flatten__()
-    return {f".{name}": getattr(tensor, name) for name in names}
+    return {f".{name}": getattr(tensor, name) for name in inner_names(tensor)}
 
 
 def _flatten(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -116,14 +120,70 @@ def _flatten(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return flat
 
 
-def _copy(target: Tensor, stored: dict[str, Any], name: str) -> None:
+def _filled(like: Tensor, stored: dict[str, Tensor], name: str) -> Tensor:
+    """Take a tensor's parts out of `stored` and make one of the same type of them."""
+    inner = {suffix: _taken(part, stored, f"{name}{suffix}") for suffix, part in _inner_tensors(like).items()}
+    if "" in inner:
+        return inner[""]
+    return rebuilt(like, {suffix.removeprefix("."): value for suffix, value in inner.items()})
+
+
+def _taken(like: Tensor, stored: dict[str, Tensor], name: str) -> Tensor:
     packed = stored.pop(f"{name}{_PACKED}", None)
     value = unpack_nibbles(packed) if packed is not None else stored.pop(name, None)
     if value is None:
         raise CheckpointError(f"the quantized weights lack {name}", "make the artifact again")
-    if value.shape != target.shape or value.dtype != target.dtype:
+    if value.shape != like.shape or value.dtype != like.dtype:
         raise CheckpointError(
-            f"{name} is {tuple(value.shape)} {value.dtype}, expected {tuple(target.shape)} {target.dtype}",
+            f"{name} is {tuple(value.shape)} {value.dtype}, expected {tuple(like.shape)} {like.dtype}",
             "config.json and weights belong to different models",
         )
-    target.copy_(value)
+    return value
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(
+            value, requires_grad=type(value) is Tensor and value.is_floating_point()
+        )
+    else:
+        module._buffers[leaf] = value
+
+
+def _empty_model(config: NVILAConfig, dtype: torch.dtype) -> NVILAForConditionalGeneration:
+    """Build a model whose parameters have shapes but no values; buffers, such as rotary tables, have theirs."""
+
+    # torch's stubs let such a hook return nothing, its documentation a parameter that takes the place of the given one.
+    def without_values(_: nn.Module, __: str, parameter: nn.Parameter | None) -> Any:
+        return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(without_values)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return NVILAForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(default)
+        handle.remove()
+
+
+def restore_part(model: NVILAForConditionalGeneration, directory: Path, part: Part) -> None:
+    """Put the wide weights of a part back, from the folder that the model was loaded from.
+
+    Raises:
+        CheckpointError: The folder lacks some of them.
+    """
+    from safetensors import safe_open
+
+    prefix = "model.language_model." if part == "language" else "model.vision_tower."
+    wanted = {name: value.dtype for name, value in model.state_dict().items() if name.startswith(prefix)}
+    device = model.device
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in wanted.keys() & weights.keys():
+                _assign(model, name, weights.get_tensor(name).to(device, wanted.pop(name)))
+    if wanted:
+        raise CheckpointError(f"the weights in {directory} lack {min(wanted)}", "make the model artifact again")
+    model.tie_weights()

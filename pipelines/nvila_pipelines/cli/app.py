@@ -12,6 +12,7 @@ from typing import Protocol
 
 from nvila_pipelines.cli import (
     adapters,
+    bench,
     compare,
     convert,
     curate,
@@ -75,6 +76,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": evaluate,
     "compare": compare,
     "gate": gate,
+    "bench": bench,
     "convert": convert,
     "inspect": inspect,
     "serve": serve,

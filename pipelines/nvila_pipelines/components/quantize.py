@@ -2,7 +2,7 @@
 
 # Annotations are read at definition time, so they must not be postponed in this file.
 from kfp import dsl
-from kfp.dsl import Input, Model, Output
+from kfp.dsl import Dataset, Input, Model, Output
 
 from nvila_pipelines.components.image import IMAGE
 
@@ -11,17 +11,19 @@ from nvila_pipelines.components.image import IMAGE
 def quantize(
     recipe: str,
     run_id: str,
+    data: Input[Dataset],
     model: Input[Model],
     result: Output[Model],
 ) -> None:
-    """Quantize the vision tower to W8A8 and the language model to 4-bit weights.
+    """Quantize the parts of the model as the recipe says, calibrated and measured on the data.
 
     Args:
         recipe: The resolved recipe as JSON.
         run_id: Run that this task belongs to.
+        data: The data set, to calibrate on.
         model: The trained model.
         result: Reference to the quantized model in the artifact store.
     """
     from nvila_pipelines.steps.component import run_component
 
-    run_component("quantize", recipe, run_id, {"model": model.path}, result)
+    run_component("quantize", recipe, run_id, {"data": data.path, "model": model.path}, result)

@@ -28,7 +28,7 @@ def lifecycle(recipe: str, run_id: str) -> None:
     source = data(**common).output
     selection = curate(**common, data=source).output
     wide = train(**common, data=source, selection=selection).output
-    small = quantize(**common, model=wide).output
+    small = quantize(**common, data=source, model=wide).output
     wide_scores = evaluate(**common, data=source, model=wide, form="wide")
     small_scores = evaluate(**common, data=source, model=small, form="quantized")
     verdict = gate(**common, wide=wide_scores.output, quantized=small_scores.output)

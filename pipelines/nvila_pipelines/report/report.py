@@ -82,6 +82,7 @@ def _sections(outputs: Outputs, summary: Mapping[str, Any], lineage: Lineage | N
         ("kinds", "Accuracy by kind of question", lambda: sections.by_kind(outputs)),
         ("sizes", "Size by part", lambda: sections.sizes(outputs)),
         ("times", "Time per step", lambda: sections.times(summary)),
+        ("quantization", "Quantization by part", lambda: sections.quantization(outputs)),
         ("losses", "Training loss", lambda: sections.losses(outputs)),
         ("speed", "Training speed", lambda: training_panels.speed(outputs)),
         ("rates", "Learning rate and gradients", lambda: training_panels.rates(outputs)),

@@ -99,6 +99,21 @@ def sizes(outputs: Outputs) -> tuple[Bar, ...]:
     )
 
 
+def quantization(outputs: Outputs) -> tuple[tuple[str, ...], ...]:
+    """Return a head and one row a part: what was asked for, what it cost, what it changed."""
+    # Here, because the table takes the report's ways of writing numbers.
+    from nvila_pipelines.quantization.table import HEAD, report_rows
+
+    report = outputs.json("quantize", "quantization.json")
+    speeds = outputs.metrics().get("quantize", {})
+    now = _speed(speeds, "wide")
+    for part in report["parts"]:
+        part["speed_before"], part["speed_after"] = now, _speed(speeds, part["part"])
+        now = part["speed_after"] if part["kept"] else now
+    report["speed_before"], report["speed_after"] = _speed(speeds, "wide"), _speed(speeds, "quantized")
+    return (HEAD, *report_rows(report))
+
+
 def times(summary: Mapping[str, Any]) -> tuple[Bar, ...]:
     """Return the time of every step in the order in which they ran."""
     steps = {str(name): float(seconds) for name, seconds in (summary.get("steps") or {}).items()}
@@ -161,6 +176,12 @@ def environment(summary: Mapping[str, Any]) -> tuple[tuple[str, tuple[tuple[str,
         for title, values in titled
         if values
     )
+
+
+def _speed(metrics: Mapping[str, float], form: str) -> dict[str, float] | None:
+    """Return what a step's metrics say about the speed of one form of the model."""
+    names = {"ttft_ms": f"ttft_ms_{form}", "decode_tokens_per_s": f"decode_tokens_per_second_{form}"}
+    return {key: metrics[name] for key, name in names.items()} if set(names.values()) <= metrics.keys() else None
 
 
 def _kind_row(kind: str, total: int, blind: float | None, wide: float, quantized: float | None) -> tuple[str, ...]:

@@ -9,6 +9,18 @@ from nvila_pipelines.evaluation.gate import gate_tags
 from nvila_pipelines.steps.context import StepContext
 from nvila_pipelines.steps.gate import GATE_TAG, read_verdict
 
+# Figures of the quantize step that a version carries.
+TAGGED = frozenset(
+    {
+        "wide_bytes",
+        "quantized_bytes",
+        "parts_left_wide",
+        "loss_points",
+        *(f"{part}_{what}" for part in ("vision", "language") for what in ("loss_points", "layer_error")),
+        *(f"{what}_{form}" for form in ("wide", "quantized") for what in ("ttft_ms", "decode_tokens_per_second")),
+    }
+)
+
 
 def run(context: StepContext) -> dict[str, float]:
     """Create a model version with its lineage digests.
@@ -19,6 +31,7 @@ def run(context: StepContext) -> dict[str, float]:
         GateError: The gate refused the model.
         InfrastructureError: The registry failed; nothing is half-registered.
     """
+    from nvila_platform.artifacts import read_manifest
     from nvila_platform.lineage import trace
     from nvila_platform.registry import register_model, set_alias
     from nvila_platform.store import open_store
@@ -31,6 +44,9 @@ def run(context: StepContext) -> dict[str, float]:
     tags = {GATE_TAG: context.refs["verdict"].digest, "nvila.code_version": lineage.code_version}
     tags |= gate_tags(verdict)
     tags |= {f"nvila.lineage.{node.step}": node.digest for node in lineage.walk() if node.step}
+    manifest = read_manifest(context.inputs["model"])
+    figures = manifest.metrics if manifest is not None else {}
+    tags |= {f"nvila.quantization.{name}": f"{value:.6g}" for name, value in figures.items() if name in TAGGED}
     version = register_model(context.settings, section.name, ref, context.tracking_run, tags)
     set_alias(context.settings, section.name, section.alias, version.version)
     record = {

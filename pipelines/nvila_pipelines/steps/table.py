@@ -89,7 +89,7 @@ _ROWS = (
         inputs={"data": "data", "selection": "curate"},
         outside="training.outside:data_digests",
     ),
-    StepSpec(name="quantize", module="quantize", sections=("quantize",), inputs={"model": "train"}),
+    StepSpec(name="quantize", module="quantize", sections=("quantize",), inputs={"data": "data", "model": "train"}),
     StepSpec(
         name="evaluate-wide",
         module="evaluate",

@@ -71,6 +71,7 @@ def build_run(root: Path, *, num_train: int, num_test: int) -> FakeRun:
     _write_curation(artifacts["curate"], train, numbers)
     _write_training(artifacts["train"], numbers)
     _write_json(artifacts["quantize"] / "sizes.json", _sizes())
+    _write_json(artifacts["quantize"] / "quantization.json", _quantization())
     wide = _write_evaluation(artifacts["evaluate-wide"], "wide", test, 0.981, numbers)
     quantized = _write_evaluation(artifacts["evaluate-quantized"], "quantized", test, 0.977, numbers)
     _write_json(artifacts["gate"] / "verdict.json", _verdict(wide["accuracy"], quantized["accuracy"]))
@@ -189,6 +190,24 @@ def _sizes() -> dict[str, dict[str, int]]:
     wide = {"vision": 1_310_720, "projector": 98_304, "language": 3_407_872}
     quantized = {"vision": 351_232, "projector": 98_304, "language": 660_000}
     return {name: {**parts, "total": sum(parts.values())} for name, parts in (("wide", wide), ("quantized", quantized))}
+
+
+def _quantization() -> dict[str, Any]:
+    """The tower is quantized, the decoder lost too much."""
+    sizes = _sizes()
+    scores = {"answers": 0.98, "tokens": 0.99, "nll": 0.02, "num_samples": 400}
+    lost = {"of": "answers", "points": 2.25, "low": 1.0, "high": 3.5, "p_value": 0.01, "better": 1, "worse": 10}
+    fine = {"of": "tokens", "points": 0.25, "low": -0.1, "high": 0.6, "p_value": 1.0, "better": 0, "worse": 1}
+    layers = [{"name": "0.mlp.fc1", "error": 0.01, "rounded": 0.02, "folded": True, "clipped": 0.0}]
+    common = {"before": scores, "after": scores, "speed_before": None, "speed_after": None}
+
+    def part(name: str, scheme: str, method: str, loss: dict[str, Any], kept: bool) -> dict[str, Any]:
+        before, after = sizes["wide"][name], sizes["quantized"][name]
+        changed = {"bytes_before": before, "bytes_after": after, "loss": loss, "kept": kept, "layers": layers}
+        return {"part": name, "scheme": scheme, "method": method, **changed, **common}
+
+    parts = [part("vision", "w8a8", "SmoothQuant", fine, True), part("language", "w4a16", "AWQ", lost, False)]
+    return {"parts": parts, "sizes": sizes, "loss": fine, "budget": 1.0, "left_wide": ["language"], **common}
 
 
 def _write_evaluation(

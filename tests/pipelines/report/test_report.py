@@ -21,8 +21,8 @@ from nvila_pipelines.report import write_plots, write_report
 if TYPE_CHECKING:
     from tests.pipelines.report.conftest import FakeRun, MakeRun
 
-ORDER = ["accuracy", "kinds", "sizes", "times", "losses", "speed", "rates", "cost", "selection", "examples", "gate"]
-ORDER += ["registered", "served", "lineage", "recipe", "machine"]
+ORDER = ["accuracy", "kinds", "sizes", "times", "quantization", "losses", "speed", "rates", "cost", "selection"]
+ORDER += ["examples", "gate", "registered", "served", "lineage", "recipe", "machine"]
 VOID = {"meta", "img", "br", "link", "input"}
 
 
@@ -171,6 +171,15 @@ def test_refused_run_says_why_parts_are_missing(run: FakeRun, tmp_path: Path) ->
     assert "Served model" not in section_of(html, "accuracy")
     assert "<table" in section_of(html, "gate")
     assert "There is nothing to show." in section_of(html, "lineage")
+
+
+def test_quantization_is_shown_by_part(run: FakeRun, tmp_path: Path) -> None:
+    text = section_of(report_of(run, tmp_path), "quantization")
+    assert "SmoothQuant" in text
+    assert "2.25 (1.00 to 3.50)" in text
+    assert "0.25 of tokens" in text
+    assert "0.0100 (rounded 0.0200)" in text
+    assert text.count("left wide") == 1
 
 
 def damage_scores(run: FakeRun) -> None:

@@ -52,8 +52,10 @@ def trained(module_bench: Any, data_dir: Path, curated: tuple[dict[str, float], 
 
 
 @pytest.fixture(scope="module")
-def quantized(module_bench: Any, trained: tuple[dict[str, float], Path]) -> tuple[dict[str, float], Path]:
-    found: tuple[dict[str, float], Path] = module_bench.run("quantize", {"model": trained[1]})
+def quantized(
+    module_bench: Any, data_dir: Path, trained: tuple[dict[str, float], Path]
+) -> tuple[dict[str, float], Path]:
+    found: tuple[dict[str, float], Path] = module_bench.run("quantize", {"data": data_dir, "model": trained[1]})
     return found
 
 
@@ -180,15 +182,69 @@ def test_quantization_makes_the_towers_smaller(quantized: tuple[dict[str, float]
     assert sizes["quantized"]["projector"] == sizes["wide"]["projector"]
     assert metrics["quantized_bytes"] == sizes["quantized"]["total"]
     assert metrics["quantized_layers"] > 0
+    assert metrics["ttft_ms_wide"] > 0
+    assert metrics["decode_tokens_per_second_language"] > 0
+
+
+def test_quantization_is_calibrated_on_training_and_measured_on_validation(
+    quantized: tuple[dict[str, float], Path], data_dir: Path
+) -> None:
+    metrics, out = quantized
+    report = json.loads((out / "quantization.json").read_text(encoding="utf-8"))
+    assert [(part["part"], part["method"]) for part in report["parts"]] == [
+        ("vision", "SmoothQuant"),
+        ("language", "AWQ"),
+    ]
+    assert report["num_calibration"] == 8
+    assert report["after"]["num_samples"] == 12
+    assert metrics["vision_loss_points"] == pytest.approx(report["parts"][0]["loss"]["points"], abs=1e-3)
+    # Equal models must have an equal digest, so that no time may be among the files.
+    assert report["speed_after"] is None
+    assert all(part["speed_after"] is None for part in report["parts"])
+
+
+@pytest.mark.parametrize(
+    ("override", "calibrated", "measured"),
+    [
+        ("quantize.calibration_samples=0", 0, False),
+        ("quantize.evaluation_samples=0", 8, False),
+        ("quantize.data=easy-vqa", 8, True),
+    ],
+)
+def test_quantization_takes_its_samples_from_where_the_recipe_says(
+    override: str,
+    calibrated: int,
+    measured: bool,
+    bench: Any,
+    data_dir: Path,
+    trained: tuple[dict[str, float], Path],
+    change: Callable[..., Recipe],
+) -> None:
+    bench.recipe = change(override)
+    _, out = bench.run("quantize", {"data": data_dir, "model": trained[1]})
+    report = json.loads((out / "quantization.json").read_text(encoding="utf-8"))
+    assert report["num_calibration"] == calibrated
+    assert (report["after"] is not None) == measured
+
+
+def test_without_a_data_set_of_its_own_quantization_rounds_and_says_so(
+    bench: Any, trained: tuple[dict[str, float], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "registry.json").write_text('{"registry": null}', encoding="utf-8")
+    _, out = bench.run("quantize", {"data": tmp_path / "own", "model": trained[1]})
+    assert "quantize.data names no data set" in bench.reporter.notices[0]
+    assert json.loads((out / "quantization.json").read_text(encoding="utf-8"))["num_calibration"] == 0
 
 
 def test_quantization_is_the_same_every_time_and_starts_over(
-    quantized: tuple[dict[str, float], Path], trained: tuple[dict[str, float], Path], bench: Any
+    quantized: tuple[dict[str, float], Path], trained: tuple[dict[str, float], Path], bench: Any, data_dir: Path
 ) -> None:
     left_behind = bench.root / "quantize" / "model" / "of-an-earlier-try.safetensors"
     left_behind.parent.mkdir(parents=True)
     left_behind.write_bytes(b"half")
-    assert hashes(bench.run("quantize", {"model": trained[1]})[1]) == hashes(quantized[1])
+    again = bench.run("quantize", {"data": data_dir, "model": trained[1]})[1]
+    assert hashes(again) == hashes(quantized[1])
 
 
 @pytest.mark.parametrize("form", ["wide", "quantized"])
