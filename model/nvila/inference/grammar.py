@@ -42,7 +42,8 @@ class GrammarFactory:
             json.loads(schema)
         except ValueError as e:
             raise ConfigError(f"json_schema is not JSON: {e}", "pass the schema as a JSON text") from e
-        grammar = LLMatcher.grammar_from_json_schema(schema)
+        # Compact: with spaces allowed anywhere, a greedy answer may be spaces without end.
+        grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
         matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"json_schema cannot be followed: {_one_line(matcher.get_error())}", "correct the schema")
