@@ -98,6 +98,21 @@ class InfrastructureError(NvilaError):
     http_status = 503
 
 
+class OverloadedError(NvilaError):
+    """More requests came than the engine takes; the same one may pass later."""
+
+    code = "overloaded"
+    exit_code = 75
+    http_status = 503
+
+
+class DeadlineError(NvilaError):
+    """A request's time ran out before its answer was complete."""
+
+    code = "deadline"
+    http_status = 504
+
+
 ERRORS: dict[str, type[NvilaError]] = {
     cls.code: cls
     for cls in (
@@ -110,6 +125,8 @@ ERRORS: dict[str, type[NvilaError]] = {
         ResourceError,
         GateError,
         InfrastructureError,
+        OverloadedError,
+        DeadlineError,
     )
 }
 

@@ -3,9 +3,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,7 +16,8 @@ from nvila.configuration import NVILAConfig
 from nvila.data.records import Message, Part
 from nvila.data.video import load_video
 from nvila.errors import CheckpointError, ConfigError, DataError
-from nvila.inference.engine import Delta, Engine, SamplingParams, _AnswerText, choose_token
+from nvila.inference.answer_text import AnswerText
+from nvila.inference.engine import Delta, Engine, SamplingParams, choose_token
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 from nvila.quantization.config import QuantizationConfig
@@ -125,12 +124,9 @@ def test_usage_counts_prompt_images_and_answer(engine: Engine, pictures: Picture
 def test_answer_ends_at_the_end_of_the_turn(
     model: NVILAForConditionalGeneration, processor: NVILAProcessor, pictures: Pictures
 ) -> None:
-    ids: list[int] = []
-    plain = Engine(model, processor)
-    for token in plain._tokens(plain._inputs(ask("a"), pictures), TALKATIVE):
-        ids.append(token)
-        if len(ids) == 20:
-            break
+    plain = Engine(model, processor).stream(ask("a"), pictures, TALKATIVE)
+    list(plain)
+    ids = plain.token_ids[:20]
     special = set(processor.tokenizer.all_special_ids)
     place = next(i for i, token in enumerate(ids) if i > 4 and token not in special and token not in ids[:i])
     ending = copy.deepcopy(processor)
@@ -147,7 +143,9 @@ def test_answer_ends_where_generate_would_end_it(listed: bool, variant: ChatMode
     """What ends a turn may be another token than the one that ends a text of the tokenizer's."""
     question = [Message(role="user", content=(Part(type="text", value="what?"),))]
     engine = Engine(variant.model, variant.processor)
-    ids = list(islice(engine._tokens(engine._inputs(question, {}), SamplingParams()), 6))
+    first = engine.stream(question, {}, SamplingParams(max_tokens=6))
+    list(first)
+    ids = first.token_ids
     place = next(place for place in range(1, 6) if ids[place] not in ids[:place])
     before = variant.model.generation_config.eos_token_id
     variant.model.generation_config.eos_token_id = [ids[place], 1] if listed else ids[place]
@@ -259,7 +257,7 @@ def test_failed_request_frees_the_engine(engine: Engine, pictures: Pictures) -> 
     def fail(*_: object) -> None:
         raise RuntimeError("no memory")
 
-    hook = engine.model.register_forward_pre_hook(fail)
+    hook = engine.model.model.language_model.register_forward_pre_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="no memory"):
             answer(engine, ask("a"), pictures, TALKATIVE)
@@ -362,7 +360,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def test_pieces_hold_back_half_characters_and_half_stops(
     said: str, stop: tuple[str, ...], expected: str, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    text = _AnswerText(cast("NVILAProcessor", SimpleNamespace(tokenizer=byte_tokenizer)), stop)
+    text = AnswerText(byte_tokenizer, stop)
     out = ""
     for token in byte_tokenizer(said)["input_ids"]:
         piece = text.add(token)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "serve a model over HTTP: OpenAI, KServe V1 and V2"
 DEFAULT_NAME = "nvila"
+DECODERS = ("auto", "transformers", "fused", "fused-int8")
 _REGISTRY = "models:/"
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared, not bound
 _QUESTION = "what color is the shape?"
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", help="version reported with every answer (default: the registered one)")
     parser.add_argument("--digest", help="artifact digest reported with every answer (default: the artifact's own)")
     parser.add_argument("--max-requests", type=int, metavar="N", help="requests running and waiting together")
+    parser.add_argument("--max-running", type=int, metavar="N", help="requests that share the model's steps")
+    parser.add_argument("--kv-cache-gib", type=float, metavar="GIB", help="memory of keys and values")
+    parser.add_argument("--decoder", choices=DECODERS, help="what runs the language model (default: auto)")
     parser.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest time for one answer")
     parser.add_argument("--grace", type=float, metavar="SECONDS", help="time for running answers after SIGTERM")
 
@@ -70,6 +74,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         version=args.version,
         digest=args.digest,
         limits=_limits(args),
+        kv_cache_gib=args.kv_cache_gib,
+        decoder=args.decoder,
         grace_s=args.grace,
         as_json=args.json,
     )
@@ -86,6 +92,8 @@ def serve_model(
     version: str | None = None,
     digest: str | None = None,
     limits: Limits | None = None,
+    kv_cache_gib: float | None = None,
+    decoder: str | None = None,
     grace_s: float | None = None,
     as_json: bool = False,
     quiet: bool = False,
@@ -101,14 +109,18 @@ def serve_model(
         version: Version to report.
         digest: Digest to report.
         limits: What a request may cost.
+        kv_cache_gib: Memory of the engine's keys and values.
+        decoder: What runs the language model.
         grace_s: How long running answers may take after the signal.
         as_json: Say it as a JSON object.
         quiet: Say it on standard error, because standard output ends with something else.
     """
     source = find_model(model, settings)
     from nvila_platform.serving.identity import ModelIdentity
-    from nvila_platform.serving.server import DEFAULT_GRACE_S, serve
+    from nvila_platform.serving.limits import Limits
+    from nvila_platform.serving.server import DEFAULT_GRACE_S, engine_config, serve
 
+    config = engine_config(limits or Limits(), kv_cache_gib, decoder)
     identity = ModelIdentity(
         name=name or source.name,
         version=version or source.version,
@@ -121,7 +133,7 @@ def serve_model(
         def load() -> Engine:
             from nvila.inference.engine import Engine
 
-            engine = Engine.load(source.directory)
+            engine = Engine.load(source.directory, config())
             url = f"http://{_reachable(host)}:{port_file.read_text(encoding='ascii')}"
             _announce(url, identity, as_json=as_json, quiet=quiet)
             return engine
@@ -211,5 +223,9 @@ def _reachable(host: str) -> str:
 def _limits(args: argparse.Namespace) -> Limits:
     from nvila_platform.serving.limits import Limits
 
-    given = {"max_requests": args.max_requests, "request_timeout_s": args.request_timeout}
+    given = {
+        "max_requests": args.max_requests,
+        "max_running": args.max_running,
+        "request_timeout_s": args.request_timeout,
+    }
     return Limits(**{field: value for field, value in given.items() if value is not None})

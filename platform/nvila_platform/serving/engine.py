@@ -22,11 +22,11 @@ class Generation(Protocol):
     def __iter__(self) -> Iterator[Delta]: ...
 
     def close(self) -> None:
-        """Stop generating and free what the request held."""
+        """Stop generating and free what the request held; any thread may call it, also twice."""
 
 
 class ChatEngine(Protocol):
-    """Answers one conversation at a time."""
+    """Answers conversations; `stream` is called, and its results are read, by several threads at once."""
 
     @property
     def max_length(self) -> int:

@@ -28,7 +28,8 @@ class Limits:
         max_image_pixels: Width times height of one image, read from its header.
         max_images: Images in one request.
         max_instances: Questions in one V1 or V2 request.
-        max_requests: Requests admitted at once: the running one and those that wait behind it.
+        max_requests: Requests admitted at once: the running ones and those that wait behind them.
+        max_running: Requests in the engine at once; they share its steps.
         request_timeout_s: From admission to the last token.
         body_timeout_s: For the client to send its body.
     """
@@ -39,6 +40,7 @@ class Limits:
     max_images: int = 8
     max_instances: int = 64
     max_requests: int = 32
+    max_running: int = 16
     request_timeout_s: float = 120.0
     body_timeout_s: float = 30.0
 

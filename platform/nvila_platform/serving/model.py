@@ -20,7 +20,19 @@ from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.schema import ChatRequest, ChatUsage, parse_chat
 from nvila_platform.serving.service import ChatService, Completion
 
-_SAMPLING = ("max_completion_tokens", "max_tokens", "seed", "stop", "temperature", "top_p")
+_SAMPLING = (
+    "frequency_penalty",
+    "max_completion_tokens",
+    "max_tokens",
+    "presence_penalty",
+    "repetition_penalty",
+    "response_format",
+    "seed",
+    "stop",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 _INSTANCE = ("image", "messages", "prompt")
 _TENSORS = ("image", "prompt")
 # Parameters of the V2 protocol itself, not of the model.

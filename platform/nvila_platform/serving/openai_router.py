@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Depends, Request
@@ -26,6 +26,7 @@ from nvila_platform.serving.schema import (
     ChatRequest,
     ChatUsage,
     Choice,
+    ChoiceLogprobs,
     ChunkChoice,
     ChunkDelta,
     ModelCard,
@@ -33,6 +34,9 @@ from nvila_platform.serving.schema import (
     parse_chat,
 )
 from nvila_platform.serving.service import ChatService
+
+if TYPE_CHECKING:
+    from nvila.inference.engine import TokenLogprob
 
 PREFIX = "/openai/v1"
 
@@ -57,7 +61,11 @@ def build_router(service: ChatService) -> APIRouter:
         slot = held.enter_context(service.queue.admit())
         if not chat_request.stream:
             done = await service.answer(slot, chat_request)
-            choice = Choice(message=AnswerMessage(content=done.text), finish_reason=done.finish_reason)
+            choice = Choice(
+                message=AnswerMessage(content=done.text),
+                finish_reason=done.finish_reason,
+                logprobs=ChoiceLogprobs.of(done.logprobs) if chat_request.logprobs else None,
+            )
             body = ChatCompletion(**_envelope(service), choices=[choice], usage=ChatUsage.of(done.usage))
             return JSONResponse(body.model_dump())
         stream = await service.open(slot, chat_request)
@@ -101,16 +109,18 @@ async def read_json(request: Request) -> Any:
 async def _events(service: ChatService, request: ChatRequest, stream: Stream) -> AsyncIterator[str]:
     envelope = _envelope(service)
 
-    def event(delta: ChunkDelta, finish_reason: str | None = None) -> str:
-        return _event(ChatChunk(**envelope, choices=[ChunkChoice(delta=delta, finish_reason=finish_reason)]))
+    def event(delta: ChunkDelta, finish_reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> str:
+        reported = ChoiceLogprobs.of(logprobs) if request.logprobs else None
+        choice = ChunkChoice(delta=delta, finish_reason=finish_reason, logprobs=reported)
+        return _event(ChatChunk(**envelope, choices=[choice]))
 
     reason = "stop"
     yield event(ChunkDelta(role="assistant", content=""))
     try:
         async for delta in stream:
             reason = delta.finish_reason or reason
-            if delta.text:
-                yield event(ChunkDelta(content=delta.text))
+            if delta.text or delta.logprobs:
+                yield event(ChunkDelta(content=delta.text), logprobs=delta.logprobs)
     except Exception as e:
         # The status line has left, so the error travels as an event; without [DONE] nobody takes the text as complete.
         error = as_api_error(e)

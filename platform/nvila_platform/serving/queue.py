@@ -1,4 +1,7 @@
-"""One bounded queue and one worker thread between the asynchronous server and the blocking engine.
+"""One bounded queue and a few worker threads between the asynchronous server and the blocking engine.
+
+A worker waits for one answer at a time. Those of an engine that batches get their tokens from common steps; which
+requests share a step, and in what memory, is the engine's business.
 
 Admission and submission are two steps: a request takes its slot before its images are decoded, so that the bound also
 covers the memory that decoding needs.
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from nvila.data.records import Message
     from nvila.inference.engine import Delta, SamplingParams, Usage
-    from nvila_platform.serving.engine import ChatEngine
+    from nvila_platform.serving.engine import ChatEngine, Generation
     from nvila_platform.serving.metrics import ServingMetrics
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class _Job:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Delta | _End | ApiError] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    generation: Generation | None = None
 
     def post(self, event: Delta | _End | ApiError) -> None:
         try:
@@ -60,20 +64,22 @@ class _Job:
 
 
 class EngineQueue:
-    """Feeds an engine from many requests, one at a time, in order of arrival.
+    """Feeds an engine from many requests, in order of arrival.
 
     Args:
-        capacity: Requests admitted at once, the running one included; the next gets 429.
+        capacity: Requests admitted at once, running ones included; the next gets 429.
         timeout_s: From admission to the last token.
         metrics: Where the queue reports.
+        concurrency: Requests in the engine at once.
     """
 
-    def __init__(self, *, capacity: int, timeout_s: float, metrics: ServingMetrics) -> None:
+    def __init__(self, *, capacity: int, timeout_s: float, metrics: ServingMetrics, concurrency: int = 1) -> None:
+        self._concurrency = concurrency
         self._capacity = capacity
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._engine: ChatEngine | None = None
-        self._worker: threading.Thread | None = None
+        self._workers: list[threading.Thread] = []
         self._wake = threading.Condition()
         self._pending: deque[_Job] = deque()
         self._closed = False
@@ -83,8 +89,8 @@ class EngineQueue:
 
     @property
     def healthy(self) -> bool:
-        """Whether an engine is loaded and its worker is alive."""
-        return self._engine is not None and self._worker is not None and self._worker.is_alive()
+        """Whether an engine is loaded and its workers are alive."""
+        return self._engine is not None and all(worker.is_alive() for worker in self._workers)
 
     @property
     def engine(self) -> ChatEngine:
@@ -101,21 +107,24 @@ class EngineQueue:
 
     def start(self, engine: ChatEngine) -> None:
         """Begin to serve with `engine`."""
-        # The worker first: whoever sees the engine may submit.
-        self._worker = threading.Thread(target=self._work, args=(engine,), name="engine", daemon=True)
-        self._worker.start()
+        # The workers first: whoever sees the engine may submit.
+        for number in range(self._concurrency):
+            worker = threading.Thread(target=self._work, args=(engine,), name=f"engine-{number}", daemon=True)
+            worker.start()
+            self._workers.append(worker)
         self._engine = engine
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Drop what still waits, stop the worker after its current token and wait for it."""
+        """Drop what still waits, stop the workers after their current token and wait for them."""
         with self._wake:
             self._closed = True
             for job in self._pending:
                 job.post(_stopping())
             self._pending.clear()
             self._wake.notify_all()
-        if self._worker is not None:
-            self._worker.join(timeout_s)
+        until = time.monotonic() + timeout_s
+        for worker in self._workers:
+            worker.join(max(0.0, until - time.monotonic()))
 
     def check_room(self) -> None:
         """Fail early, before a body is read, when `admit` would fail.
@@ -125,7 +134,7 @@ class EngineQueue:
         """
         _ = self.engine
         if self._admitted >= self._capacity:
-            wait_s = min(_LONGEST_RETRY_S, max(1, math.ceil(self._service_s * self._admitted)))
+            wait_s = min(_LONGEST_RETRY_S, max(1, math.ceil(self._service_s * self._admitted / self._concurrency)))
             message = f"{self._admitted} requests are already queued; try again in about {wait_s} s"
             raise ApiError(429, "queue_full", message, retry_after_s=wait_s)
 
@@ -155,6 +164,9 @@ class EngineQueue:
             if job in self._pending:
                 self._pending.remove(job)
                 self._metrics.waiting.set(len(self._pending))
+        # Not left to the worker: it sleeps until there is a next piece, and holds the request's memory until then.
+        if job.generation is not None:
+            job.generation.close()
 
     def _work(self, engine: ChatEngine) -> None:
         while True:
@@ -164,7 +176,7 @@ class EngineQueue:
                     return
                 job = self._pending.popleft()
                 self._metrics.waiting.set(len(self._pending))
-            self._metrics.running.set(1)
+            self._metrics.running.inc()
             began = time.monotonic()
             try:
                 self._generate(engine, job)
@@ -172,13 +184,14 @@ class EngineQueue:
                 # The process must survive any single request.
                 job.post(as_api_error(e))
             finally:
-                self._metrics.running.set(0)
+                self._metrics.running.dec()
+                # A rough figure; that two workers may overwrite each other's part of it does not matter.
                 self._service_s += _SMOOTHING * (time.monotonic() - began - self._service_s)
 
     def _generate(self, engine: ChatEngine, job: _Job) -> None:
         if job.cancelled.is_set():
             return
-        generation = engine.stream(job.messages, job.images, job.params)
+        generation = job.generation = engine.stream(job.messages, job.images, job.params)
         reason = "stop"
         spoke = False
         try:
@@ -186,7 +199,6 @@ class EngineQueue:
                 if self._closed:
                     raise _stopping()
                 if job.cancelled.is_set():
-                    reason = "abort"
                     break
                 if delta.text and not spoke:
                     spoke = True
@@ -195,6 +207,8 @@ class EngineQueue:
                 job.post(delta)
         finally:
             generation.close()
+        if job.cancelled.is_set():
+            reason = "abort"
         self._metrics.finished(reason, time.monotonic() - job.admitted_at, generation.usage)
         job.post(_End(generation.usage))
 

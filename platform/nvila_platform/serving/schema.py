@@ -6,6 +6,8 @@ a setting would be worse than an error. A null is the same as leaving the field 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
@@ -16,7 +18,7 @@ from nvila_platform.serving.errors import ApiError
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-    from nvila.inference.engine import SamplingParams, Usage
+    from nvila.inference.engine import SamplingParams, TokenLogprob, Usage
 
 # Sent by clients for bookkeeping at the far end; leaving them out changes no answer.
 _IGNORED = frozenset(
@@ -25,25 +27,22 @@ _IGNORED = frozenset(
 # Not implemented, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
 _MAX_STOPS = 4
 _INT64 = 2**63
+# JSON has no infinity; OpenAI reports tokens that cannot come so.
+_LEAST_LOGPROB = -9999.0
 
 
 class _Strict(BaseModel):
@@ -103,6 +102,36 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] = False
 
 
+class JsonSchema(_Strict):
+    """The schema that an answer follows."""
+
+    # `schema` is a method of the base class.
+    body: dict[str, Any] = Field(default={}, alias="schema")
+    name: str = ""
+    description: str = ""
+    # An answer never leaves its schema here.
+    strict: bool = True
+
+
+class ResponseFormat(_Strict):
+    """Which form an answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_given(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and the type to it")
+        return self
+
+    def schema_text(self) -> str | None:
+        """The schema as a text; None for answers of any form."""
+        if self.type == "text":
+            return None
+        return json.dumps({"type": "object"} if self.json_schema is None else self.json_schema.body)
+
+
 class ChatRequest(_Strict):
     """Body of `POST /chat/completions`."""
 
@@ -116,6 +145,14 @@ class ChatRequest(_Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
     stop: list[str] = Field(default=[], max_length=_MAX_STOPS)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    # As in vLLM; OpenAI's own API has no such fields.
+    top_k: int | None = Field(default=None, ge=-1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
     n: Literal[1] = 1
 
     @field_validator("stop", mode="before")
@@ -136,6 +173,8 @@ class ChatRequest(_Strict):
             raise ValueError("the last message must be from the user")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed together with stream: true")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed together with logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
         return self
@@ -155,6 +194,12 @@ class ChatRequest(_Strict):
             "top_p": self.top_p,
             "seed": self.seed,
             "stop": tuple(self.stop) or None,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "logprobs": self.top_logprobs if self.logprobs else None,
+            "json_schema": None if self.response_format is None else self.response_format.schema_text(),
         }
         return SamplingParams(**{key: value for key, value in chosen.items() if value is not None})
 
@@ -226,7 +271,45 @@ class ChatUsage(BaseModel):
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             total_tokens=usage.prompt_tokens + usage.completion_tokens,
-            prompt_tokens_details=UsageDetails(image_tokens=usage.visual_tokens),
+            prompt_tokens_details=UsageDetails(image_tokens=usage.visual_tokens, cached_tokens=usage.cached_tokens),
+        )
+
+
+class TopLogprob(BaseModel):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+    @classmethod
+    def of(cls, token: str, logprob: float) -> TopLogprob:
+        """Convert one of the engine's pairs."""
+        return cls(token=token, logprob=max(logprob, _LEAST_LOGPROB), bytes=list(token.encode()))
+
+
+class ContentLogprob(TopLogprob):
+    """A token of the answer, and the likeliest ones in its place."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
+class ChoiceLogprobs(BaseModel):
+    """Log-probabilities of an answer or of a piece of it."""
+
+    content: list[ContentLogprob]
+
+    @classmethod
+    def of(cls, tokens: Sequence[TokenLogprob]) -> ChoiceLogprobs:
+        """Convert the engine's."""
+        return cls(
+            content=[
+                ContentLogprob(
+                    **TopLogprob.of(one.text, one.logprob).model_dump(),
+                    top_logprobs=[TopLogprob.of(*pair) for pair in one.top],
+                )
+                for one in tokens
+            ]
         )
 
 
@@ -243,7 +326,7 @@ class Choice(BaseModel):
 
     index: int = 0
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: str
 
 
@@ -276,7 +359,7 @@ class ChunkChoice(BaseModel):
 
     index: int = 0
     delta: ChunkDelta
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: str | None = None
 
 

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvila.errors import ConfigError, NvilaError, ResourceError
 from nvila_platform.launch.outcome import leave_error
@@ -25,6 +25,7 @@ from nvila_platform.settings import Settings
 from nvila_platform.telemetry import configure_logging
 
 if TYPE_CHECKING:
+    from nvila.inference.config import EngineConfig
     from nvila_platform.serving.engine import ChatEngine
     from nvila_platform.serving.kserve_server import NvilaServer
     from nvila_platform.serving.service import ChatService
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8080
 DEFAULT_GRACE_S = 30.0
+DECODERS = ("auto", "transformers", "fused", "fused-int8")
 _BACKLOG = 128
 # The SDK reads the process's command line when it is imported; these are the arguments it gets instead of ours.
 _SDK_ARGV = ["nvila-serve", "--configure_logging=false", "--enable_grpc=false", "--enable_docs_url=false"]
@@ -124,9 +126,12 @@ def main(argv: Sequence[str] | None = None, *, load: Callable[[Path], ChatEngine
         identity = ModelIdentity(
             name=args.name, version=args.version, digest=args.digest, created=_created(args.model_dir)
         )
-        limits = Limits(max_requests=args.max_requests, request_timeout_s=args.request_timeout)
+        limits = Limits(
+            max_requests=args.max_requests, max_running=args.max_running, request_timeout_s=args.request_timeout
+        )
+        config = engine_config(limits, args.kv_cache_gib, args.decoder)
         serve(
-            lambda: (load or _load_engine)(args.model_dir),
+            lambda: load(args.model_dir) if load is not None else _load_engine(args.model_dir, config()),
             identity,
             host=args.host,
             port=args.port,
@@ -150,6 +155,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--version", default="unregistered", help="registry version, reported with every answer")
     parser.add_argument("--digest", default="unknown", help="artifact digest, reported with every answer")
     parser.add_argument("--max-requests", type=int, default=defaults.max_requests, help="running and waiting together")
+    parser.add_argument("--max-running", type=int, default=defaults.max_running, help="in the engine at once")
+    parser.add_argument("--kv-cache-gib", type=float, help="memory of keys and values (default: the engine's)")
+    parser.add_argument("--decoder", choices=DECODERS, help="what runs the language model (default: auto)")
     parser.add_argument("--request-timeout", type=float, default=defaults.request_timeout_s, help="seconds a request")
     parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds for running answers on SIGTERM")
     parser.add_argument("--log-format", choices=("auto", "text", "json"), help="default: NVILA_LOG_FORMAT, then auto")
@@ -186,10 +194,31 @@ def _load(load: Callable[[], ChatEngine], service: ChatService, server: NvilaSer
         logger.info("model %s is ready", service.identity.name)
 
 
-def _load_engine(path: Path) -> ChatEngine:
+def engine_config(limits: Limits, kv_cache_gib: float | None, decoder: str | None) -> Callable[[], EngineConfig]:
+    """Return what makes the engine's configuration; the engine, and torch with it, is imported only then.
+
+    Raises:
+        ConfigError: The memory is no positive number.
+    """
+    if kv_cache_gib is not None and not kv_cache_gib > 0:
+        raise ConfigError(f"--kv-cache-gib is {kv_cache_gib}", "give a positive number of GiB")
+
+    def make() -> EngineConfig:
+        from nvila.inference.config import EngineConfig
+
+        given: dict[str, Any] = {"kv_cache_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30)}
+        given["decoder"] = decoder
+        return EngineConfig(
+            max_running=limits.max_running, **{name: value for name, value in given.items() if value is not None}
+        )
+
+    return make
+
+
+def _load_engine(path: Path, config: EngineConfig) -> ChatEngine:
     from nvila.inference.engine import Engine
 
-    return Engine.load(path)
+    return Engine.load(path, config)
 
 
 def _created(model_dir: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from nvila_platform.serving.schema import ChatRequest, ImagePart, TextPart
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from nvila.inference.engine import Usage
+    from nvila.inference.engine import TokenLogprob, Usage
     from nvila_platform.serving.identity import ModelIdentity
     from nvila_platform.serving.limits import Limits
     from nvila_platform.serving.metrics import ServingMetrics
@@ -28,6 +29,7 @@ class Completion:
     text: str
     finish_reason: str
     usage: Usage
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 class ChatService:
@@ -43,7 +45,12 @@ class ChatService:
         self.identity = identity
         self.limits = limits
         self.metrics = metrics
-        self.queue = EngineQueue(capacity=limits.max_requests, timeout_s=limits.request_timeout_s, metrics=metrics)
+        self.queue = EngineQueue(
+            capacity=limits.max_requests,
+            timeout_s=limits.request_timeout_s,
+            metrics=metrics,
+            concurrency=limits.max_running,
+        )
 
     async def open(self, slot: Slot, request: ChatRequest) -> Stream:
         """Decode the request's images and return its answer's stream once the engine has begun.
@@ -69,10 +76,12 @@ class ChatService:
         """
         stream = await self.open(slot, request)
         texts, reason = [], "stop"
+        logprobs: list[TokenLogprob] = []
         async for delta in stream:
             texts.append(delta.text)
+            logprobs += delta.logprobs
             reason = delta.finish_reason or reason
-        return Completion(text="".join(texts), finish_reason=reason, usage=stream.usage)
+        return Completion(text="".join(texts), finish_reason=reason, usage=stream.usage, logprobs=logprobs)
 
 
 def read_conversation(request: ChatRequest, limits: Limits) -> tuple[list[Message], dict[str, Image]]:

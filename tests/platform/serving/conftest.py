@@ -66,7 +66,7 @@ def start_words() -> StartWords:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, start_words: StartWords) -> Iterator[RunningServer]:
-    args = ("--max-requests", str(CAPACITY), "--request-timeout", "20")
+    args = ("--max-requests", str(CAPACITY), "--max-running", "1", "--request-timeout", "20")
     log = tmp_path_factory.mktemp("logs") / "server.log"
     with start_words(
         tmp_path_factory.mktemp("model"), version=VERSION, digest=DIGEST, args=args, log_path=log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,10 @@ from nvila_platform.serving.queue import EngineQueue, Slot, Stream
 class Bench:
     """A queue with its metrics and engine at hand."""
 
-    def __init__(self, words: ModuleType, capacity: int, timeout_s: float) -> None:
+    def __init__(self, words: ModuleType, capacity: int, timeout_s: float, concurrency: int = 1) -> None:
         self.registry = CollectorRegistry()
         metrics = ServingMetrics(ModelIdentity(name="words", version="1", digest="d"), self.registry)
-        self.queue = EngineQueue(capacity=capacity, timeout_s=timeout_s, metrics=metrics)
+        self.queue = EngineQueue(capacity=capacity, timeout_s=timeout_s, metrics=metrics, concurrency=concurrency)
         self.engine: Any = words.WordsEngine()
         self.queue.start(self.engine)
 
@@ -97,6 +98,49 @@ def test_one_request_runs_and_the_others_wait(bench: Bench) -> None:
     asyncio.run(check())
     assert bench.engine.asked == ["slow 6", "count 1"]
     assert bench.metric("num_requests_running") == bench.metric("num_requests_waiting") == 0
+
+
+def test_as_many_requests_run_at_once_as_are_allowed(words: ModuleType) -> None:
+    bench = Bench(words, capacity=8, timeout_s=10.0, concurrency=3)
+
+    async def check() -> None:
+        tasks = [asyncio.create_task(bench.ask("slow 8")) for _ in range(5)]
+        await until(lambda: bench.metric("num_requests_running") == 3)
+        assert bench.metric("num_requests_waiting") == 2
+        assert await asyncio.gather(*tasks) == ["0 1 2 3 4 5 6 7"] * 5
+        await until(lambda: bench.metric("num_requests_running") == 0)
+
+    asyncio.run(check())
+    bench.queue.close()
+    assert not bench.queue.healthy
+
+
+def test_cancelling_closes_a_request_that_has_nothing_to_say_yet(bench: Bench) -> None:
+    """The worker sleeps in the engine; the request's memory must not wait for it to wake up."""
+    asleep, closed = threading.Event(), threading.Event()
+
+    class Silent:
+        def __iter__(self) -> Iterator[Any]:
+            asleep.set()
+            assert closed.wait(10)
+            return iter(())
+
+        def close(self) -> None:
+            closed.set()
+
+        usage = None
+
+    bench.engine.stream = lambda *_: Silent()
+
+    async def check() -> None:
+        task = asyncio.create_task(bench.ask("anything"))
+        await asyncio.to_thread(asleep.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: bench.metric("request_success_total", finished_reason="abort") == 1)
+
+    asyncio.run(check())
 
 
 def test_cancelling_a_running_answer_stops_the_engine(bench: Bench) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from nvila.errors import ConfigError, DataError, InfrastructureError
+from nvila.inference.sampling import SamplingParams
 from nvila_platform.serving.errors import ApiError, as_api_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import Limits
@@ -35,11 +37,34 @@ def test_sampling_fields_reach_the_engine() -> None:
     ).sampling()
     assert (params.max_tokens, params.temperature, params.top_p, params.seed) == (5, 1, 0.5, -3)
     assert params.stop == ("x",)
+    assert (params.logprobs, params.json_schema) == (None, None)
+    params = parse_chat(
+        ASK
+        | {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.5, "top_k": 3}
+        | {"logprobs": True, "top_logprobs": 2}
+    ).sampling()
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.5, -1, 1.5)
+    assert (params.top_k, params.logprobs) == (3, 2)
+    assert parse_chat(ASK | {"logprobs": True, "top_k": -1}).sampling() == SamplingParams(logprobs=0, top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("form", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        (
+            {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"type": "array"}}},
+            {"type": "array"},
+        ),
+    ],
+)
+def test_response_formats_become_schemas(form: dict[str, Any], schema: dict[str, Any] | None) -> None:
+    found = parse_chat(ASK | {"response_format": form}).sampling().json_schema
+    assert (None if found is None else json.loads(found)) == schema
 
 
 def test_what_is_left_out_keeps_the_engines_defaults() -> None:
-    from nvila.inference.engine import SamplingParams
-
     assert parse_chat(ASK).sampling() == SamplingParams()
 
 
@@ -99,12 +124,7 @@ def test_fields_that_ask_for_nothing_are_tolerated(field: dict[str, Any]) -> Non
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"tool_choice": "required"},
         {"functions": [{"name": "f"}]},
-        {"response_format": {"type": "json_object"}},
-        {"logprobs": True},
-        {"top_logprobs": 3},
         {"logit_bias": {"50256": -100}},
-        {"presence_penalty": 0.5},
-        {"frequency_penalty": -1},
         {"modalities": ["text", "audio"]},
         {"audio": {"voice": "x"}},
         {"store": True},
@@ -126,6 +146,12 @@ def test_unsupported_fields_are_refused_by_name(field: dict[str, Any]) -> None:
         ({"temprature": 1}, "unknown_parameter", "temprature", "did you mean 'temperature'"),
         ({"messages": None}, "missing_parameter", "messages", "required"),
         ({"model": None}, "missing_parameter", "model", "required"),
+        ({"top_logprobs": 3}, "invalid_parameter", None, "logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_parameter", "top_logprobs", "20"),
+        ({"presence_penalty": 3}, "invalid_parameter", "presence_penalty", "2"),
+        ({"repetition_penalty": 0}, "invalid_parameter", "repetition_penalty", "0"),
+        ({"response_format": {"type": "json_schema"}}, "invalid_parameter", "response_format", "json_schema"),
+        ({"response_format": {"type": "xml"}}, "invalid_parameter", "response_format.type", "json_object"),
         ({"messages": []}, "invalid_parameter", "messages", "at least 1"),
         ({"messages": "hi"}, "invalid_parameter", "messages", "list"),
         ({"messages": [{"role": "user"}]}, "missing_parameter", "messages[0].content", "required"),

@@ -1,0 +1,73 @@
+"""What runs the language model on the tokens of a step.
+
+Shape suffixes: T tokens of the step, H language width, R rows that want logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from nvila.errors import CapabilityError
+from nvila.inference.attention import BlockBatch, attending_blocks
+from nvila.inference.blocks import CacheShape
+from nvila.inference.config import EngineConfig
+from nvila.modeling import NVILAForConditionalGeneration
+
+
+class Decoder(Protocol):
+    """A way to run the language model."""
+
+    def __call__(self, embeds_TH: Tensor, batch: BlockBatch, rows_R: Tensor) -> Tensor:
+        """Run tokens of several requests and return logits (R, V) of some of them.
+
+        Args:
+            embeds_TH: Embeddings of all new tokens.
+            batch: What belongs to whom.
+            rows_R: Tokens whose logits are wanted.
+        """
+
+
+class TransformersDecoder:
+    """The model's own forward, for every decoder that lets its attention be replaced; quantized ones included.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: NVILAForConditionalGeneration) -> None:
+        self._model = model
+
+    def __call__(self, embeds_TH: Tensor, batch: BlockBatch, rows_R: Tensor) -> Tensor:
+        """See `Decoder`."""
+        with attending_blocks(self._model.model.language_model.config):
+            out = self._model(
+                inputs_embeds=embeds_TH[None],
+                position_ids=batch.positions_T[None],
+                use_cache=False,
+                logits_to_keep=rows_R,
+                block_batch=batch,
+            )
+        return cast("Tensor", out.logits)[0]
+
+
+def cache_shape(model: NVILAForConditionalGeneration) -> CacheShape:
+    """Read the sizes of keys and values from a model."""
+    config: Any = model.config.text_config
+    heads = config.num_attention_heads
+    return CacheShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=cast("torch.dtype", model.get_input_embeddings().weight.dtype),
+        device=model.device,
+    )
+
+
+def build_decoder(model: NVILAForConditionalGeneration, config: EngineConfig) -> Decoder:
+    """Return the decoder that the configuration asks for."""
+    if config.decoder not in ("auto", "transformers"):
+        raise CapabilityError(f"decoder '{config.decoder}' is not built yet", "use auto")
+    return TransformersDecoder(model)
