@@ -47,6 +47,9 @@ class Recorded:
     def log_artifact(self, path: Path) -> None:
         self.told.append(("artifact", path))
 
+    def set_tags(self, tags: dict[str, Any]) -> None:
+        self.told.append(("tags", tags))
+
     def finish(self, status: str) -> None:
         self.told.append(("finish", status))
 
@@ -77,7 +80,7 @@ def test_a_step_is_a_nested_run_with_its_part_of_the_recipe(bridge: TrackingBrid
     assert [(tracker.name, tracker.parent) for tracker in trackers[1:]] == [("gate", "pending:parent")]
     assert trackers[0].told == [("params", {"recipe": "micro", "seed": 0})]
     (params,) = trackers[1].told
-    assert set(params[1]) == {"gate"}
+    assert set(params[1]) == {"gate", "register.name"}
 
 
 def test_progress_becomes_points_and_the_end_becomes_totals(bridge: TrackingBridge, trackers: list[Recorded]) -> None:
@@ -180,3 +183,8 @@ def test_a_finished_run_is_complete_in_mlflow_when_the_bridge_is_closed(settings
         assert runs[step].data.tags["mlflow.parentRunId"] == parent
         assert runs[step].data.metrics == {"ask/seconds": 0.5, "asked": 4.0}
     assert not list((settings.workspace / "tracking-buffer").glob("*"))
+
+
+def test_tags_go_to_the_parent(bridge: TrackingBridge, trackers: list[Recorded]) -> None:
+    bridge.set_tags({"nvila.gate.state": "refused"})
+    assert trackers[0].told[-1] == ("tags", {"nvila.gate.state": "refused"})

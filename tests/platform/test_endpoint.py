@@ -96,7 +96,8 @@ def waits() -> list[float]:
 def answerer(service: Service, waits: list[float]) -> Callable[..., EndpointAnswerer]:
     def make(**options: Any) -> EndpointAnswerer:
         found = find_endpoint(service.url, None)
-        return EndpointAnswerer(found, **{"retries": 2, "pause": waits.append} | options)
+        given: dict[str, Any] = {"retries": 2, "pause": waits.append}
+        return EndpointAnswerer(found, **given | options)
 
     return make
 
