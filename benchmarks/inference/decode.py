@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench_result import Claim, claim, write_result

@@ -134,7 +134,9 @@ def _fused(layer: Any, product: type[_Wide] | type[_Int8]) -> _Layer:
 
 def _joined(product: type[_Wide] | type[_Int8], *linear: nn.Linear) -> _Wide | _Int8:
     """Make one product of several that read the same."""
-    biases = [one.bias.detach() for one in linear if one.bias is not None]
+    # The stubs say that there is always one.
+    given: list[Tensor | None] = [one.bias for one in linear]
+    biases = [bias.detach() for bias in given if bias is not None]
     weight = torch.cat([one.weight.detach() for one in linear]) if len(linear) > 1 else linear[0].weight.detach()
     return product(weight, torch.cat(biases) if biases else None)
 
