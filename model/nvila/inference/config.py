@@ -26,9 +26,8 @@ class EngineConfig:
         step_tokens: Most prompt tokens of one step, so that a long prompt does not hold up the others.
         encode_tiles: Most tiles and frames that the tower gets at once.
         prefix_reuse: Whether prompts that begin alike share their keys and values.
-        decoder: What runs the language model, see `nvila.inference.decoders`. `auto` takes the fused one where the
-            model is of a kind that it knows.
-        compile: Compile the decoder with `torch.compile`; costs a minute at the start.
+        decoder: What runs the language model, see `nvila.inference.decoders`; `auto` is `transformers`, which takes
+            every model.
     """
 
     kv_cache_bytes: int = _GIB // 2
@@ -41,7 +40,6 @@ class EngineConfig:
     encode_tiles: int = 32
     prefix_reuse: bool = True
     decoder: DecoderName = "auto"
-    compile: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

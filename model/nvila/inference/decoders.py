@@ -10,10 +10,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from nvila.errors import CapabilityError
 from nvila.inference.attention import BlockBatch, attending_blocks
 from nvila.inference.blocks import CacheShape
 from nvila.inference.config import EngineConfig
+from nvila.inference.fused import FusedDecoder
 from nvila.modeling import NVILAForConditionalGeneration
 
 
@@ -68,6 +68,6 @@ def cache_shape(model: NVILAForConditionalGeneration) -> CacheShape:
 
 def build_decoder(model: NVILAForConditionalGeneration, config: EngineConfig) -> Decoder:
     """Return the decoder that the configuration asks for."""
-    if config.decoder not in ("auto", "transformers"):
-        raise CapabilityError(f"decoder '{config.decoder}' is not built yet", "use auto")
+    if config.decoder in ("fused", "fused-int8"):
+        return FusedDecoder(model, int8=config.decoder == "fused-int8")
     return TransformersDecoder(model)
