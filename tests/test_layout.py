@@ -145,7 +145,8 @@ def _assigns_version(path: Path) -> bool:
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
-    wanted = {canonicalize_name(Requirement(line).name) for line in asked} - {"nvila"}
+    # lmms-eval needs packages of its own that contradict these; it goes into another environment.
+    wanted = {canonicalize_name(Requirement(line).name) for line in asked} - {"nvila", "lmms-eval"}
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pinned = {canonicalize_name(line.split("==")[0]): line for line in pins}
     assert wanted <= set(pinned), sorted(wanted - set(pinned))

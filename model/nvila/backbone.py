@@ -283,6 +283,7 @@ class NVILAModel(NVILAPreTrainedModel):
 
 # What `from_pretrained` may be given for a quantized folder: the rest would change or ignore its layers.
 _QUANTIZED_OPTIONS = {
+    "adapter_kwargs",  # the Auto classes always pass it where peft is installed
     "attn_implementation",
     "config",
     "device_map",

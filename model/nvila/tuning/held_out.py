@@ -54,7 +54,7 @@ def held_out_loss(model: nn.Module, feed: BatchFeed, pad_token_id: int, precisio
                 batch = collate(rows, pad_token_id)
                 inputs = model_inputs(batch, feed.tensors(batch.images, batch.videos))
                 with autocast(precision, device.type):
-                    loss = model(**{name: value.to(device) for name, value in inputs.items()}).loss
+                    loss = model(**{name: _on(device, value) for name, value in inputs.items()}).loss
                 if batch.num_supervised:
                     total += float(loss) * batch.num_supervised
                     count += batch.num_supervised
@@ -161,3 +161,7 @@ def read_losses(directory: Path) -> list[HeldOutLoss]:
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _on(device: torch.device, value: Tensor | int) -> Tensor | int:
+    return value.to(device) if isinstance(value, Tensor) else value

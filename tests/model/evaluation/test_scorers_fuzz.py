@@ -24,8 +24,10 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "chexpert_f1": {"answer": ["Edema"]},
     "multiple_choice": {"answer": "B", "choices": ["cat", "dog"]},
     "navigation": {"answer": [[0, 0], [1, 2]]},
+    "navigation_action": {"answer": "turn left 15 degrees"},
     "pope": {"answer": "no"},
     "temporal": {"answer": [1, 2], "duration": 9.5},
+    "time_span": {"answer": "<t1> <t2>", "duration": 9.5},
 }
 
 

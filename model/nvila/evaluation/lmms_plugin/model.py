@@ -59,7 +59,7 @@ class Nvila(lmms):  # type: ignore[misc]  # lmms-eval has no types
             )
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype}", f"use {' or '.join(_DTYPES)}")
-        options = {} if is_quantized(Path(pretrained)) else {"dtype": _DTYPES[dtype]}
+        options: dict[str, Any] = {} if is_quantized(Path(pretrained)) else {"dtype": _DTYPES[dtype]}
         model, processor = load_model(Path(pretrained), **options)
         self._answerer = ModelAnswerer(model.to(device), processor)  # type: ignore[arg-type]
         self._batch_size, self._num_frames = int(batch_size), int(num_frames) or None
