@@ -5,7 +5,6 @@ Only one window of decoded media is in memory at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -95,17 +94,24 @@ def split_samples(stream: CountedStream, *, calibrate: int, measure: int) -> tup
     total = stream.count()
     if total < 2:
         raise DataError(f"{stream.name} has {total} records", "name a data set with more")
-    spans = min(_SPANS, total // 2, max(calibrate, measure))
-    stride = total / spans
+    most = total // 2
+    for spans in range(min(_SPANS, most, max(calibrate, measure)), 0, -1):
+        sets = tuple(_spread(stream, total, spans, wanted, second) for wanted, second in ((calibrate, 0), (measure, 1)))
+        # Short halves of many spans can hold fewer than half of the data: then longer ones do.
+        if len(sets[0]) == min(calibrate, most) and len(sets[1]) == min(measure, most):
+            break
+    return sets[0], sets[1]
 
-    def chosen(wanted: int, shift: float) -> SampleSet:
-        starts = [math.floor((index + shift) * stride) for index in range(spans)]
-        ends = [math.floor((index + shift + 0.5) * stride) for index in range(spans)]
-        lengths = [wanted * (index + 1) // spans - wanted * index // spans for index in range(spans)]
-        taken = [(a, min(a + n, b)) for a, b, n in zip(starts, ends, lengths, strict=True)]
-        return SampleSet(stream=stream, spans=tuple(span for span in taken if span[1] > span[0]))
 
-    return chosen(calibrate, 0.0), chosen(measure, 0.5)
+def _spread(stream: CountedStream, total: int, spans: int, wanted: int, second: int) -> SampleSet:
+    """Choose samples from the first or the second halves of spans."""
+    cuts = [total * index // (2 * spans) for index in range(2 * spans + 1)]
+    taken = []
+    for index in range(spans):
+        start, end = cuts[2 * index + second], cuts[2 * index + second + 1]
+        length = wanted * (index + 1) // spans - wanted * index // spans
+        taken.append((start, min(start + length, end)))
+    return SampleSet(stream=stream, spans=tuple(span for span in taken if span[1] > span[0]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
