@@ -24,7 +24,9 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "chexpert_f1": {"answer": ["Edema"]},
     "multiple_choice": {"answer": "B", "choices": ["cat", "dog"]},
     "navigation": {"answer": [[0, 0], [1, 2]]},
+    "navigation_action": {"answer": "turn left 30 degrees"},
     "pope": {"answer": "no"},
+    "time_span": {"answer": "<t3> <t9>"},
     "temporal": {"answer": [1, 2], "duration": 9.5},
 }
 
