@@ -14,7 +14,22 @@ import pytest
 from nvila_pipelines.cli import build_parser, main
 
 HEAVY = {"torch", "transformers", "numpy", "mlflow", "kfp", "kserve", "fastapi", "pydantic", "rich", "PIL", "pyarrow"}
-VERBS = ["run", "curate", "train", "quantize", "evaluate", "convert", "inspect", "serve", "ui", "doctor", "version"]
+VERBS = [
+    "run",
+    "curate",
+    "train",
+    "plan",
+    "tune",
+    "adapters",
+    "quantize",
+    "evaluate",
+    "convert",
+    "inspect",
+    "serve",
+    "ui",
+    "doctor",
+    "version",
+]
 
 
 def verb_parsers() -> dict[str, argparse.ArgumentParser]:
