@@ -75,7 +75,8 @@ def test_without_a_verb_the_help_is_shown_as_an_error(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_takes_the_common_options(verb: str) -> None:
-    needed = {"convert": ["a", "b", "--to", "hf"], "inspect": ["m"]}.get(verb, [])
+    positional = {"convert": ["a", "b", "--to", "hf"], "inspect": ["m"], "adapters": ["show", "m"]}
+    needed = (positional | {"plan": ["m", "d"], "tune": ["m", "d"]}).get(verb, [])
     words = [verb, *needed, "--workspace", "w", "--json", "--log-format", "json", "--debug"]
     args = build_parser().parse_args(words)
     assert (args.workspace, args.json, args.log_format, args.debug) == (Path("w"), True, "json", True)
