@@ -77,13 +77,14 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
     with ProgressView(format=settings.log_format) as view:
         done = evaluate(request, settings, view)
+    code = 1 if done.unscored else 0
     if args.json:
         emit_json(done.to_dict())
-        return 0
+        return code
     for line in result_lines(done.results):
         emit(line)
     emit(f"results: {done.file}")
-    return 0
+    return code
 
 
 def _is_model(words: list[str]) -> bool:

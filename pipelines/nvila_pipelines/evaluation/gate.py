@@ -88,11 +88,13 @@ def run_gate(
         raise ConfigError("the policy limits losses, but names no live model", "give against: models:/NAME@champion")
     live = live if policy.compares and live is not None and _exists(live, settings) else None
     request = request_of(model)
-    evaluation = read_logged(evaluate(request, settings, view).file)
+    evaluation = read_logged(evaluate(request, settings, view).whole().file)
     live_request = request_of(live) if live is not None else None
     comparisons = None
     if live_request is not None:
-        comparisons = compare(read_logged(evaluate(live_request, settings, view).file), evaluation, seed=request.seed)
+        comparisons = compare(
+            read_logged(evaluate(live_request, settings, view).whole().file), evaluation, seed=request.seed
+        )
     measured = Measured(
         evaluation=evaluation,
         against_live=comparisons,

@@ -38,11 +38,13 @@ class Evaluation:
         results: Every task with its scores.
         file: The result file.
         samples: The sample log of every task.
+        unscored: Tasks without a result, and why: no sample of theirs, or too few, could be answered.
     """
 
     results: tuple[TaskResult, ...]
     file: Path
     samples: Mapping[str, Path]
+    unscored: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of the command."""
@@ -50,17 +52,33 @@ class Evaluation:
             "results": json.loads(self.file.read_text(encoding="utf-8"))["results"],
             "file": str(self.file),
             "samples": {name: str(path) for name, path in self.samples.items()},
+            "unscored": dict(self.unscored),
         }
+
+    def whole(self) -> Evaluation:
+        """Return this, for a caller that cannot do without any of the tasks.
+
+        Raises:
+            DataError: A task has no result.
+        """
+        from nvila.errors import DataError
+
+        for problem in self.unscored.values():
+            raise DataError(problem, "mend the data, leave the task out, or allow more with --max-failed")
+        return self
 
 
 def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView) -> Evaluation:
     """Answer what is not answered yet, score everything, and write the result files.
 
+    A task that cannot be scored costs the others nothing.
+
     Raises:
         ConfigError: A task is unknown or has no data here.
-        DataError: The data cannot be read, or too many samples have no score.
+        DataError: The data cannot be read, or too many samples of every task have no score.
         ResourceError: The disk is full.
     """
+    from nvila.errors import DataError
     from nvila.evaluation.registry import select_tasks
     from nvila.evaluation.results import summarize
     from nvila.evaluation.runner import check_failures, score_all
@@ -83,18 +101,25 @@ def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView)
         _launch(request, settings, view)
     else:
         traffic = answer_tasks(request, work, settings, reporter)
-    results = []
+    results, unscored = [], {}
     for task, rows in work:
         reporter.progress(f"score {task.name}", 0, 0)
         outcome = score_all(task, rows, open_log(request, task), request.limit)
-        check_failures(task, outcome, request.max_failed)
+        try:
+            check_failures(task, outcome, request.max_failed)
+        except DataError as e:
+            if len(unscored) + 1 == len(work):
+                raise
+            unscored[task.name] = e.message
+            reporter.notice(f"{task.name} has no result: {e}")
+            continue
         if outcome.failures:
             reporter.notice(f"{task.name}: {len(outcome.failures)} of {outcome.total} samples have no score")
         results.append(summarize(task, rows.name, outcome, seed=request.seed))
     about = _about(request, started, time.monotonic() - clock)
     if request.url:
         about |= {"endpoint": {"url": request.url, "served_digest": request.served_digest, **traffic}}
-    return _write(request, results, about)
+    return _write(request, results, about | {"unscored": unscored})
 
 
 def model_digest(folder: Path) -> str:
@@ -183,4 +208,4 @@ def _write(request: EvaluationRequest, results: Sequence[TaskResult], about: Map
         # Last, so that a result file never stands without its samples.
         file = folder / f"{moment}_results.json"
         write_atomically(file, json.dumps(results_file(results, about), indent=2, ensure_ascii=False) + "\n")
-    return Evaluation(tuple(results), file, samples)
+    return Evaluation(tuple(results), file, samples, about["unscored"])

@@ -33,7 +33,7 @@ def logged_side(word: str, request_of: RequestOf, settings: Settings, view: Prog
     from nvila_pipelines.evaluation.run import evaluate
 
     file = find_results(Path(word))
-    return read_logged(file if file is not None else evaluate(request_of(word), settings, view).file)
+    return read_logged(file if file is not None else evaluate(request_of(word), settings, view).whole().file)
 
 
 def side_names(reference: Logged, candidate: Logged) -> tuple[str, str]:

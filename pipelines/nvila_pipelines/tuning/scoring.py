@@ -112,7 +112,7 @@ def _tasks(
             ),
             settings,
             view,
-        )
+        ).whole()
         for result in done.results:
             found[result.task.name] = result.estimates[result.task.scorer.main].value
     return found

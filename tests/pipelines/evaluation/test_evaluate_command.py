@@ -92,6 +92,22 @@ def test_samples_without_a_score_are_reported(nvila: Nvila, model_folder: Path, 
     assert "rows.jsonl:10" in refused.err
 
 
+def test_a_task_without_a_result_costs_the_others_nothing(nvila: Nvila, model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "x", "a": []}) + "\n")
+    words = ("--data", "mine=rows.jsonl", "--limit", "3", "--threads", "1")
+    done = nvila("evaluate", model_folder, "--tasks", "mine.yaml,easy_vqa", *words, "--json")
+    assert done.code == 1
+    assert set(done.last_json["results"]) == {"easy_vqa"}
+    assert "1 of 1 samples of mine have no score" in done.last_json["unscored"]["mine"]
+    assert "mine has no result" in done.err
+    assert json.loads(Path(done.last_json["file"]).read_text())["unscored"].keys() == {"mine"}
+    # A comparison cannot do without.
+    compared = nvila("compare", model_folder, model_folder, "--tasks", "mine.yaml,easy_vqa", *words)
+    assert compared.code == 1
+    assert "samples of mine have no score" in compared.err
+
+
 def test_answers_of_another_version_are_not_used(nvila: Nvila, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"q": "is there a circle?", "a": "yes"}\n')
     for version in (1, 2):
