@@ -101,7 +101,8 @@ def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView)
         _launch(request, settings, view)
     else:
         traffic = answer_tasks(request, work, settings, reporter)
-    results, unscored = [], {}
+    results = []
+    unscored: dict[str, str] = {}
     for task, rows in work:
         reporter.progress(f"score {task.name}", 0, 0)
         outcome = score_all(task, rows, open_log(request, task), request.limit)
