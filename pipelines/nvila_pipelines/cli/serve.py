@@ -133,10 +133,11 @@ def serve_model(
         def load() -> Engine:
             from nvila.inference.engine import Engine
 
-            engine = Engine.load(source.directory, config())
+            return Engine.load(source.directory, config())
+
+        def on_ready() -> None:
             url = f"http://{_reachable(host)}:{port_file.read_text(encoding='ascii')}"
             _announce(url, identity, as_json=as_json, quiet=quiet)
-            return engine
 
         serve(
             load,
@@ -146,6 +147,7 @@ def serve_model(
             limits=limits,
             grace_s=DEFAULT_GRACE_S if grace_s is None else grace_s,
             port_file=port_file,
+            on_ready=on_ready,
         )
 
 

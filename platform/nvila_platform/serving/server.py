@@ -50,6 +50,7 @@ def serve(
     limits: Limits | None = None,
     grace_s: float = DEFAULT_GRACE_S,
     port_file: Path | None = None,
+    on_ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve one model until SIGTERM or SIGINT, then finish running answers and return.
 
@@ -61,6 +62,7 @@ def serve(
         limits: What a request may cost.
         grace_s: How long running answers may take after the signal.
         port_file: Gets the port as text once it is bound.
+        on_ready: Called once requests are answered.
 
     Raises:
         ResourceError: The port is taken.
@@ -73,7 +75,9 @@ def serve(
             port_file.write_text(str(bound), encoding="ascii")
         service, server = _build(identity, limits or Limits(), listener, grace_s)
         failures: list[Exception] = []
-        loader = threading.Thread(target=_load, args=(load, service, server, failures), name="load", daemon=True)
+        loader = threading.Thread(
+            target=_load, args=(load, on_ready, service, server, failures), name="load", daemon=True
+        )
         loader.start()
         logger.info("listening on http://%s:%d, loading model %s", host, bound, identity.name)
         try:
@@ -184,9 +188,17 @@ def _build(
     return service, NvilaServer(service, listener, grace_s)
 
 
-def _load(load: Callable[[], ChatEngine], service: ChatService, server: NvilaServer, failures: list[Exception]) -> None:
+def _load(
+    load: Callable[[], ChatEngine],
+    on_ready: Callable[[], None] | None,
+    service: ChatService,
+    server: NvilaServer,
+    failures: list[Exception],
+) -> None:
     try:
         service.queue.start(load())
+        if on_ready is not None:
+            on_ready()
     except Exception as e:
         failures.append(e)
         server.shut_down()
