@@ -91,7 +91,10 @@ def _torchao_tensor(weight_OI: Tensor, config: Any) -> Tensor:
     layer.weight = nn.Parameter(weight_OI, requires_grad=False)
     holder = nn.Sequential(layer)
     quantize_(holder, config, filter_fn=lambda module, _: isinstance(module, nn.Linear))
-    return layer.weight.detach()
+    weight = layer.weight.detach()
+    # torchao hangs a method of the layer on the layer: it would keep its weight until Python looks for cycles.
+    del layer.weight
+    return weight
 
 
 def torchao_config(scheme: Scheme, group_size: int) -> Any:

@@ -167,13 +167,16 @@ def run_job(here: Path, job: Job) -> None:
 
 def serve(here: Path) -> None:
     """Fork a process for every job on standard input and answer with how it ended."""
+    # Libraries log to standard output; the answers have what was standard output for themselves.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             run_job(here, json.loads(line))
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 
 
 def main() -> None:
