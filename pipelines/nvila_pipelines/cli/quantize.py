@@ -25,7 +25,7 @@ SUMMARY = "make a model smaller and faster: W8A8 vision, 4-bit language, measure
 EPILOG = """\
 examples:
   nvila quantize MODEL --data mine.jsonl             SmoothQuant W8A8 tower, AWQ 4-bit language model, on your samples
-  nvila quantize models:/nvila@champion --data easy-vqa --language int8 --budget 0.5
+  nvila quantize models:/nvila-tuned@candidate --data easy-vqa --language int8 --budget 0.5
   nvila quantize MODEL --data DATA --export compressed-tensors --export gguf      the language part for vLLM, llama.cpp
   nvila quantize MODEL --vision none --language fp8  without data: rounded to nearest, nothing measured
   nvila quantize fast seed=1                         the quantization step of a recipe
