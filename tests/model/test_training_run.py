@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from nvila.assembly import build_model, load_model
+from nvila.data.collation import Batch
 from nvila.data.media import ImageTable, write_image_table
+from nvila.data.packing import FlatBatch, flatten
 from nvila.data.records import Sample, vqa_sample, write_jsonl
 from nvila.errors import ConfigError, DataError
 from nvila.modeling import NVILAForConditionalGeneration
@@ -147,6 +149,28 @@ def test_each_stage_changes_its_parts_and_only_those(
         before = after
     model, _ = load_model(final)
     assert model.config.num_image_tokens == 4
+
+
+def test_sdpa_joins_the_rows_of_single_samples_and_trains_as_eager_does(
+    run_train: Any, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[int] = []
+
+    def spy(batch: Batch) -> FlatBatch:
+        joined.append(batch.num_samples)
+        return flatten(batch)
+
+    monkeypatch.setattr("nvila.training.loop.flatten", spy)
+    changes = {"lr": {"language": 1e-3}, "max_shift_pixels": 0}
+    apart, shared = (stage("all", samples_per_image=number, **changes) for number in (1, 2))
+    losses = {}
+    for attention in ("sdpa", "eager"):
+        run_train(replace(config, stages=(apart,), attention=attention), tmp_path / attention)
+        losses[attention] = [loss for _, _, loss in metrics(tmp_path / attention)]
+        assert joined == [2, 2, 2], attention  # by sdpa alone
+    assert losses["sdpa"] == pytest.approx(losses["eager"], rel=1e-4)
+    run_train(replace(config, stages=(shared,)), tmp_path / "shared")
+    assert joined == [2, 2, 2], "samples that share their beginning need a mask of pairs"
 
 
 @pytest.mark.parametrize("kill_at", [("align", 2), ("vision", 3), ("language", 1)])

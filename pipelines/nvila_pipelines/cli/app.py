@@ -44,7 +44,7 @@ examples:
   nvila run                              the whole lifecycle with the recipe quickstart
   nvila run --fast --serve               a short one that leaves the endpoint up
   nvila train seed=1 train.precision=bf16
-  nvila tune models:/nvila@champion my-data/
+  nvila tune MODEL my-data/
   nvila serve models:/nvila@champion
   nvila doctor                           is this machine ready?
 

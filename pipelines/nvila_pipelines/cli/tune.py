@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SUMMARY = "tune a model on your own data, and register it"
 EPILOG = """\
 examples:
-  nvila tune models:/nvila@champion my-data/        a folder of images with a JSONL file; good defaults
+  nvila tune MODEL my-data/                         a folder of images with a JSONL file; good defaults
   nvila tune MODEL data.jsonl --method ln+qlora     the least memory
   nvila tune MODEL data.jsonl --lr-ratio auto       try learning-rate ratios first, keep the best
   nvila tune MODEL data.jsonl --guard easy_vqa      register only if general answers stay good
