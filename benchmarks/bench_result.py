@@ -68,7 +68,7 @@ def write_result(name: str, claims: Sequence[Claim], details: Mapping[str, Any])
         details: Single measurements behind them.
     """
     result = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", _script(), *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {package: _version(package) for package in _PACKAGES} | {"python": platform.python_version()},
         "hardware": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
@@ -93,3 +93,10 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or "unknown processor"
+
+
+def _script() -> str:
+    """Return the program as a reader starts it, from wherever it was started here."""
+    path = Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parents[1]
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else sys.argv[0]
