@@ -8,13 +8,17 @@ from datetime import datetime
 from nvila_pipelines.steps.runner import FINISHED, REUSED
 from nvila_platform.telemetry import Event
 
+# Events are stamped in milliseconds. A step that took less (the gate, on a fast machine) still took time: 0 is the
+# mark of a reused one.
+SHORTEST_S = 0.001
+
 
 @dataclass(slots=True)
 class RunRecord:
     """Collects events.
 
     Args:
-        seconds: Time of every finished step, 0 for a reused one.
+        seconds: Time of every finished step, at least a millisecond; 0 for a reused one.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -29,4 +33,5 @@ class RunRecord:
         if event.phase == REUSED:
             self.seconds[event.step] = 0.0
         elif event.phase == FINISHED:
-            self.seconds[event.step] = round((now - self._started[event.step]).total_seconds(), 2)
+            took = (now - self._started[event.step]).total_seconds()
+            self.seconds[event.step] = max(round(took, 3), SHORTEST_S)

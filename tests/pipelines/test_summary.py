@@ -112,3 +112,10 @@ def test_the_record_times_a_step_from_its_first_event_to_its_end() -> None:
     assert record.seconds == {"data": 3.0, "train": 0.0}
     record.add(event("curate", "finished", 9))
     assert record.seconds["curate"] == 4.0
+
+
+def test_a_step_done_within_a_millisecond_is_not_taken_for_a_reused_one() -> None:
+    record = RunRecord()
+    record.add(event("gate", "start", 1))
+    record.add(event("gate", "finished", 1))
+    assert record.seconds["gate"] > 0
