@@ -11,7 +11,8 @@ HELM := PATH="$(CURDIR)/.tools/bin:$$PATH" helm
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint types imports charts docs-check format docs golden bench clean clean-all
+.PHONY: help setup demo test test-all check lint types imports charts docs-check format docs golden bench release \
+	clean clean-all
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +67,10 @@ golden: setup ## Accept what the code says now as tests/golden (review the diff)
 bench: setup ## Run the quick benchmarks and regenerate docs/benchmarks.md
 	@for program in benchmarks/*/*.py; do echo "== $$program"; $(BIN)/python "$$program" --quick || exit 1; done
 	@$(BIN)/python scripts/check_docs.py --write
+
+release: setup ## Build the wheel, the charts and the compiled pipelines into dist/ (ARGS=--final to publish)
+	@$(BIN)/python scripts/tools.py
+	@$(BIN)/python scripts/release.py $(ARGS)
 
 clean: ## Remove caches and build results
 	@rm -rf dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
