@@ -12,12 +12,15 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +128,22 @@ def _charts(root: Path, made: Path, version: str) -> None:
         _run([helm, "package", str(root / "charts" / name), "--destination", str(made)], cwd=made)
         if not (made / f"{name}-{version}.tgz").is_file():
             raise ReleaseError(f"helm made no {name}-{version}.tgz")
+        _settle(made / f"{name}-{version}.tgz", int(commit_time(root)))
+
+
+def _settle(archive: Path, time: int) -> None:
+    """Write an archive again with one time for all of its files, where helm writes now."""
+    with tarfile.open(archive) as packed:
+        members = [(member, packed.extractfile(member)) for member in packed.getmembers()]
+        contents = [(member, file.read() if file else b"") for member, file in members]
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile("", "wb", mtime=time, fileobj=raw) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.GNU_FORMAT) as packed,
+    ):
+        for member, content in contents:
+            member.mtime = time
+            packed.addfile(member, io.BytesIO(content))
 
 
 def _pipelines(root: Path, made: Path) -> None:
