@@ -49,7 +49,7 @@ def promtool() -> Promtool:
     beside = ROOT / ".tools" / "bin" / "promtool"
     binary = str(beside) if beside.is_file() else shutil.which("promtool")
     if binary is None:
-        pytest.skip("promtool is not here: install Debian's package prometheus, or put promtool into .tools/bin")
+        pytest.skip("promtool is not here: python scripts/prometheus.py")
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [binary, *map(str, arguments)]
