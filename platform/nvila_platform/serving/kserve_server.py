@@ -30,6 +30,7 @@ from nvila_platform.serving.guard import Guard
 from nvila_platform.serving.limits import BodyLimit
 from nvila_platform.serving.model import NvilaModel
 from nvila_platform.serving.openai_router import build_router
+from nvila_platform.serving.scrape import scrape_router
 from nvila_platform.serving.service import ChatService
 
 _SDK_ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
@@ -93,6 +94,8 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         pass
 
     def _register_endpoints(self, app: FastAPI) -> None:
+        # Before the SDK's own of the same path: the first match answers.
+        app.include_router(scrape_router())
         super()._register_endpoints(app)
         app.include_router(build_router(self._service))
 

@@ -285,3 +285,10 @@ def test_metrics_are_prometheus_text_with_the_models_numbers(http: httpx.Client,
     assert 'nvila:request_rejected_total{model_name="words",reason="unsupported_parameter"}' in text
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
         assert f'nvila:{name}_bucket{{le="0.1",model_name="words"}}' in text
+
+
+def test_metrics_keep_their_names_whatever_format_prometheus_prefers(http: httpx.Client) -> None:
+    prefers = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+    answer = http.get("/metrics", headers={"Accept": prefers})
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "\nnvila:num_requests_running{" in answer.text
