@@ -11,7 +11,7 @@ HELM := PATH="$(CURDIR)/.tools/bin:$$PATH" helm
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check lint types imports charts docs-check format docs golden bench release \
+.PHONY: help setup demo test test-all check lint types imports charts docs-check format docs golden bench images release \
 	clean clean-all
 
 help: ## Show this list
@@ -69,6 +69,9 @@ golden: setup ## Accept what the code says now as tests/golden (review the diff)
 bench: setup ## Run the quick benchmarks and regenerate docs/benchmarks.md
 	@for program in benchmarks/*/*.py; do echo "== $$program"; $(BIN)/python "$$program" --quick || exit 1; done
 	@$(BIN)/python scripts/check_docs.py --write
+
+images: setup ## Build the images of docker/ with Docker, Podman or Buildah (ARGS="serve --cpu")
+	@$(BIN)/python scripts/images.py $(ARGS)
 
 release: setup ## Build the wheel, the charts and the compiled pipelines into dist/ (ARGS=--final to publish)
 	@$(BIN)/python scripts/tools.py

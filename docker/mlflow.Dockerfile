@@ -16,6 +16,14 @@ RUN python3 -m venv /opt/mlflow \
         prometheus-flask-exporter==0.23.2 \
         psycopg2-binary==2.9.13
 
+# ---- What is inside, package by package, for scanners.
+FROM dependencies AS sbom
+RUN python3 -m venv /opt/cyclonedx \
+    && PIP_CONSTRAINT="" /opt/cyclonedx/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0 \
+    && mkdir /sbom \
+    && /opt/cyclonedx/bin/cyclonedx-py environment --output-reproducible --output-file /sbom/mlflow.cdx.json \
+        /opt/mlflow/bin/python
+
 # ---- What runs.
 FROM ${BASE_IMAGE} AS runtime
 ARG BASE_IMAGE
@@ -31,6 +39,7 @@ RUN groupadd --gid 10001 nvila \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin nvila
 # Owned by root: the server cannot change its own code.
 COPY --from=dependencies --chown=0:0 /opt/mlflow /opt/mlflow
+COPY --from=sbom --chown=0:0 /sbom /usr/share/sbom
 ENV PATH="/opt/mlflow/bin:${PATH}" \
     HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -1,15 +1,12 @@
-# The image of every pipeline component: curate, train, quantize, evaluate, register.
+# The image of what only talks to others: uploading pipelines, the gate, the registry, deploying. It has no torch.
 #
 #   docker build -f docker/pipelines.Dockerfile -t nvila/pipelines:0.1.0 --build-arg VERSION=0.1.0 .
-#
-# Without a GPU, a much smaller torch:
-#   --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 ARG BASE_IMAGE=python:3.11-slim
 
 # ---- Dependencies alone. This stage does not see the source, so its large layer changes only with the pins.
 FROM ${BASE_IMAGE} AS dependencies
-ARG EXTRAS=quickstart
+ARG EXTRAS=pipelines
 ARG PIP_EXTRA_INDEX_URL=""
 ENV PIP_CONSTRAINT=/src/constraints.txt \
     PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -23,6 +20,14 @@ RUN mkdir -p model/nvila pipelines/nvila_pipelines platform/nvila_platform \
     && python3 -m venv /opt/nvila \
     && /opt/nvila/bin/pip install --no-cache-dir ".[${EXTRAS}]" \
     && /opt/nvila/bin/pip uninstall --yes nvila
+
+# ---- What is inside, package by package, for scanners.
+FROM dependencies AS sbom
+RUN python3 -m venv /opt/cyclonedx \
+    && PIP_CONSTRAINT="" /opt/cyclonedx/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0 \
+    && mkdir /sbom \
+    && /opt/cyclonedx/bin/cyclonedx-py environment --output-reproducible --output-file /sbom/nvila.cdx.json \
+        /opt/nvila/bin/python
 
 # ---- The project, as one wheel. Built by the pip of the stage above: a base image may have none of its own.
 FROM dependencies AS wheel
@@ -39,28 +44,23 @@ ARG BASE_IMAGE
 ARG VERSION=0.0.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="nvila-pipelines" \
-      org.opencontainers.image.description="The steps of the NVILA pipelines" \
+      org.opencontainers.image.description="The steps of the NVILA pipelines that only talk to other services" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${BASE_IMAGE}"
-# DeepSpeed compiles its communication kernel at first use. The compiler's version is the base image's, so it is not
-# pinned here a second time.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/* \
-    && groupadd --gid 10001 nvila \
-    && useradd --uid 10001 --gid 10001 --create-home --home-dir /var/lib/nvila --shell /usr/sbin/nologin nvila
-# Owned by root: a step cannot change the code of the next one.
+RUN groupadd --gid 10001 nvila \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin nvila
+# Owned by root: the server cannot change its own code.
 COPY --from=dependencies --chown=0:0 /opt/nvila /opt/nvila
+COPY --from=sbom --chown=0:0 /sbom /usr/share/sbom
 COPY --from=wheel --chown=0:0 /wheel /wheel
 RUN /opt/nvila/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl
 ENV PATH="/opt/nvila/bin:${PATH}" \
-    HOME=/var/lib/nvila \
+    HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-WORKDIR /var/lib/nvila
+WORKDIR /tmp
 USER 10001:10001
-# Pipelines give every container its own command; by itself the image checks the machine it runs on.
-CMD ["nvila", "doctor"]
+# Pipelines give every container its own command; by itself the image says what it is.
+CMD ["nvila", "version"]

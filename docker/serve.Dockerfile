@@ -24,6 +24,14 @@ RUN mkdir -p model/nvila pipelines/nvila_pipelines platform/nvila_platform \
     && /opt/nvila/bin/pip install --no-cache-dir ".[${EXTRAS}]" \
     && /opt/nvila/bin/pip uninstall --yes nvila
 
+# ---- What is inside, package by package, for scanners.
+FROM dependencies AS sbom
+RUN python3 -m venv /opt/cyclonedx \
+    && PIP_CONSTRAINT="" /opt/cyclonedx/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0 \
+    && mkdir /sbom \
+    && /opt/cyclonedx/bin/cyclonedx-py environment --output-reproducible --output-file /sbom/nvila.cdx.json \
+        /opt/nvila/bin/python
+
 # ---- The project, as one wheel. Built by the pip of the stage above: a base image may have none of its own.
 FROM dependencies AS wheel
 WORKDIR /build
@@ -48,6 +56,7 @@ RUN groupadd --gid 10001 nvila \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin nvila
 # Owned by root: the server cannot change its own code.
 COPY --from=dependencies --chown=0:0 /opt/nvila /opt/nvila
+COPY --from=sbom --chown=0:0 /sbom /usr/share/sbom
 COPY --from=wheel --chown=0:0 /wheel /wheel
 RUN /opt/nvila/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl
 ENV PATH="/opt/nvila/bin:${PATH}" \

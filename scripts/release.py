@@ -173,6 +173,11 @@ def commit_time(root: Path) -> str:
     return _git(root, "log", "-1", "--format=%ct").strip()
 
 
+def commit_of(root: Path) -> str:
+    """Return the commit that is built, marked when there is more in the tree."""
+    return _git(root, "rev-parse", "HEAD").strip() + ("-dirty" if _git(root, "status", "--porcelain") else "")
+
+
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -53,7 +53,7 @@ def values(stage: list[Instruction], word: str) -> list[str]:
 
 
 def test_there_is_an_image_for_everything_that_charts_run() -> None:
-    assert {path.stem for path in DOCKERFILES} >= {"serve", "pipelines", "mlflow"}
+    assert {path.stem for path in DOCKERFILES} == {"mlflow", "pipelines", "serve", "train"}
 
 
 @each_file
@@ -68,10 +68,11 @@ def test_hadolint_finds_nothing(dockerfile: Path) -> None:
 
 @each_file
 def test_base_image_can_be_chosen_and_does_not_move(dockerfile: Path) -> None:
-    (default,) = values(stages(dockerfile)[""], "ARG")
+    default, *more = values(stages(dockerfile)[""], "ARG")
+    assert more == (["BUILD_IMAGE=${BASE_IMAGE}"] if dockerfile.stem == "train" else [])
     assert re.fullmatch(r"BASE_IMAGE=[a-z0-9./-]+:(?!latest)[a-z0-9.-]+", default)
     bases = {rest.split(" AS ")[0] for word, rest in instructions(dockerfile) if word == "FROM"}
-    assert bases <= {"${BASE_IMAGE}", "dependencies"}
+    assert bases <= {"${BASE_IMAGE}", "${BUILD_IMAGE}", "dependencies"}
 
 
 @each_file
@@ -93,6 +94,22 @@ def test_no_instruction_hides_work(dockerfile: Path) -> None:
     text = dockerfile.read_text(encoding="utf-8")
     assert not re.search(r"\b(curl|wget|sudo|chmod 777)\b", text)
     assert "--no-cache-dir" in text
+
+
+@each_file
+def test_image_says_what_is_inside(dockerfile: Path) -> None:
+    (made,) = values(stages(dockerfile)["sbom"], "RUN")
+    assert "cyclonedx-bom==" in made
+    assert "--output-file /sbom/" in made
+    assert "--from=sbom --chown=0:0 /sbom /usr/share/sbom" in values(last(dockerfile), "COPY")
+
+
+def test_the_light_image_has_no_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["pipelines"]]
+    assert not [name for name in wanted if re.match(r"(torch|transformers|deepspeed|nvila)\b", name)]
+    stage = stages(ROOT / "docker" / "pipelines.Dockerfile")["dependencies"]
+    assert "EXTRAS=pipelines" in values(stage, "ARG")
 
 
 @each_file
@@ -172,7 +189,7 @@ def test_the_stage_without_source_is_enough_to_resolve_the_project(dockerfile: P
     stage = stages(dockerfile)["dependencies"]
     for name in values(stage, "COPY")[0].split()[:-1]:
         shutil.copy(ROOT / name, tmp_path)
-    prepare = values(stage, "RUN")[0].partition("&& python3 -m venv")[0]
+    prepare = next(run for run in values(stage, "RUN") if run.startswith("mkdir")).partition("&& python3 -m venv")[0]
     subprocess.run(["sh", "-ec", prepare], cwd=tmp_path, check=True, timeout=30)
     command = [
         sys.executable,

@@ -1,0 +1,229 @@
+"""The images are really built, without a daemon, on a Debian made here; the server in one of them answers a question.
+
+Needs root, buildah, debootstrap and Debian's archive; minutes and some gigabytes. Registries of images are not asked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = "docker.io/library/python:3.11-slim"
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+PATH = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def images() -> Any:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return importlib.import_module("images")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def builder(images: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Buildah with a storage of its own that holds a stand-in of the base image."""
+    missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"needs root and {' and '.join(missing) or 'nothing else'}: apt-get install buildah debootstrap")
+    folder = tmp_path_factory.mktemp("images")
+    storage = ("--root", f"{folder}/store", "--runroot", f"{folder}/run", "--storage-driver", "vfs")
+    # Packages that this machine keeps on its disk are seen by the builds too.
+    kept = [path for path in _pip_folders() if path.is_dir()]
+    volumes = [part for path in kept for part in ("--volume", f"{path}:{path}:ro")]
+    os.environ["BUILDAH_ISOLATION"] = "chroot"
+    made = images.Builder(
+        engine="buildah", options=storage, build_options=("--pull-never", "--network", "host", *volumes)
+    )
+    try:
+        _make_base(folder, storage, kept)
+        yield made
+    finally:
+        # Gigabytes; pytest would keep the last three.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _pip_folders() -> list[Path]:
+    """Return the folders that this machine's pip looks into besides the index."""
+    said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    words = said.stdout.replace("'", " ").replace("file://", "").split()
+    found = [Path(word) for word in words if word.startswith("/") and "ssl" not in word and Path(word).is_dir()]
+    return [path.parent if path.name == "simple" else path for path in dict.fromkeys(found)]
+
+
+def _make_base(folder: Path, storage: tuple[str, ...], kept: list[Path]) -> None:
+    root = folder / "rootfs"
+    packages = "--include=python3,python3-venv,ca-certificates"
+    made = subprocess.run(
+        ["debootstrap", "--variant=minbase", packages, "bookworm", str(root), "http://deb.debian.org/debian"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip(f"no Debian could be made: {made.stdout.strip().splitlines()[-1]}")
+    shutil.rmtree(root / "var" / "cache" / "apt" / "archives", ignore_errors=True)
+    (root / "usr" / "local" / "bin" / "python").symlink_to("/usr/bin/python3")
+    if CERTIFICATES.is_file():
+        shutil.copy(CERTIFICATES, root / CERTIFICATES.relative_to("/"))
+    pages = [f"file://{path}/simple" for path in kept if (path / "simple").is_dir()]
+    links = [str(path) for path in kept if not (path / "simple").is_dir()]
+    (root / "etc" / "pip.conf").write_text(
+        f"[global]\ncert = {CERTIFICATES}\nfind-links = {' '.join(links)}\nextra-index-url = {' '.join(pages)}\n"
+    )
+
+    def buildah(*arguments: str) -> str:
+        done = subprocess.run(["buildah", *storage, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    container = buildah("from", "scratch")
+    buildah("add", "--quiet", container, str(root), "/")
+    buildah("config", "--env", f"PATH={PATH}", "--env", f"SSL_CERT_FILE={CERTIFICATES}", container)
+    buildah("commit", "--quiet", container, BASE)
+    buildah("rm", container)
+    shutil.rmtree(root)
+
+
+def container(builder: Any, tag: str) -> str:
+    """Make a container of an image; returns its name."""
+    command = ["buildah", *builder.options, "from", "--pull-never", tag]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(builder: Any, tag: str, *command: str, volumes: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a command in a fresh container of an image."""
+    base = ["buildah", *builder.options]
+    name = subprocess.run(
+        [*base, "from", "--pull-never", tag], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        program = [*base, "run", "--isolation", "chroot", *volumes, name, "--", *command]
+        return subprocess.run(program, capture_output=True, text=True, check=False, timeout=300)
+    finally:
+        subprocess.run([*base, "rm", name], capture_output=True, check=True)
+
+
+def config_of(builder: Any, tag: str) -> dict[str, Any]:
+    done = subprocess.run(
+        ["buildah", *builder.options, "inspect", "--type", "image", tag], capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)["Docker"]["config"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def build(images: Any, builder: Any) -> Callable[[str], str]:
+    """Build an image once; returns its tag."""
+    tags: dict[str, str] = {}
+
+    def once(name: str) -> str:
+        if name not in tags:
+            tags[name] = images.build(builder, name, registry="localhost/nvila", base=BASE, cpu=False)
+        return tags[name]
+
+    return once
+
+
+def test_the_light_image_names_its_version_and_its_packages_and_has_no_torch(
+    builder: Any, build: Callable[[str], str]
+) -> None:
+    tag = build("pipelines")
+    said = run(builder, tag, "nvila", "version")
+    assert said.returncode == 0, said.stderr
+    assert tag.rpartition(":")[2] in said.stdout
+    assert run(builder, tag, "id", "-u").stdout.strip() == "10001"
+    assert "No module named 'torch'" in run(builder, tag, "python", "-c", "import torch").stderr
+    sbom = json.loads(run(builder, tag, "cat", "/usr/share/sbom/nvila.cdx.json").stdout)
+    assert sbom["bomFormat"] == "CycloneDX"
+    assert {"kfp", "mlflow", "minio"} <= {component["name"].lower() for component in sbom["components"]}
+    # It does what its steps need: the graphs compile in it.
+    program = (
+        "import tempfile, pathlib; from nvila_pipelines.compile import GRAPHS, compile_graph\n"
+        "print(compile_graph(GRAPHS[0], pathlib.Path(tempfile.mkdtemp()) / 'compiled.yaml'))"
+    )
+    made = run(builder, tag, "python", "-c", program)
+    assert made.stdout.strip().endswith("/compiled.yaml"), made.stderr
+
+
+def test_the_server_in_the_image_answers_a_question(builder: Any, build: Callable[[str], str], tmp_path: Path) -> None:
+    import torch
+
+    from nvila.configuration import NVILAConfig
+    from nvila.modeling import NVILAForConditionalGeneration
+    from nvila.processing import NVILAProcessor
+
+    tag = build("serve")
+    config = config_of(builder, tag)
+    assert config["User"] == "10001:10001"
+    assert config["Labels"]["org.opencontainers.image.version"] == tag.rpartition(":")[2]
+    torch.manual_seed(0)
+    NVILAForConditionalGeneration(NVILAConfig.from_preset("tiny-nvila-lite")).save_pretrained(tmp_path)
+    NVILAProcessor.from_preset("tiny-nvila-lite").save_pretrained(tmp_path)
+    for path in (tmp_path.parent.parent, tmp_path.parent, tmp_path, *tmp_path.iterdir()):
+        path.chmod(0o755)
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    base = ["buildah", *builder.options]
+    name = subprocess.run(
+        [*base, "from", "--pull-never", tag], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    # The image's own command, on this machine's loopback and a free port.
+    command = [*config["Entrypoint"], *config["Cmd"], "--host", "127.0.0.1", "--port", str(port)]
+    mount = ("--network", "host", "--volume", f"{tmp_path}:/mnt/models:ro")
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*base, "run", "--isolation", "chroot", *mount, name, "--", *command], stdout=log, stderr=log
+        )
+    try:
+        began = time.monotonic()
+        wait_ready(server, port, tmp_path / "log")
+        print(f"cold start in the image: {time.monotonic() - began:.1f} s")
+        names = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/openai/v1/models", timeout=10))
+        messages = [{"role": "user", "content": "what is it?"}]
+        body = {"model": names["data"][0]["id"], "max_tokens": 4, "messages": messages}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/openai/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer = json.load(urllib.request.urlopen(request, timeout=60))  # noqa: S310
+        assert answer["usage"]["completion_tokens"] >= 1
+        # The image's health check, as Docker would run it, against this port.
+        check = [word.replace(":8080/", f":{port}/") for word in config["Healthcheck"]["Test"][1:]]
+        assert run(builder, tag, *check, volumes=("--network", "host")).returncode == 0
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+        subprocess.run([*base, "rm", name], capture_output=True, check=False)
+
+
+def wait_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait for the server, or fail with its last words."""
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=2) as ready:
+                if ready.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            pass
+        time.sleep(0.2)
+    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
