@@ -12,10 +12,10 @@ HELM := PATH="$(CURDIR)/.tools/bin:$$PATH" helm
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check lint types imports charts docs-check format docs golden bench images release \
-	clean clean-all
+	kind kind-e2e clean clean-all
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Create or repair .venv (every target below does it by itself)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -69,6 +69,12 @@ golden: setup ## Accept what the code says now as tests/golden (review the diff)
 bench: setup ## Run the quick benchmarks and regenerate docs/benchmarks.md
 	@for program in benchmarks/*/*.py; do echo "== $$program"; $(BIN)/python "$$program" --quick || exit 1; done
 	@$(BIN)/python scripts/check_docs.py --write
+
+kind: charts ## Install the platform on a kind cluster of this machine (docs/install.md)
+	@scripts/kind.sh up
+
+kind-e2e: charts ## Run the tiny lifecycle on that cluster and assert what came out
+	@scripts/kind.sh e2e
 
 images: setup ## Build the images of docker/ with Docker, Podman or Buildah (ARGS="serve --cpu")
 	@$(BIN)/python scripts/images.py $(ARGS)

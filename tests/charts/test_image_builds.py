@@ -26,7 +26,8 @@ BASE = "docker.io/library/python:3.11-slim"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PATH = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-pytestmark = pytest.mark.slow
+# Minutes of downloads and copies on an ordinary disk.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
