@@ -162,6 +162,33 @@ def resolve_if_any(settings: Settings, model_uri: str) -> ModelVersion | None:
         return None
 
 
+def versions_of(settings: Settings, digest: str) -> list[ModelVersion]:
+    """Return every version of every model that refers to an artifact, the newest first; none where nothing is known.
+
+    Raises:
+        InfrastructureError: The registry failed.
+    """
+    database = database_path(settings.tracking_uri)
+    if database is not None and not database.exists():
+        return []
+    with _failures(settings, f"looking for versions of {digest[:12]}"):
+        client = connect(settings)
+        found = retrying(lambda: client.search_model_versions(f"tags.`{_DIGEST}`='{digest}'"))
+        return sorted(map(_model_version, found), key=lambda version: (version.name, -version.version))
+
+
+def aliases_of(settings: Settings, version: ModelVersion) -> list[str]:
+    """Return the aliases that point at a version.
+
+    Raises:
+        ConfigError: The model is not registered any more.
+        InfrastructureError: The registry failed.
+    """
+    with _failures(settings, f"reading the aliases of {version.name!r}"):
+        found = _aliases(_connect_existing(settings, version.name), version.name)
+    return sorted(alias for alias, number in found.items() if number == version.version)
+
+
 def version_tags(settings: Settings, version: ModelVersion) -> dict[str, str]:
     """Return all tags of a version.
 
