@@ -28,6 +28,7 @@ VERBS = [
     "bench",
     "convert",
     "inspect",
+    "lineage",
     "serve",
     "ui",
     "doctor",
