@@ -57,7 +57,8 @@ def facts(origin: Origin) -> list[tuple[str, str]]:
         rows.append(("model", "not registered"))
     if origin.verdict:
         failed = [name for name, passed in origin.verdict.checks.items() if not passed]
-        said = f"refused: {', '.join(failed)}" if failed else f"passed {len(origin.verdict.checks)} checks"
+        count = len(origin.verdict.checks)
+        said = f"refused: {', '.join(failed)}" if failed else f"passed {count} check{'s' * (count != 1)}"
         rows.append(("gate", said))
     elif origin.version:
         rows.append(("gate", "no verdict in the store"))

@@ -83,6 +83,7 @@ def test_every_verb_takes_the_common_options(verb: str) -> None:
         "adapters": ["show", "a"],
         "convert": ["a", "b", "--to", "hf"],
         "inspect": ["m"],
+        "lineage": ["r"],
         "plan": ["m", "d"],
         "tune": ["m", "d"],
     }.get(verb, [])
