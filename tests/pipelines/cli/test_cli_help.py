@@ -30,6 +30,7 @@ VERBS = [
     "inspect",
     "lineage",
     "serve",
+    "drift",
     "ui",
     "doctor",
     "version",
