@@ -23,6 +23,7 @@ FEATURES = {
 }
 OUTPUTS = ("answer_letters",)
 _SIDE = 32
+_DIGITS = 6
 
 Values = dict[str, list[float]]
 
@@ -54,9 +55,11 @@ def image_features(image: Image.Image) -> dict[str, float]:
     width, height = image.size
     small = image.convert("L").resize((_SIDE, _SIDE), PilImage.Resampling.BOX)
     levels = np.asarray(small, dtype=np.float64) / 255
-    return {
+    found = {
         "megapixels": width * height / 1e6,
         "aspect": width / height,
         "brightness": float(levels.mean()),
         "contrast": float(levels.std()),
     }
+    # What is left over from adding floats is no difference between images.
+    return {name: round(value, _DIGITS) for name, value in found.items()}

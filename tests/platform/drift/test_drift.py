@@ -35,6 +35,10 @@ def test_an_image_is_described_by_its_size_and_its_light() -> None:
     assert (found["brightness"], found["contrast"]) == (0.5, 0.5)
 
 
+def test_flat_images_differ_in_brightness_alone() -> None:
+    assert {image_features(picture(level))["contrast"] for level in range(0, 256, 5)} == {0.0}
+
+
 def test_a_request_is_described_by_all_of_its_parts() -> None:
     found = request_features("what is it?", [picture(0), picture(255)])
     assert found.keys() == FEATURES.keys() - {"answer_letters"}
