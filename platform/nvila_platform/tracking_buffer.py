@@ -124,7 +124,7 @@ class Outbox:
         with self._changed:
             self._changed.wait_for(lambda: bool(self._events) or self._finished, idle_s)
             if self._events:
-                self._changed.wait_for(lambda: len(self._events) >= _BATCH_VALUES or self._finished, gather_s)
+                self._changed.wait_for(lambda: self._values >= _BATCH_VALUES or self._finished, gather_s)
             return not self._abandoned and (bool(self._events) or not self._finished)
 
     def peek(self) -> list[Event]:
@@ -148,9 +148,12 @@ class Outbox:
             return left
 
     def _append(self, event: Event) -> None:
+        before = self._values
         self._events.append(event)
         self._values += len(event.values)
-        self._changed.notify_all()
+        # Only for the first event, and for a request's worth: every wake-up takes the interpreter from the caller.
+        if len(self._events) == 1 or before < _BATCH_VALUES <= self._values:
+            self._changed.notify_all()
 
     @property
     def waiting_values(self) -> int:

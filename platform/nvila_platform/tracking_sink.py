@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import posixpath
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nvila_platform.mlflow_backend import artifact_location, is_rejection, one_line, retrying
 from nvila_platform.tracking_buffer import BufferFile, Event, RunSpec, batches
+from nvila_platform.tracking_metrics import clean_name, values_of, values_sender
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
     from nvila_platform.settings import Settings
 
@@ -37,20 +35,6 @@ _MAX_METRICS = 1000
 _MAX_PARAMS = 100
 _MAX_PARAM_LENGTH = 6000
 _MAX_TAG_LENGTH = 8000
-_MAX_NAME_LENGTH = 250
-
-
-def clean_name(name: str) -> str:
-    """Return the nearest name that MLflow accepts for a metric, parameter or tag.
-
-    Example:
-        >>> clean_name("accuracy (top 5%)")
-        'accuracy _top 5__'
-    """
-    plain = re.sub(r"[^/\w.\- :]", "_", name)
-    # MLflow also refuses names that differ from their own normal form as a path.
-    parts = ["_" if part in (".", "..") else part for part in plain.split("/") if part]
-    return posixpath.join(*parts)[:_MAX_NAME_LENGTH].rstrip("/") if parts else "unnamed"
 
 
 class RunSink:
@@ -59,6 +43,7 @@ class RunSink:
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self.run_id = run_id
         self._client = client
+        self._send_values = values_sender(client, run_id)
 
     def send(self, batch: Sequence[Event]) -> None:
         """Deliver neighbouring events of one kind.
@@ -68,7 +53,7 @@ class RunSink:
         """
         kind = batch[0].kind
         if kind == "metrics":
-            self._send_each(_metrics(batch), _MAX_METRICS, lambda part: self._log(metrics=part))
+            self._send_each(values_of(batch), _MAX_METRICS, self._send_values)
         elif kind == "params":
             self._send_each(_pairs(batch), _MAX_PARAMS, self._send_params)
         elif kind == "tags":
@@ -95,9 +80,6 @@ class RunSink:
             middle = len(items) // 2
             self._send_part(items[:middle], send)
             self._send_part(items[middle:], send)
-
-    def _log(self, metrics: Sequence[Metric]) -> None:
-        self._client.log_batch(self.run_id, metrics=metrics)
 
     def _send_params(self, pairs: Sequence[tuple[str, str]]) -> None:
         from mlflow.entities import Param
@@ -221,16 +203,6 @@ def _resolve(client: MlflowClient, experiment_id: str, parent: str, wait_s: floa
         if found is not None or time.monotonic() >= deadline:
             return found
         time.sleep(0.25)
-
-
-def _metrics(batch: Sequence[Event]) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    return [
-        Metric(clean_name(name), float(value), event.time_ms, event.step)
-        for event in batch
-        for name, value in event.values.items()
-    ]
 
 
 def _pairs(batch: Sequence[Event]) -> list[tuple[str, str]]:

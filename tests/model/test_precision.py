@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from nvila.errors import CapabilityError
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.training.config import Fp8Config, PrecisionConfig
-from nvila.training.precision import apply_precision, autocast
+from nvila.training.precision import InPrecision, apply_precision, autocast, fp8_transformer_engine
 from nvila.training.precision.fp8_emulated import E4M3, E5M2, Fp8Linear, Fp8Rounding, round_to_fp8
 
 Array = npt.NDArray[np.float64]
@@ -249,6 +250,7 @@ def test_what_a_backend_cannot_do_is_refused(
 
 def test_torchao_trains_as_the_emulation_does(fresh_model: NVILAForConditionalGeneration) -> None:
     pytest.importorskip("torchao", reason="torchao is part of the model extra")
+    # A number of positions that is no multiple of 16, which torchao's kernels on a GPU do not take without padding.
     ids = torch.arange(6, 16).unsqueeze(0)
     losses, gradients = [], []
     for backend in ("emulated", "torchao"):
@@ -256,6 +258,9 @@ def test_torchao_trains_as_the_emulation_does(fresh_model: NVILAForConditionalGe
         applied = apply_precision(model.model.language_model, fp8(backend=backend))
         assert applied.backend == backend
         assert len(applied.converted) == 14
+        if backend == "torchao":
+            layer = cast("Any", model.model.language_model.get_submodule(applied.converted[0]))
+            assert layer.config.pad_inner_dim
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(float(loss.detach()))
@@ -268,6 +273,67 @@ def test_torchao_trains_as_the_emulation_does(fresh_model: NVILAForConditionalGe
 def test_products_are_computed_in_the_precision_named(name: str, dtype: torch.dtype) -> None:
     with autocast(PrecisionConfig(name=name), "cpu"):  # type: ignore[arg-type]  # a parameter of the test
         assert nn.Linear(4, 4)(torch.randn(2, 4)).dtype == dtype
+
+
+def test_a_model_computes_in_its_precision_until_that_is_removed() -> None:
+    linear = nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    inside = InPrecision(linear, PrecisionConfig(name="bf16"))
+    # As DeepSpeed does around a module on a GPU.
+    with torch.autocast("cpu", enabled=False):
+        assert linear(x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="shape"):
+        linear(torch.randn(2, 5))
+    assert not torch.is_autocast_enabled("cpu")
+    inside.remove()
+    assert linear(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (16, 8), (4, 4, 8)], ids=str)
+def test_positions_are_filled_up_to_whole_blocks_and_cut_again(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    linear, seen = nn.Linear(8, 6), []
+    x = torch.randn(shape, requires_grad=True)
+
+    def product(rows: Tensor) -> Tensor:
+        seen.append(rows.flatten(0, -2).shape[0])
+        return cast("Tensor", linear(rows))
+
+    y = fp8_transformer_engine.in_whole_blocks(product, x)
+    assert seen[0] % 16 == 0
+    torch.testing.assert_close(y, linear(x))
+    padded = torch.autograd.grad(y.square().sum(), [x, linear.weight])
+    plain = torch.autograd.grad(linear(x).square().sum(), [x, linear.weight])
+    torch.testing.assert_close(padded, plain)
+
+
+def test_error_of_a_product_is_what_the_formats_predict() -> None:
+    """Rounding errors are independent: that of a product is the root of the sum of their squares.
+
+    A mantissa of m bits, evenly spread over an octave, errs by a third of half its last digit's square: relative to the
+    root mean square of normal values, 2^-m / sqrt(12) / 1.5 on average over the octave's sizes, within some percent.
+    """
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(256, 512), torch.randn(128, 512), torch.randn(256, 128))
+    e = {}
+    for name, tensor, dtype in (("x", x, E4M3), ("w", weight, E4M3), ("g", grad, E5M2)):
+        e[name] = float((rounded(tensor, dtype) - tensor).norm() / tensor.norm())
+    assert e["x"] == pytest.approx(2.0**-3 / math.sqrt(12) / 1.5, rel=0.15)
+    assert e["g"] == pytest.approx(2.0**-2 / math.sqrt(12) / 1.5, rel=0.15)
+    layer = Fp8Linear.from_linear(nn.Linear(512, 128, bias=False))
+    layer.weight.data.copy_(weight)
+    given = x.clone().requires_grad_()
+    y = layer(given)
+    y.backward(grad)
+    assert given.grad is not None
+    assert layer.weight.grad is not None
+    for found, exact, first, second in (
+        (y, x.double() @ weight.double().t(), "x", "w"),
+        (given.grad, grad.double() @ weight.double(), "g", "w"),
+        (layer.weight.grad, grad.double().t() @ x.double(), "g", "x"),
+    ):
+        error = float((found.detach().double() - exact).norm() / exact.norm())
+        assert error == pytest.approx(math.hypot(e[first], e[second]), rel=0.05)
 
 
 def test_model_in_fp8_answers_as_before_and_trains_near_fp32(fresh_model: NVILAForConditionalGeneration) -> None:

@@ -16,7 +16,7 @@ from nvila.data.records import vqa_sample
 from nvila.data.tensors import PixelCache
 from nvila.errors import CapabilityError
 from nvila.modeling import NVILAForConditionalGeneration
-from nvila.training.config import ModelConfig, PartName, StageConfig, TrainConfig
+from nvila.training.config import ModelConfig, PartName, PrecisionConfig, StageConfig, TrainConfig
 from nvila.training.engine import build_engine
 from nvila.training.loop import model_inputs
 from nvila.training.run import recompute_activations, trained_parts
@@ -141,6 +141,29 @@ def test_deepspeed_gives_the_losses_and_weights_of_torch(run: Run, zero_stage: i
     losses, weights = run(backend="deepspeed", zero_stage=zero_stage)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     assert_same_weights(weights, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
+@pytest.mark.usefixtures("one_process")
+def test_engine_computes_in_the_precision_of_its_configuration(
+    backend: str, model: NVILAForConditionalGeneration, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also within what DeepSpeed does on a GPU: it switches autocast off around the module."""
+    if backend == "deepspeed":
+        pytest.importorskip("deepspeed", reason="deepspeed is an extra")
+    kept: list[torch.dtype] = []
+    forward = type(model).forward
+
+    def noted(self: nn.Module, **inputs: Any) -> Any:
+        kept.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return forward(cast("Any", self), **inputs)
+
+    monkeypatch.setattr(type(model), "forward", noted)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        kept.clear()
+        with torch.autocast("cpu", enabled=False):
+            run(backend=backend, precision=PrecisionConfig(name=name))  # type: ignore[arg-type]  # one of the three
+        assert set(kept) == {dtype}
 
 
 @pytest.mark.usefixtures("one_process")

@@ -24,7 +24,7 @@ from nvila_platform.mlflow_ui import start_ui
 from nvila_platform.settings import Settings
 from nvila_platform.tracking import Tracker, open_tracker
 from nvila_platform.tracking_buffer import BufferFile, Event, RunSpec, batches
-from nvila_platform.tracking_sink import clean_name
+from nvila_platform.tracking_metrics import clean_name
 
 CLOSE_S = 60.0
 

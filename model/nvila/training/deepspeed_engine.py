@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from nvila.errors import CapabilityError
 from nvila.training.config import TrainConfig
-from nvila.training.engine import StepOutcome, scale_rates
+from nvila.training.engine import StepOutcome, on_device, scale_rates
 from nvila.training.partitions import Partitions, Piece, whole_parameters
+from nvila.training.precision import InPrecision
 
 
 class DeepSpeedEngine:
@@ -60,10 +61,11 @@ class DeepSpeedEngine:
             },
         )
         self.module = self._engine.module
+        self._precision = InPrecision(self.module, config.precision)
 
     def __call__(self, **inputs: Any) -> Any:
         """Run the model."""
-        return self._engine(**inputs)
+        return self._engine(**on_device(inputs, self._engine.device))
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate gradients; without ZeRO the last call also averages them over the processes."""
@@ -124,6 +126,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers."""
+        self._precision.remove()
         self._engine.destroy()
 
     def _sync(self) -> None:

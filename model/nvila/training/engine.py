@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from nvila.errors import CapabilityError
 from nvila.training.config import TrainConfig
 from nvila.training.optimizers import build_optimizer
 from nvila.training.partitions import Partitions, whole_parameters
+from nvila.training.precision import InPrecision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class TrainEngine(Protocol):
     """Backend and ZeRO stage: with the number of processes they decide who holds what."""
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run the model."""
+        """Run the model in the precision of the configuration, on inputs from any device."""
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate gradients; `last` marks the last micro-batch of a step, on every process the same one."""
@@ -74,7 +76,7 @@ class ParameterGroup:
 
 
 def build_engine(model: nn.Module, groups: list[ParameterGroup], config: TrainConfig) -> TrainEngine:
-    """Build the backend that the configuration names."""
+    """Build the backend that the configuration names; torch trains where the model is, DeepSpeed on its own device."""
     optimizer = build_optimizer(
         config.optimizer,
         [{"params": group.parameters, "lr": group.lr, "peak_lr": group.lr} for group in groups],
@@ -82,7 +84,7 @@ def build_engine(model: nn.Module, groups: list[ParameterGroup], config: TrainCo
         weight_decay=config.weight_decay,
     )
     if config.backend == "torch":
-        return _TorchEngine(model, optimizer, config.max_grad_norm)
+        return _TorchEngine(model, optimizer, config)
     from nvila.training.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(model, optimizer, config)
@@ -94,20 +96,25 @@ def scale_rates(groups: list[dict[str, Any]], lr_scale: float) -> None:
         group["lr"] = group["peak_lr"] * lr_scale
 
 
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the inputs of a model with their tensors on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 class _TorchEngine:
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise CapabilityError("train.backend=torch runs one process only", "use train.backend=deepspeed")
         self.module = model
         self.layout = ("torch", 0)
         self._optimizer = optimizer
-        self._max_grad_norm = max_grad_norm
+        self._max_grad_norm = config.max_grad_norm
+        self._precision = InPrecision(model, config.precision)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
 
     def __call__(self, **inputs: Any) -> Any:
-        moved = {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        return self.module(**moved)
+        return self.module(**on_device(inputs, self._device))
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         loss.backward()
@@ -133,4 +140,5 @@ class _TorchEngine:
         return None
 
     def close(self) -> None:
+        self._precision.remove()
         self._optimizer.zero_grad(set_to_none=True)

@@ -24,7 +24,6 @@ from nvila.training.interrupts import StopRequest
 from nvila.training.media import MediaTensors
 from nvila.training.metrics import MetricsLog, drop_lines
 from nvila.training.observer import StageObserver, StageStart, StepRecord
-from nvila.training.precision import autocast
 from nvila.training.processes import gathered, rank, total, world_size
 from nvila.training.validation import Validator
 
@@ -64,13 +63,11 @@ class StageLoop:
     validator: Validator | None = None
     _health: Health = field(init=False)
     _noise: torch.Generator = field(init=False)
-    _device_type: str = field(init=False)
     _tokens: int = 0
     _samples: int = 0
 
     def __post_init__(self) -> None:
         self._health = Health(self.config.health)
-        self._device_type = next(self.engine.module.parameters()).device.type
         # Ranks see different images and move them differently.
         self._noise = torch.Generator().manual_seed(self.config.seed + 1_000_003 * rank())
 
@@ -164,8 +161,7 @@ class StageLoop:
                 media["pixel_values"] = random_shift(media["pixel_values"], self.stage.max_shift_pixels, self._noise)
             loading += time.monotonic() - begin
             tiles += num_tiles(media)
-            with autocast(self.config.precision, self._device_type):
-                loss = self.engine(**model_inputs(batch, media, flat=self.flat)).loss
+            loss = self.engine(**model_inputs(batch, media, flat=self.flat)).loss
             value, weight = float(loss.detach()), count / supervised
             part += value * weight
             # The backend averages over processes. A loss that is no number must not end in a gradient that is one:

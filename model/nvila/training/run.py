@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from nvila.assembly import build_model, build_processor, load_model, save_model
@@ -227,6 +227,9 @@ def _train_stage(
         run.notice("precision fp8 converted no layer: every layer is below train.fp8.min_features or skipped")
     if config.gradient_checkpointing:
         recompute_activations(model)
+    if config.backend == "torch" and torch.cuda.is_available():
+        # DeepSpeed does so itself, every process with a device of its own.
+        nn.Module.to(model, "cuda")
     engine = build_engine(model, parameter_groups, config)
     loop = StageLoop(
         engine=engine,

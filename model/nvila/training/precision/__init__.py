@@ -121,8 +121,38 @@ def autocast(config: PrecisionConfig, device_type: str) -> AbstractContextManage
     return nullcontext()
 
 
+class InPrecision:
+    """Runs a model's forward passes in a precision, until it is removed.
+
+    It acts inside of the module, by hooks: DeepSpeed switches off on a GPU what is entered around its engine.
+    """
+
+    def __init__(self, model: nn.Module, config: PrecisionConfig) -> None:
+        self._config = config
+        self._entered: list[AbstractContextManager[object]] = []
+        self._hooks = (
+            model.register_forward_pre_hook(self._enter),
+            model.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, model: nn.Module, inputs: object) -> None:
+        context = autocast(self._config, next(model.parameters()).device.type)
+        context.__enter__()
+        self._entered.append(context)
+
+    def _leave(self, model: nn.Module, inputs: object, outputs: object) -> None:
+        # A failed forward pass may not have come as far as entering.
+        if self._entered:
+            self._entered.pop().__exit__(None, None, None)
+
+
 def _has_fp8_units() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FIRST_WITH_FP8
 
 
-__all__ = ["AppliedPrecision", "apply_precision", "autocast", "choose_backend", "fp8_layers"]
+__all__ = ["AppliedPrecision", "InPrecision", "apply_precision", "autocast", "choose_backend", "fp8_layers"]

@@ -20,5 +20,7 @@ def convert_linears(module: nn.Module, names: Collection[str]) -> None:
     convert_to_float8_training(
         module,
         module_filter_fn=lambda _, name: name in names,
-        config=Float8LinearConfig(emulate=not torch.cuda.is_available()),
+        # The kernels take 16 positions at a time, and the gradient of a weight is a product over all of them: without
+        # padding a batch of any other length would end in an error.
+        config=Float8LinearConfig(emulate=not torch.cuda.is_available(), pad_inner_dim=True),
     )

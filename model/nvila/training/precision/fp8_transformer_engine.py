@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from nvila.errors import CapabilityError
+
+# Its FP8 products take no other number of positions.
+_MULTIPLE = 16
 
 
 def is_available() -> bool:
@@ -34,9 +38,14 @@ def convert_linears(module: nn.Module, names: Collection[str]) -> None:
         names: Full names of the layers below it.
     """
     te = _transformer_engine()
+
+    class PaddedLinear(te.Linear):  # type: ignore[misc,name-defined]  # known on a GPU machine only
+        def forward(self, inp: Tensor, *args: Any, **options: Any) -> Tensor:
+            return in_whole_blocks(lambda x: te.Linear.forward(self, x, *args, **options), inp)
+
     for name in names:
         linear = cast("nn.Linear", module.get_submodule(name))
-        layer = te.Linear(
+        layer = PaddedLinear(
             linear.in_features,
             linear.out_features,
             bias=linear._parameters["bias"] is not None,
@@ -46,6 +55,19 @@ def convert_linears(module: nn.Module, names: Collection[str]) -> None:
         layer.weight, layer.bias = linear.weight, linear.bias
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layer)
+
+
+def in_whole_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a layer to (..., features) with zeros behind the last position, as many as its kernels want to see.
+
+    Zeros change no scale and no gradient, and what they become is cut off.
+    """
+    rows = x.flatten(0, -2)
+    missing = -rows.shape[0] % _MULTIPLE
+    if not missing:
+        return product(x)
+    y = product(pad(rows, (0, 0, 0, missing)))[: rows.shape[0]]
+    return y.view(*x.shape[:-1], -1)
 
 
 def autocast() -> AbstractContextManager[Any]:
