@@ -27,12 +27,16 @@ def use_packed_attention(language_model: Any) -> None:
     Args:
         language_model: A decoder of transformers.
     """
-    kinds = set(getattr(language_model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    if not can_join_rows(language_model.config):
         return
     AttentionInterface.register(PACKED_SDPA, attend_within_samples)
     AttentionMaskInterface.register(PACKED_SDPA, _mask)
     language_model.set_attn_implementation(PACKED_SDPA)
+
+
+def can_join_rows(text_config: Any) -> bool:
+    """Whether `use_packed_attention` can be followed by a decoder of this configuration."""
+    return set(getattr(text_config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
 
 
 def joins_rows(language_model: Any) -> bool:

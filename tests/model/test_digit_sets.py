@@ -10,7 +10,7 @@ import pytest
 
 from nvila.data.builtin import open_builtin
 from nvila.data.digit_clips import FRAMES, RATE, SECONDS, DigitClips
-from nvila.data.digit_pages import CORNERS, DIGIT, PAGE, PAGES, DigitPages
+from nvila.data.digit_pages import CORNERS, DIGIT, LARGE, LARGE_DIGIT, PAGE, PAGES, DigitPages
 from nvila.data.digits_vqa import WORDS, DigitsVQA
 from nvila.data.images import load_image
 from nvila.data.records import Sample
@@ -54,6 +54,24 @@ def test_pages_ask_for_what_is_there_and_for_what_is_not() -> None:
     present = Counter(sample.answer for sample in samples if sample.source == "yes_no_present")
     assert present == {"yes": PAGES["test"], "no": PAGES["test"]}
     assert [sample.to_dict() for sample in DigitPages().questions("test")] == [sample.to_dict() for sample in samples]
+
+
+def test_a_page_in_large_print_shows_its_one_digit(digits: DigitsVQA) -> None:
+    stream = open_builtin("digit-pages-large:test")
+    assert stream.count() == 3 * PAGES["test"]
+    pages, places = DigitPages(LARGE), set()
+    for record in stream.records(0, 30):
+        assert record.sample is not None
+        [(key, media)] = record.media.items()
+        [shown] = pages.shown(key.partition("/")[2])
+        page = 255 - np.asarray(load_image(media.read()).convert("L")).astype(int)
+        assert page.shape == (PAGE, PAGE)
+        inked = np.argwhere(page > 128)
+        assert (np.ptp(inked, axis=0) < LARGE_DIGIT).all()
+        places.add(tuple(inked.min(axis=0)))
+        kinds = {"digit": WORDS[shown], "yes_no_present": "yes" if WORDS[shown] in record.sample.question else "no"}
+        assert record.sample.answer == kinds[record.sample.source]
+    assert len(places) == 10  # another one on every page
 
 
 def asked(clips: DigitClips, kind: str, key: str) -> Sample:

@@ -114,9 +114,11 @@ class _PageMedia:
         return self.pages.png(self.key)
 
 
-def _digit_pages(split: digits_vqa.Split) -> Callable[[str], BuiltinStream]:
+def _digit_pages(
+    split: digits_vqa.Split, print: digit_pages.Print = digit_pages.SMALL
+) -> Callable[[str], BuiltinStream]:
     def build(name: str) -> BuiltinStream:
-        pages = digit_pages.DigitPages()
+        pages = digit_pages.DigitPages(print)
         return BuiltinStream(name, lambda: pages.questions(split), lambda key: _PageMedia(pages, key))
 
     return build
@@ -146,6 +148,8 @@ BUILTINS: Mapping[str, Callable[[str], BuiltinStream]] = {
     "digits-vqa:test": _digits_vqa("test"),
     "digit-pages": _digit_pages("train"),
     "digit-pages:test": _digit_pages("test"),
+    "digit-pages-large": _digit_pages("train", digit_pages.LARGE),
+    "digit-pages-large:test": _digit_pages("test", digit_pages.LARGE),
     "digit-clips": _digit_clips("train", digit_clips.WORD_KINDS),
     "digit-clips:test": _digit_clips("test", digit_clips.WORD_KINDS),
     "digit-clips-when": _digit_clips("train", digit_clips.SPAN_KINDS),

@@ -84,7 +84,9 @@ def build_engine(model: nn.Module, groups: list[ParameterGroup], config: TrainCo
         weight_decay=config.weight_decay,
     )
     if config.backend == "torch":
-        return _TorchEngine(model, optimizer, config)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise CapabilityError("train.backend=torch runs one process only", "use train.backend=deepspeed")
+        return TorchEngine(model, optimizer, config)
     from nvila.training.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(model, optimizer, config)
@@ -101,10 +103,16 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
-class _TorchEngine:
+class TorchEngine:
+    """Plain torch, in one process.
+
+    Args:
+        model: The model.
+        optimizer: Over its trained parameters.
+        config: Precision, and where gradients are clipped.
+    """
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise CapabilityError("train.backend=torch runs one process only", "use train.backend=deepspeed")
         self.module = model
         self.layout = ("torch", 0)
         self._optimizer = optimizer
@@ -114,17 +122,21 @@ class _TorchEngine:
         self._device = self._parameters[0].device
 
     def __call__(self, **inputs: Any) -> Any:
+        """Run the model on its own device."""
         return self.module(**on_device(inputs, self._device))
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Accumulate gradients."""
         loss.backward()
 
     def step(self, lr_scale: float) -> StepOutcome:
+        """Update, unless the norm of the gradient is not finite."""
         for parameter in self._parameters:
             # As DeepSpeed does for parts that no sample of a step went through: AdamW would leave them alone, and how
             # samples are dealt to processes would decide about their moments and decay.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        self._share_gradients()
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
         applied = math.isfinite(norm)
         if applied:
@@ -134,11 +146,17 @@ class _TorchEngine:
         return StepOutcome(grad_norm=norm, applied=applied)
 
     def partitions(self) -> Partitions:
+        """Return access to weights and optimizer state."""
         return whole_parameters(self.module, self._optimizer)
 
     def whole_weights(self) -> None:
+        """Return nothing: the module holds them."""
         return None
 
     def close(self) -> None:
+        """Drop what gradients are left, and the precision's hooks."""
         self._precision.remove()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _share_gradients(self) -> None:
+        """Nothing to do: there are no other processes."""

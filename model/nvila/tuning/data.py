@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ from nvila.data.sample_store import SampleStore, build_store
 from nvila.data.stage_data import StageData, index_folder, open_stage_data, quarantine_of, tile_positions
 from nvila.data.token_budget import SampleSizes, TokenBudget
 from nvila.errors import ConfigError
+from nvila.packed_attention import can_join_rows
 from nvila.processing import NVILAProcessor
 from nvila.progress import SILENT, Reporter
 from nvila.training.planning.sizes import meta_model
+from nvila.training.processes import rank, world_size
 from nvila.tuning.config import TuneConfig
 from nvila.tuning.splitting import Chosen, split
 from nvila.tuning.timing import TimedStream
@@ -44,6 +45,7 @@ class TuneData:
         max_bad: Largest share of samples that may be unusable.
         tile_positions: Positions that the tower's work on a tile is worth.
         store: The training samples on disk.
+        can_join: Whether the model's decoder takes rows that are joined without padding.
         filesystems: File systems besides local files.
     """
 
@@ -55,6 +57,7 @@ class TuneData:
     max_bad: float
     tile_positions: int
     store: SampleStore
+    can_join: bool = False
     filesystems: FileSystems | None = None
 
     @property
@@ -77,22 +80,29 @@ class TuneData:
 
     def feed(self, config: TuneConfig, reporter: Reporter = SILENT) -> BatchFeed:
         """Open the training side as batches."""
-        budget = TokenBudget(
+        return self._open(self.train, self.budget(config), config.seed, reporter)
+
+    def budget(self, config: TuneConfig) -> TokenBudget:
+        """Return what goes into a step and a forward pass."""
+        return TokenBudget(
             batch_tokens=config.batch_tokens,
             micro_batch_tokens=config.micro_batch_tokens,
             max_length=self.max_length,
             samples_per_image=config.samples_per_image,
             tile_positions=self.tile_positions,
+            flat=self.can_join and config.attention == "sdpa" and config.samples_per_image == 1,
         )
-        return self._open(self.train, budget, config.seed, reporter)
 
     def held_out_feed(self, config: TuneConfig, reporter: Reporter = SILENT) -> BatchFeed | None:
-        """Open the held-out side in batches of one forward pass."""
+        """Open the held-out side in batches of one forward pass of each process."""
         if self.held_out is None:
             return None
         micro = max(config.micro_batch_tokens, self.max_length)
         budget = TokenBudget(
-            batch_tokens=micro, micro_batch_tokens=micro, max_length=self.max_length, tile_positions=self.tile_positions
+            batch_tokens=micro * world_size(),
+            micro_batch_tokens=micro,
+            max_length=self.max_length,
+            tile_positions=self.tile_positions,
         )
         return self._open(self.held_out, budget, 0, reporter)
 
@@ -102,6 +112,8 @@ class TuneData:
             stream,
             self.processor,
             self.directory,
+            rank=rank(),
+            world=world_size(),
             filesystems=self.filesystems,
             reporter=reporter,
         )
@@ -170,36 +182,59 @@ def open_tune_data(
         max_bad=max_bad,
         tile_positions=tile_positions(meta_model(config)),
         store=store,
+        can_join=can_join_rows(config.text_config),
         filesystems=filesystems,
     )
 
 
-def batch_shapes(data: TuneData, config: TuneConfig) -> Mapping[str, int]:
-    """Return the largest forward pass of the first epoch: rows, positions of a row, tiles, learned positions.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Largest:
+    """The largest forward pass of an epoch.
+
+    Args:
+        rows: Rows; 1 where they are joined.
+        row: Positions of a row.
+        span: Positions that one position is compared with: those of its row, or of its own sample on average.
+        tiles: Tiles and frames through the tower.
+        samples: Samples of all rows.
+    """
+
+    rows: int
+    row: int
+    span: int
+    tiles: int
+    samples: int
+
+
+def largest_pass(data: TuneData, config: TuneConfig, processes: int = 1) -> Largest:
+    """Return the largest forward pass of the first process in the first epoch.
 
     Raises:
         ConfigError: The budget cannot be used.
     """
     from nvila.data.token_budget import TokenBudgetSampler, row_length, row_tiles
 
-    budget = TokenBudget(
-        batch_tokens=config.batch_tokens,
-        micro_batch_tokens=config.micro_batch_tokens,
-        max_length=data.max_length,
-        samples_per_image=config.samples_per_image,
-        tile_positions=data.tile_positions,
-    )
-    sampler = TokenBudgetSampler(data.sizes, budget, seed=config.seed)
-    best: dict[str, int] = {}
+    budget = data.budget(config)
+    sampler = TokenBudgetSampler(data.sizes, budget, seed=config.seed, world=processes)
+    best: Largest | None = None
     most = -1
     for _ in range(sampler.num_steps(1)):
         for rows in next(sampler):
-            longest = max((row_length(data.sizes, row) for row in rows), default=0)
+            lengths = [row_length(data.sizes, row) for row in rows]
             tiles = sum(row_tiles(data.sizes, row) for row in rows)
-            work = longest * len(rows) + data.tile_positions * tiles
+            longest, positions = max(lengths, default=0), sum(lengths)
+            work = (positions if budget.flat else longest * len(rows)) + data.tile_positions * tiles
             if work > most:
-                most, best = work, {"rows": len(rows), "row": longest, "tiles": tiles, "samples": sum(map(len, rows))}
-    if not best:
+                most = work
+                span = round(sum(length * length for length in lengths) / max(1, positions))
+                best = Largest(
+                    rows=1 if budget.flat else len(rows),
+                    row=positions if budget.flat else longest,
+                    span=span if budget.flat else longest,
+                    tiles=tiles,
+                    samples=sum(map(len, rows)),
+                )
+    if best is None:
         raise ConfigError("there is nothing to train on", "name data with samples")
     return best
 

@@ -21,6 +21,7 @@ from nvila.progress import SILENT, Reporter
 from nvila.training.config import PrecisionConfig
 from nvila.training.loop import model_inputs
 from nvila.training.precision import autocast
+from nvila.training.processes import barrier, rank, total
 
 LOSSES_FILE = "held-out.jsonl"
 BEST_FILE = ".best.safetensors"
@@ -35,40 +36,46 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, feed: BatchFeed, pad_token_id: int, precision: PrecisionConfig) -> float:
-    """Return the mean loss of all supervised tokens of one pass over held-out samples.
+def held_out_loss(
+    model: nn.Module, feed: BatchFeed, pad_token_id: int, precision: PrecisionConfig, *, flat: bool = False
+) -> float:
+    """Return the mean loss of all supervised tokens of one pass over held-out samples, the same on every process.
 
     Args:
         model: Is put into evaluation mode and back.
-        feed: The samples, of one process; stands at its beginning again afterwards.
+        feed: This process's share of the samples; stands at its beginning again afterwards.
         pad_token_id: Id at padded positions.
         precision: Of the forward pass.
+        flat: Join the rows of a batch to one without padding, as training does.
     """
     device = next(model.parameters()).device
     training, start = model.training, feed.state_dict()
-    total = count = 0.0
+    summed = count = 0.0
     model.eval()
     try:
         for _ in range(feed.steps_in(1)):
             for rows in next(feed):
                 batch = collate(rows, pad_token_id)
-                inputs = model_inputs(batch, feed.tensors(batch.images, batch.videos))
+                if not batch.num_supervised:
+                    continue
+                inputs = model_inputs(batch, feed.tensors(batch.images, batch.videos), flat=flat)
                 with autocast(precision, device.type):
                     loss = model(**{name: _on(device, value) for name, value in inputs.items()}).loss
-                if batch.num_supervised:
-                    total += float(loss) * batch.num_supervised
-                    count += batch.num_supervised
+                summed += float(loss) * batch.num_supervised
+                count += batch.num_supervised
     finally:
         model.train(training)
         feed.load_state_dict(start)
-    return total / count if count else math.nan
+    summed, count = total([summed, count])
+    return summed / count if count else math.nan
 
 
 @dataclass(slots=True, kw_only=True)
 class EarlyStopping:
     """Keeps the best weights by held-out loss, and ends a stage that no longer gets better.
 
-    What was measured stands in a file, so that an interrupted run goes on with it.
+    What was measured stands in a file, so that an interrupted run goes on with it. All processes measure, the first one
+    writes.
 
     Args:
         model: The model that is tuned.
@@ -93,6 +100,7 @@ class EarlyStopping:
     def begin(self, first_step: int) -> None:
         """Go on behind a step; a new run measures the base first."""
         self.found = [one for one in read_losses(self.directory) if one.step <= first_step]
+        barrier()
         self._write()
         if not self.found:
             self._look(0)
@@ -123,6 +131,7 @@ class EarlyStopping:
     @torch.no_grad()
     def restore_best(self) -> HeldOutLoss:
         """Put the best weights back into the model."""
+        barrier()
         stored = load_file(self.directory / BEST_FILE)
         for name, parameter in _trained(self.model).items():
             parameter.copy_(stored[name])
@@ -133,7 +142,7 @@ class EarlyStopping:
         if not math.isfinite(value):
             raise NvilaError(f"the held-out loss after step {step} is {value}", "use lower learning rates")
         self.found.append(HeldOutLoss(step=step, loss=value))
-        if self.best.step == step:
+        if self.best.step == step and rank() == 0:
             partial = self.directory / f"{BEST_FILE}.partial"
             tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _trained(self.model).items()}
             save_file(tensors, partial)
@@ -143,6 +152,8 @@ class EarlyStopping:
         self.on_loss(self.found[-1])
 
     def _write(self) -> None:
+        if rank() != 0:
+            return
         partial = self.directory / f".{LOSSES_FILE}.partial"
         partial.write_text(
             "".join(json.dumps({"step": one.step, "loss": one.loss}) + "\n" for one in self.found), encoding="utf-8"

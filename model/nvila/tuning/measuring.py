@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from nvila.training.engine import StepOutcome, TrainEngine
+from nvila.training.observer import StageStart, StepRecord
 from nvila.training.partitions import Partitions
 
 # Batches differ in size, so several steps are looked at; on a GPU, where it costs nothing, all but the first.
 _LAST = 9
+# The first step on a GPU picks kernels.
+_FIRST_TIMED = 2
 
 
 class LiveTensors(TorchDispatchMode):
@@ -104,6 +108,39 @@ class PeakMeter:
         return number > 1 if self._cuda else number <= _LAST
 
 
+class StepClock:
+    """Takes the time of steps, as a `StageObserver`; those whose tensors are counted run slower and are left out.
+
+    Args:
+        device: Where the run is.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._begin = _FIRST_TIMED if device.startswith("cuda") else _LAST + 1
+        self._seen = 0
+        self._seconds: list[float] = []
+
+    @property
+    def seconds(self) -> float | None:
+        """Median time of a step; None where all steps were left out."""
+        return median(self._seconds) if self._seconds else None
+
+    def on_stage_start(self, start: StageStart) -> None:
+        """Nothing yet."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Remember its time."""
+        self._seen += 1
+        if self._seen >= self._begin:
+            self._seconds.append(record.seconds)
+
+    def on_notice(self, text: str) -> None:
+        """Nothing to do."""
+
+    def on_stage_end(self, stage: str) -> None:
+        """Nothing to do."""
+
+
 class _WatchedEngine:
     """Counts live tensors from the first forward pass of a step to the end of its update."""
 
@@ -120,7 +157,8 @@ class _WatchedEngine:
             if self._mode is not None:
                 self._mode.__enter__()
                 for value in inputs.values():
-                    self._mode.add(value)
+                    if isinstance(value, Tensor):
+                        self._mode.add(value)
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:

@@ -19,7 +19,7 @@ from nvila.training.planning.devices import GIB
 from nvila.training.planning.memory import query_width
 from nvila.training.planning.sizes import meta_model
 from nvila.tuning.config import TuneConfig
-from nvila.tuning.data import TuneData, batch_shapes
+from nvila.tuning.data import TuneData, largest_pass
 from nvila.tuning.methods import TuneMethod, parse_method
 from nvila.tuning.tracing import BatchShape, TracedStep, trace_step, traced_model
 
@@ -103,6 +103,7 @@ class Planner:
         available: Bytes of memory.
         operations_per_second: Speed of the device in a whole step.
         device: Where the run is to be.
+        processes: Processes that share a step; memory and speed are those of one.
     """
 
     config: Any
@@ -111,11 +112,12 @@ class Planner:
     available: int
     operations_per_second: float
     device: str = "cpu"
+    processes: int = 1
 
     def option(self, method: TuneMethod, micro: int | None = None, *, checkpointing: bool = False) -> Option:
         """Trace one way to run a method."""
         tune = replace(self.tune, method=method, rates=dict.fromkeys(method.parts, 1e-4))
-        tune = replace(tune, micro_batch_tokens=micro or tune.batch_tokens)
+        tune = replace(tune, micro_batch_tokens=micro or next(self._micro_batches()))
         shape = self.shape(tune)
         step = trace_step(
             traced_model(self.config, method, tune.precision),
@@ -138,13 +140,14 @@ class Planner:
 
     def shape(self, tune: TuneConfig) -> BatchShape:
         """Return the largest forward pass of a run."""
-        found = batch_shapes(self.data, tune)
+        found = largest_pass(self.data, tune, self.processes)
         return BatchShape(
-            rows=found["rows"],
-            row=found["row"],
-            tiles=found["tiles"],
-            supervised=math.ceil(found["samples"] * self._supervised()),
-            micro_batches=max(1, math.ceil(tune.batch_tokens / tune.micro_batch_tokens)),
+            rows=found.rows,
+            row=found.row,
+            tiles=found.tiles,
+            supervised=math.ceil(found.samples * self._supervised()),
+            span=found.span if self.data.budget(tune).flat else None,
+            micro_batches=max(1, math.ceil(tune.batch_tokens / (self.processes * tune.micro_batch_tokens))),
         )
 
     def best(self, method: TuneMethod, checkpointing: bool | None = None) -> Option:
@@ -180,7 +183,7 @@ class Planner:
         least = int(self.data.costs.max())
         if self.tune.samples_per_image > 1:
             least = max(least, self.data.max_length)
-        micro = self.tune.batch_tokens
+        micro = self.tune.batch_tokens // self.processes
         while micro > least:
             yield micro
             micro //= 4
@@ -250,7 +253,7 @@ def step_operations(config: Any, method: TuneMethod, shape: BatchShape, *, check
         "language": (
             _weights(model.model.language_model),
             shape.rows * shape.row,
-            text.num_hidden_layers * shape.row * query_width(config),
+            text.num_hidden_layers * (shape.span or shape.row) * query_width(config),
         ),
     }
     flows = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from nvila.errors import ConfigError
 from nvila.progress import SILENT, PrefixedReporter, Reporter
 from nvila.training.config import PartName
+from nvila.training.processes import barrier, rank
 from nvila.tuning.config import TuneConfig
 from nvila.tuning.data import TuneData
 from nvila.tuning.methods import RATIOS
@@ -90,8 +91,10 @@ def sweep_ratios(
             )
             assert tuned.best is not None
             trial = RatioTrial(ratio=ratio, loss=tuned.best.loss, steps=steps)
-            shutil.rmtree(tuned.directory)
-            done.write_text(json.dumps(asdict(trial)), encoding="utf-8")
+            if rank() == 0:
+                done.write_text(json.dumps(asdict(trial)), encoding="utf-8")
+                shutil.rmtree(tuned.directory)
+            barrier()
         trials.append(RatioTrial(**json.loads(done.read_text(encoding="utf-8"))))
     return trials
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,27 +16,31 @@ from nvila.assembly import save_model
 from nvila.data.feeding import BatchFeed
 from nvila.errors import CapabilityError
 from nvila.modeling import NVILAForConditionalGeneration
+from nvila.packed_attention import joins_rows
 from nvila.processing import NVILAProcessor
 from nvila.progress import SILENT, Reporter
 from nvila.training.checkpoints import Checkpoints
-from nvila.training.engine import build_engine
 from nvila.training.interrupts import StopRequest
 from nvila.training.loop import StageLoop
 from nvila.training.metrics import MetricsLog
 from nvila.training.observer import StageObserver
-from nvila.training.run import CHECKPOINTS_FOLDER, SKIPPED_FILE, recompute_activations
+from nvila.training.processes import barrier, rank
+from nvila.training.run import CHECKPOINTS_FOLDER, SKIPPED_FILE, recompute_activations, set_attention
 from nvila.tuning.adapters import AdapterRecord, is_adapter, merge, prepare, save_adapter
 from nvila.tuning.applying import parameter_groups
 from nvila.tuning.config import TuneConfig
 from nvila.tuning.data import TuneData
 from nvila.tuning.held_out import EarlyStopping, HeldOutLoss, held_out_loss
-from nvila.tuning.measuring import PeakMeter
+from nvila.tuning.measuring import PeakMeter, StepClock
+from nvila.tuning.parallel import build_tune_engine
 
 if TYPE_CHECKING:
     from nvila.configuration import NVILAConfig
 
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
 RESULT_FILE = "tuned.json"
+# Apart from the result, and hidden: the same run on the same machine takes another time.
+TIMING_FILE = ".timing.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,7 @@ class Tuned:
         losses: Held-out losses; the first is that of the base.
         best: The one whose weights were kept; None without a split.
         peak_bytes: Measured peak memory of a step.
+        step_seconds: Median time of a step; None where there were too few to measure, or it is not known any more.
     """
 
     directory: Path
@@ -55,6 +61,7 @@ class Tuned:
     losses: tuple[HeldOutLoss, ...]
     best: HeldOutLoss | None
     peak_bytes: int | None
+    step_seconds: float | None = None
 
 
 def tune(
@@ -73,6 +80,8 @@ def tune(
 ) -> Tuned:
     """Tune a model; the same call after an interruption goes on and ends in the same weights.
 
+    Under torchrun every process calls it with the same arguments; batches are dealt to them, the first one writes.
+
     Args:
         config: What to do.
         base: Folder of the base, with wide weights.
@@ -82,8 +91,8 @@ def tune(
         merged: Write all weights even where an adapter would do.
         device: Where to run.
         reporter: Receives progress.
-        observers: Follow the steps.
-        on_loss: Told every held-out loss.
+        observers: Follow the steps of the first process.
+        on_loss: Told every held-out loss by it.
         stop: Ends the run after the step that it comes in, with a checkpoint.
 
     Raises:
@@ -97,25 +106,32 @@ def tune(
     out_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model, processor = load_base(base, config, device)
-    log = MetricsLog(out_dir / "metrics.jsonl", reporter=reporter)
+    first = rank() == 0
+    if not first:
+        # LoRA's matrices are the same in all processes, what dropout leaves out is not.
+        torch.manual_seed(config.seed + 1_000_003 * rank())
+        reporter, observers, on_loss = SILENT, (), _ignore
+    log = MetricsLog(out_dir / "metrics.jsonl" if first else Path(os.devnull), reporter=reporter)
     feed, held_out = data.feed(config, reporter), data.held_out_feed(config, reporter)
-    meter = PeakMeter(model, device)
+    meter, clock = PeakMeter(model, device), StepClock(device)
+    observers = (*observers, clock)
     try:
-        stopping, steps = _train(
-            model, config, feed, held_out, out_dir, log, meter, observers, on_loss, stop or StopRequest()
-        )
+        steps = _train(model, config, feed, held_out, out_dir, log, meter, observers, on_loss, stop or StopRequest())
     finally:
         feed.close()
         if held_out is not None:
             held_out.close()
-    record = AdapterRecord(method=config.method, base=str(base.absolute()), base_digest=digest)
-    if config.method.is_adapter and not merged:
-        save_adapter(model, processor, target, record)
-    else:
-        save_merged(model, processor, target)
-    result = {"steps": steps, "peak_bytes": meter.peak_bytes}
-    (out_dir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    del stopping
+    if first:
+        # Before the folder of the model, which says that all is done.
+        result = {"steps": steps, "peak_bytes": meter.peak_bytes}
+        (out_dir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (out_dir / TIMING_FILE).write_text(json.dumps({"step_seconds": clock.seconds}) + "\n", encoding="utf-8")
+        record = AdapterRecord(method=config.method, base=str(base.absolute()), base_digest=digest)
+        if config.method.is_adapter and not merged:
+            save_adapter(model, processor, target, record)
+        else:
+            save_merged(model, processor, target)
+    barrier()
     return finished(out_dir)
 
 
@@ -126,12 +142,14 @@ def finished(out_dir: Path) -> Tuned:
     raw = json.loads((out_dir / RESULT_FILE).read_text(encoding="utf-8"))
     losses = tuple(read_losses(out_dir))
     best = min(losses, key=lambda one: (one.loss, one.step)) if losses else None
+    timing = out_dir / TIMING_FILE
     return Tuned(
         directory=out_dir / MODEL_FOLDER,
         steps=raw["steps"],
         losses=losses,
         best=best,
         peak_bytes=raw["peak_bytes"],
+        step_seconds=json.loads(timing.read_text(encoding="utf-8"))["step_seconds"] if timing.is_file() else None,
     )
 
 
@@ -155,7 +173,7 @@ def load_base(
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
-    model.set_attn_implementation(config.attention)
+    set_attention(model, config.attention)
     if config.gradient_checkpointing:
         recompute_activations(model)
         # Where only layers behind the embedding learn, the recomputed ones would otherwise see no gradient.
@@ -203,8 +221,8 @@ def _train(
     observers: Sequence[StageObserver],
     on_loss: Callable[[HeldOutLoss], None],
     stop: StopRequest,
-) -> tuple[bool, int]:
-    """Run the training loop; the model has the best weights afterwards."""
+) -> int:
+    """Run the training loop and return its steps; the model has the best weights afterwards."""
     text = cast("NVILAConfig", model.config)
     pad = int(text.text_config.pad_token_id or 0)
     train_config = config.train_config(text, str(feed.directory.name))
@@ -213,18 +231,19 @@ def _train(
     train_config = train_config.for_stage(stage)
     if not any(p.requires_grad for p in model.parameters()):
         raise CapabilityError(f"nothing learns under {config.method.name}", "choose another method")
-    engine = meter.watched(build_engine(model, parameter_groups(model, config.rates), train_config))
+    engine = meter.watched(build_tune_engine(model, parameter_groups(model, config.rates), train_config))
 
     def notice(line: str) -> None:
         for observer in (log, *observers):
             observer.on_notice(line)
 
     validator = None
+    flat = joins_rows(model.model.language_model)
     if held_out is not None:
         side = held_out
         validator = EarlyStopping(
             model=model,
-            loss=lambda: held_out_loss(model, side, pad, config.precision),
+            loss=lambda: held_out_loss(model, side, pad, config.precision, flat=flat),
             directory=out_dir,
             every=config.eval_every or max(1, math.ceil(stage.steps / 10)),
             patience=config.patience,
@@ -245,9 +264,10 @@ def _train(
         stop=stop,
         skipped_path=out_dir / SKIPPED_FILE,
         validator=validator,
+        flat=flat,
     )
     try:
-        stopping = loop.run()
+        loop.run()
     finally:
         engine.close()
     steps = stage.steps
@@ -256,4 +276,8 @@ def _train(
         validator.restore_best()
     model.eval()
     checkpoints.clear()
-    return stopping, steps
+    return steps
+
+
+def _ignore(found: HeldOutLoss) -> None:
+    """Other processes than the first tell nobody."""

@@ -39,6 +39,7 @@ class BatchShape:
         tiles: Tiles and frames through the tower.
         supervised: Learned positions of all rows.
         micro_batches: Forward passes of a step; gradients of earlier ones live during the last.
+        span: Of a row of joined samples, positions of a sample; None where a mask tells samples apart.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class BatchShape:
     tiles: int
     supervised: int
     micro_batches: int = 1
+    span: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +203,7 @@ def _step(model: NVILAForConditionalGeneration, shape: BatchShape) -> None:
         places = torch.zeros(count, dtype=torch.long, device="meta")
         embeds_BLH = embeds_BLH.flatten(0, 1).index_copy(0, places, tokens_MH[:count]).view_as(embeds_BLH)
     positions = torch.zeros(shape.rows, shape.row, dtype=torch.long, device="meta")
-    hidden_BLH = _decode(backbone.language_model, embeds_BLH, positions)
+    hidden_BLH = _decode(backbone.language_model, embeds_BLH, positions, masked=shape.span is None)
     supervised = max(1, min(shape.supervised, shape.rows * (shape.row - 1)))
     chosen = torch.zeros(supervised, dtype=torch.long, device="meta")
     hidden_MH = hidden_BLH[:, :-1].reshape(-1, hidden_BLH.shape[-1]).index_select(0, chosen)
@@ -215,10 +217,10 @@ def _step(model: NVILAForConditionalGeneration, shape: BatchShape) -> None:
     (loss / supervised).backward()
 
 
-def _decode(decoder: nn.Module, embeds_BLH: Tensor, positions: Tensor) -> Tensor:
-    """Run the decoder under a mask that is given: making one looks at values."""
+def _decode(decoder: nn.Module, embeds_BLH: Tensor, positions: Tensor, *, masked: bool) -> Tensor:
+    """Run the decoder under a mask that is given, since making one looks at values; joined samples need none."""
     rows, row = positions.shape
-    mask = torch.ones(rows, 1, row, row, dtype=torch.bool, device="meta")
+    mask = torch.ones(rows, 1, row, row, dtype=torch.bool, device="meta") if masked else None
     out = decoder(inputs_embeds=embeds_BLH, attention_mask=mask, position_ids=positions, use_cache=False)
     return cast("Tensor", out.last_hidden_state)
 
@@ -241,7 +243,8 @@ def _traced_attention(
 ) -> tuple[Tensor, None]:
     """Keep what a fused kernel keeps: its inputs, its output and one number for each query."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    # Without a mask kernels take fewer heads of keys as they are.
+    if groups > 1 and attention_mask is not None:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     out = cast("Tensor", _FusedAttention.apply(query, key, value))
     return out.transpose(1, 2).contiguous(), None

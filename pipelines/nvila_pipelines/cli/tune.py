@@ -36,7 +36,9 @@ what is made, in WORKSPACE/artifacts/tune/KEY:
   held-out-tuned.jsonl  every held-out sample with its answer
 """
 _NAMES = ("lr", "vision_lr", "projector_lr", "max_length", "batch_tokens", "samples_per_image", "epochs", "steps")
-_OTHERS = ("eval_every", "seed", "scorer", "max_drop", "guard_limit", "max_bad", "precision", "name")
+_OTHERS = (
+    "eval_every", "seed", "scorer", "max_drop", "guard_limit", "max_bad", "precision", "name", "processes",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,13 +106,18 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dropout", type=share, metavar="SHARE", help="of LoRA's inputs (default: 5%%)")
     how.add_argument("--only", action="append", metavar="PATTERN", help="tune only what matches, '*.layers.[0-3].*'")
     running = parser.add_argument_group("running")
-    running.add_argument("--memory", metavar="AMOUNT", help="what a step may take, 24GiB (default: what is there)")
+    running.add_argument(
+        "--memory", metavar="AMOUNT", help="what a step of a process may take, 24GiB (default: what is there)"
+    )
     running.add_argument(
         "--batch-tokens", type=whole_number, metavar="N", help="positions of a step (default: ~16 samples)"
     )
     running.add_argument("--samples-per-image", type=whole_number, metavar="N", help="that share a row (default: 1)")
     running.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
     running.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
+    running.add_argument(
+        "--processes", type=whole_number, metavar="N", help="local processes that share the batches (default: 1)"
+    )
     running.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
 
 

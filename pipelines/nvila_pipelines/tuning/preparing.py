@@ -76,13 +76,16 @@ def open_planner(request: TuneRequest, found: Prepared) -> Planner:
     """Return the planner of a request."""
     from nvila.tuning.planner import Planner, available_memory, device_speed
 
+    # Processes on a CPU share its memory and its cores; on GPUs each has its own.
+    sharing = request.processes if request.device == "cpu" else 1
     return Planner(
         config=found.config,
         data=found.data,
         tune=found.tune,
-        available=request.memory or available_memory(request.device),
-        operations_per_second=device_speed(request.device, request.precision),
+        available=request.memory or available_memory(request.device) // sharing,
+        operations_per_second=device_speed(request.device, request.precision) / sharing,
         device=request.device,
+        processes=request.processes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class TuneRequest:
         merge: Write all weights even where an adapter would do.
         memory: Bytes that a step may take; None takes what the device has.
         device: `cpu` or `cuda`.
+        processes: Local processes that share the batches.
         name: Name in the registry; None registers nothing.
         max_length: Longest sample in positions; None takes the model's.
         batch_tokens: Positions of a step; None takes about 16 samples.
@@ -68,6 +70,7 @@ class TuneRequest:
     merge: bool = False
     memory: int | None = None
     device: str = "cpu"
+    processes: int = 1
     name: str | None = "nvila-tuned"
     max_length: int | None = None
     batch_tokens: int | None = None
@@ -86,6 +89,25 @@ class TuneRequest:
     def to_dict(self) -> dict[str, Any]:
         """Return what the result depends on, in JSON form; paths and places are left to digests."""
         values = asdict(self)
-        for name in ("model", "data", "name", "memory", "device"):
+        for name in ("model", "data", "name", "memory", "device", "processes"):
             del values[name]
         return values | {"method": self.method.to_dict(), "tasks": list(self.tasks), "guard": list(self.guard)}
+
+    def save(self, path: Path, **more: Any) -> None:
+        """Write it for launched processes, with what else they need to know."""
+        values = asdict(self) | {"model": str(self.model), "method": self.method.to_dict()}
+        path.write_text(json.dumps({"request": values, **more}), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[TuneRequest, dict[str, Any]]:
+        """Read what `save` wrote."""
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        values = raw.pop("request")
+        values |= {
+            "model": Path(values["model"]),
+            "data": DataSpec(**values["data"]),
+            "method": TuneMethod.from_dict(values["method"]),
+            "tasks": tuple(values["tasks"]),
+            "guard": tuple(values["guard"]),
+        }
+        return cls(**values), raw

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.errors import GateError
 from nvila_pipelines.curation.spec import data_digest
-from nvila_pipelines.tuning.preparing import Prepared, prepare, tune_config
+from nvila_pipelines.tuning.preparing import Prepared, prepare
 from nvila_pipelines.tuning.report import write_report
-from nvila_pipelines.tuning.request import AUTO, TuneRequest
+from nvila_pipelines.tuning.request import TuneRequest
 from nvila_pipelines.tuning.scoring import BASE, TUNED, Scores, score_model
+from nvila_pipelines.tuning.training import ratio_text, train, train_in_processes
 from nvila_platform.artifacts import (
     code_version,
     content_key,
@@ -27,10 +28,8 @@ from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store, reuse
 
 if TYPE_CHECKING:
-    from nvila.progress import Reporter
     from nvila.tuning.ratio import RatioTrial
     from nvila_platform.telemetry import ProgressView
-    from nvila_platform.tracking import Tracker
 
 STEP = "tune"
 SUMMARY_FILE = "summary.json"
@@ -88,7 +87,7 @@ def tune_model(request: TuneRequest, settings: Settings, view: ProgressView) -> 
         if ref is None:
             out, started_at, meter = store.work_dir(STEP, key), utc_now(), UsageMeter(settings)
             with storage_errors(out):
-                summary = _work(request, prepared, digest, out, settings, view)
+                summary, timing = _work(request, prepared, digest, out, settings, view)
             write_manifest(
                 out,
                 step=STEP,
@@ -97,7 +96,7 @@ def tune_model(request: TuneRequest, settings: Settings, view: ProgressView) -> 
                 inputs=inputs,
                 code_version=code_version(),
                 started_at=started_at,
-                metrics={**summary["metrics"], **meter.usage().metrics()},
+                metrics={**summary["metrics"], **timing, **meter.usage().metrics()},
             )
             ref = store.publish(out)
         directory = store.fetch(ref)
@@ -123,72 +122,39 @@ def tune_dict(prepared: Prepared) -> dict[str, Any]:
 
 def _work(
     request: TuneRequest, prepared: Prepared, digest: str, out: Path, settings: Settings, view: ProgressView
-) -> dict[str, Any]:
-    from nvila.tuning.run import tune
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Do everything between the data and the artifact; returns its summary, and the times, which are not part of it."""
     from nvila_platform.tracking import open_tracker
 
     reporter = view.reporter(STEP)
     with open_tracker(settings, f"{STEP} {out.name}", tags={"nvila.step": STEP}) as tracker:
         tracker.log_params({"method": request.method.name, "base": digest[:12], **request.to_dict()})
         before = score_model(request, prepared, request.model, BASE, out, settings, view)
-        trials: list[RatioTrial] = []
-        if request.ratio == AUTO:
-            prepared, trials = _sweep(request, prepared, digest, out, reporter)
-        with _watching(prepared, out, settings, reporter, tracker) as (observers, stop):
-            tuned = tune(
-                prepared.tune,
-                request.model,
-                digest,
-                prepared.data,
-                out,
-                merged=request.merge,
-                device=request.device,
-                reporter=reporter,
-                observers=observers,
-                on_loss=lambda found: tracker.log_metrics({"tune/held_out_loss": found.loss}, step=found.step),
-                stop=stop,
-            )
+        if request.processes > 1:
+            train_in_processes(request, prepared, digest, out, settings, view, tracker.handle)
+        trained = train(request, prepared, digest, out, settings, reporter, tracker)
+        prepared, tuned, trials = trained.prepared, trained.tuned, trained.trials
+        if trials:
+            reporter.notice(ratio_text(trials))
         memory = memory_check(prepared, tuned.peak_bytes)
         if memory["error"] is not None:
             reporter.notice(
                 f"peak memory of a step: {memory['measured']:,} bytes measured, {memory['predicted']:,} planned "
                 f"({memory['error']:+.1%})"
             )
+        timing = time_check(prepared, tuned.step_seconds)
+        if timing:
+            reporter.notice(
+                f"time of a step: {timing['seconds_per_step']:.3g} s measured, "
+                f"{timing['planned_seconds_per_step']:.3g} s planned ({timing['step_time_error']:+.0%})"
+            )
         after = score_model(request, prepared, tuned.directory, TUNED, out, settings, view)
         summary = _summary(request, prepared, tuned, before, after, trials)
         write_atomically(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         write_report(out, summary, settings.workspace / "cache" / "matplotlib")
-        tracker.log_metrics(summary["metrics"])
+        tracker.log_metrics({**summary["metrics"], **timing})
         tracker.log_artifact(out / "report.html")
-    return summary
-
-
-def _sweep(
-    request: TuneRequest, prepared: Prepared, digest: str, out: Path, reporter: Reporter
-) -> tuple[Prepared, list[RatioTrial]]:
-    """Try ratios, and return the preparation with the best one."""
-    from nvila.tuning.ratio import best_trial, sweep_ratios
-
-    trials = sweep_ratios(
-        prepared.tune,
-        lambda ratio: tune_config(request, prepared.config, prepared.data, ratio).rates,
-        request.model,
-        digest,
-        prepared.data,
-        out / ".sweep",
-        device=request.device,
-        reporter=reporter,
-    )
-    best = best_trial(trials)
-    reporter.notice(f"--lr-ratio auto: {best.ratio:g} has the lowest held-out loss, {best.loss:.4f}")
-    rates = tune_config(request, prepared.config, prepared.data, best.ratio).rates
-    return replace(prepared, tune=replace(prepared.tune, rates=rates)), trials
-
-
-def _watching(prepared: Prepared, out: Path, settings: Settings, reporter: Reporter, tracker: Tracker) -> Any:
-    from nvila_pipelines.tuning.watching import watching
-
-    return watching(prepared, out, settings, reporter, tracker)
+    return summary, timing
 
 
 def _summary(
@@ -237,6 +203,18 @@ def memory_check(prepared: Prepared, measured: int | None) -> dict[str, Any]:
         "predicted": predicted,
         "measured": measured,
         "error": (predicted or 0) / (measured or 1) - 1 if known else None,
+    }
+
+
+def time_check(prepared: Prepared, measured: float | None) -> dict[str, float]:
+    """Return planned and measured seconds of a step, and how far they are apart; empty where one is not known."""
+    if measured is None or prepared.plan is None:
+        return {}
+    planned = prepared.plan.seconds
+    return {
+        "seconds_per_step": measured,
+        "planned_seconds_per_step": planned,
+        "step_time_error": planned / measured - 1,
     }
 
 

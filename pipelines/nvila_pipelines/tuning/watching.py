@@ -36,6 +36,15 @@ def watching(
         yield (observer, _Tracked(tracker)), stop
 
 
+@contextmanager
+def signals_only() -> Iterator[tuple[Sequence[StageObserver], StopRequest]]:
+    """Give a process that is not the first one its request to stop; the first one speaks for all."""
+    from nvila.training.interrupts import watched_signals
+
+    with watched_signals() as stop:
+        yield (), stop
+
+
 class _Tracked:
     """Every tenth step into MLflow."""
 

@@ -12,9 +12,10 @@ import torch
 from nvila.configuration import NVILAConfig
 from nvila.errors import ResourceError
 from nvila.training.config import PrecisionConfig
+from nvila.training.observer import StepRecord
 from nvila.tuning.adapters import base_digest
 from nvila.tuning.config import TuneConfig
-from nvila.tuning.measuring import LiveTensors
+from nvila.tuning.measuring import LiveTensors, StepClock
 from nvila.tuning.methods import learning_rates, parse_method
 from nvila.tuning.planner import Option, Planner, check_fits, pick, step_operations
 from nvila.tuning.run import tune
@@ -116,6 +117,27 @@ def test_frozen_parts_cost_less_time(saved_model: Path) -> None:
     assert cost("frozen+frozen+lora") < cost("ln+lora") < cost("full+full")
     assert cost("ln+lora") < cost("ln+qlora")
     assert cost("ln+lora") < cost("ln+lora", checkpointing=True)
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("cpu", 16.0), ("cuda", 12.0)])
+def test_steps_are_timed_behind_those_that_are_counted(device: str, seconds: float) -> None:
+    clock = StepClock(device)
+    values = {"stage": "tune", "steps": 22, "loss": 1.0, "grad_norm": 1.0, "lr_scale": 1.0, "data_seconds": 0.0}
+    for step in range(1, 23):
+        if device == "cpu" and step == 10:
+            assert clock.seconds is None
+        clock.on_step(
+            StepRecord(step=step, tokens=1, samples=1, images=0, seconds=float(step), skipped=False, **values)  # type: ignore[arg-type]
+        )
+    assert clock.seconds == seconds
+
+
+def test_processes_share_a_step(color_data: TuneData, saved_model: Path) -> None:
+    alone, shared = (replace(planner_of(saved_model, color_data, "ln+lora"), processes=number) for number in (1, 2))
+    one, two = (planner.best(planner.tune.method) for planner in (alone, shared))
+    assert two.micro_batch_tokens == one.micro_batch_tokens // 2
+    assert two.step.activations < one.step.activations
+    assert two.seconds < 0.7 * one.seconds
 
 
 def test_live_tensors_count_each_storage_once_and_forget_it() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from nvila.assembly import load_model
 from nvila.errors import CapabilityError, ConfigError, InfrastructureError, NvilaError
+from nvila.packed_attention import joins_rows
 from nvila.training.config import CheckpointConfig, PrecisionConfig
 from nvila.training.interrupts import StopRequest
 from nvila.training.observer import StageStart, StepRecord
@@ -21,7 +22,7 @@ from nvila.tuning.answering import answer_stream
 from nvila.tuning.config import TuneConfig
 from nvila.tuning.held_out import EarlyStopping, read_losses
 from nvila.tuning.methods import learning_rates, parse_method
-from nvila.tuning.run import Tuned, tune
+from nvila.tuning.run import Tuned, load_base, tune
 
 if TYPE_CHECKING:
     from nvila.processing import NVILAProcessor
@@ -124,6 +125,25 @@ def test_recomputed_activations_give_the_same_adapter(color_data: TuneData, save
     assert plain.peak_bytes is not None
     assert recomputed.peak_bytes is not None
     assert recomputed.peak_bytes < plain.peak_bytes
+
+
+def test_joined_rows_learn_what_rows_under_a_mask_do(color_data: TuneData, saved_model: Path, tmp_path: Path) -> None:
+    joined = config_of(color_data, dropout=0.0)
+    masked = replace(joined, attention="eager")
+    assert color_data.budget(joined).flat
+    for one, flat in ((joined, True), (masked, False), (replace(joined, samples_per_image=2), True)):
+        model, _ = load_base(saved_model, one)
+        assert joins_rows(model.model.language_model) == flat
+    # Samples that share their image share a row, which needs a mask.
+    assert not color_data.budget(replace(joined, samples_per_image=2)).flat
+    first, second = (run(one, saved_model, color_data, tmp_path / one.attention) for one in (joined, masked))
+    assert [one.loss for one in first.losses] == pytest.approx([one.loss for one in second.losses], rel=1e-4)
+    stored = [load_file(one.directory / "adapter_model.safetensors") for one in (first, second)]
+    assert all(torch.allclose(stored[0][name], stored[1][name], atol=1e-3) for name in stored[0])
+    # No padding, no mask and no probabilities.
+    assert first.peak_bytes is not None
+    assert second.peak_bytes is not None
+    assert first.peak_bytes < second.peak_bytes
 
 
 def test_merged_runs_leave_a_whole_model(color_data: TuneData, saved_model: Path, tmp_path: Path) -> None:
