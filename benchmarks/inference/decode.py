@@ -29,6 +29,7 @@ from nvila.inference.blocks import BlockPool
 from nvila.inference.config import DecoderName
 from nvila.inference.decoders import build_decoder, cache_shape
 from nvila.inference.engine import Engine, EngineConfig, SamplingParams
+from nvila.inference.prompt import model_inputs
 from nvila.modeling import NVILAForConditionalGeneration
 
 _DECODERS: tuple[DecoderName, ...] = ("transformers", "fused", "fused-int8")
@@ -50,7 +51,7 @@ def main() -> int:
     prompt = processor.tokenizer.decode(ids[: args.prompt - 40])
     question = [Message(role="user", content=(Part(type="text", value=prompt),))]
     engines = {name: Engine(model, processor, EngineConfig(decoder=name, prefix_reuse=False)) for name in _DECODERS}
-    inputs = next(iter(engines.values()))._inputs(question, {})
+    inputs = model_inputs(processor, question, {})
     theirs, rates = [], {name: list[float]() for name in _DECODERS}
     for _ in range(repeats):
         theirs.append(_generate_rate(model, inputs, tokens))

@@ -145,12 +145,12 @@ class NVILAModel(NVILAPreTrainedModel):
             return (None if pixel_values is None else none), (None if pixel_values_videos is None else none)
         num_frames = 0 if pixel_values_videos is None else len(pixel_values_videos)
         blocks = [*self._blocks(pixel_values, image_blocks), *([None] * num_frames)]
-        tokens_MH = self._project(self.tower_features(torch.cat(given) if len(given) > 1 else given[0]), blocks)
+        tokens_MH = self.project(self.tower_features(torch.cat(given) if len(given) > 1 else given[0]), blocks)
         num_video_tokens = num_frames * cast("NVILAConfig", self.config).num_image_tokens
         images_MH, frames_MH = tokens_MH.split([len(tokens_MH) - num_video_tokens, num_video_tokens])
         return (
             None if pixel_values is None else images_MH,
-            None if pixel_values_videos is None else self._pool(frames_MH, num_frames, video_frames),
+            None if pixel_values_videos is None else self.pool_videos(frames_MH, num_frames, video_frames),
         )
 
     def forward(
@@ -233,10 +233,18 @@ class NVILAModel(NVILAPreTrainedModel):
             return embeds_BLH
         size = self.config.tile_size
         blank = torch.zeros(1, 3, size, size, device=embeds_BLH.device)
-        return embeds_BLH + 0 * self._project(self.tower_features(blank), [None]).sum().to(embeds_BLH.dtype)
+        return embeds_BLH + 0 * self.project(self.tower_features(blank), [None]).sum().to(embeds_BLH.dtype)
 
-    def _project(self, features_TNC: Tensor, blocks: list[Grid | None]) -> Tensor:
-        """Merge scales where the model has several, and project; tokens (M, H) of each image in raster order."""
+    def project(self, features_TNC: Tensor, blocks: list[Grid | None]) -> Tensor:
+        """Merge scales where the model has several, and project.
+
+        Args:
+            features_TNC: What `tower_features` made of the tiles of some images.
+            blocks: Grid of the last scale of each image; None for one of a single tile.
+
+        Returns:
+            Visual tokens (M, H) of each image in raster order.
+        """
         config = cast("NVILAConfig", self.config)
         if not config.uses_s2:
             return cast("Tensor", self.mm_projector(features_TNC)).flatten(0, 1)
@@ -252,8 +260,17 @@ class NVILAModel(NVILAPreTrainedModel):
             return [None] * len(pixel_values)
         return [Grid(columns, rows) if columns else None for columns, rows in image_blocks.tolist()]
 
-    def _pool(self, frames_MH: Tensor, num_frames: int, video_frames: Tensor | None) -> Tensor:
-        """Pool the tokens of every video over time and space, one level of the pyramid after the other."""
+    def pool_videos(self, frames_MH: Tensor, num_frames: int, video_frames: Tensor | None = None) -> Tensor:
+        """Pool the tokens of every video over time and space, one level of the pyramid after the other.
+
+        Args:
+            frames_MH: Projected tokens of all frames.
+            num_frames: How many frames they are.
+            video_frames: Frames of each video; None for one video.
+
+        Raises:
+            DataError: The frames are not those of `video_frames`.
+        """
         counts = [num_frames] if video_frames is None else video_frames.tolist()
         if sum(counts) != num_frames:
             raise DataError(

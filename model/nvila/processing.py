@@ -275,7 +275,7 @@ class NVILAProcessor(ProcessorMixin):
             DataError: The text has some markers, but not those of the media.
             ConfigError: A pool size does not divide the frames of a video.
         """
-        tile = self._tiles(len(image_sizes), tile_all)
+        tile = self.tiles(len(image_sizes), tile_all)
         plans = [self.image_processor.plan(*size, tile=tile) for size in image_sizes]
         layouts = {
             "image": [self.media_tokens.image(plan, tiled=tile) for plan in plans],
@@ -297,14 +297,24 @@ class NVILAProcessor(ProcessorMixin):
         pixels: Tensor = self.image_processor(list(images), tile=False)["pixel_values"]
         return pixels
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenise a conversation up to the opened assistant turn, visual placeholders included."""
-        layouts = [MediaLayout((self.num_image_tokens,))] * sum(
-            part.type != "text" for message in messages for part in message.content
-        )
-        spell = spelling(["image"] * len(layouts), layouts)
-        text, cuts = Renderer(self.tokenizer).prompt(messages, spell)
+    def prompt_ids(self, messages: Sequence[Message], layouts: Sequence[MediaLayout] | None = None) -> list[int]:
+        """Tokenise a conversation up to the opened assistant turn, visual placeholders included.
+
+        Args:
+            messages: The conversation.
+            layouts: What each medium becomes, in order; None for images of one tile.
+        """
+        kinds = [part.type for message in messages for part in message.content if part.type != "text"]
+        if layouts is None:
+            layouts = [MediaLayout((self.num_image_tokens,))] * len(kinds)
+        template = BoundTemplate(self.tokenizer, chat_template=self.chat_template)
+        renderer = Renderer(cast("PreTrainedTokenizerBase", template))
+        text, cuts = renderer.prompt(messages, spelling(kinds, layouts))
         return encode(self.tokenizer, text, layouts, cuts)
+
+    def tiles(self, num_images: int, tile_all: bool = False) -> bool:
+        """Whether the images of a prompt are tiled: the reference tiles a single image only, except in training."""
+        return bool(self.image_processor.tiles_images and (tile_all or num_images == 1))
 
     def _media(
         self,
@@ -315,7 +325,7 @@ class NVILAProcessor(ProcessorMixin):
         fps: float | None = None,
     ) -> _Media:
         """Read the media of every prompt, given as (kind, source) in order, and make tensors and layouts."""
-        tiled = [self._tiles(sum(kind == "image" for kind, _ in row), tile_all) for row in rows]
+        tiled = [self.tiles(sum(kind == "image" for kind, _ in row), tile_all) for row in rows]
         images = [
             (source, tile) for row, tile in zip(rows, tiled, strict=True) for kind, source in row if kind == "image"
         ]
@@ -332,10 +342,6 @@ class NVILAProcessor(ProcessorMixin):
             tensors |= self.video_processor(videos, num_frames=num_frames, fps=fps)
             queues["video"] = map(self.media_tokens.video, tensors["video_frames"].tolist())
         return _Media(tensors, [[next(queues[kind]) for kind, _ in row] for row in rows])
-
-    def _tiles(self, num_images: int, tile_all: bool) -> bool:
-        """Whether the images of a prompt are tiled: the reference tiles a single image only, except in training."""
-        return bool(self.image_processor.tiles_images and (tile_all or num_images == 1))
 
     def _batch(
         self,

@@ -18,6 +18,7 @@ from nvila.data.video import load_video
 from nvila.errors import CheckpointError, ConfigError, DataError
 from nvila.inference.answer_text import AnswerText
 from nvila.inference.engine import Delta, Engine, SamplingParams, choose_token
+from nvila.inference.prompt import model_inputs
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 from nvila.quantization.config import QuantizationConfig
@@ -152,7 +153,7 @@ def test_answer_ends_where_generate_would_end_it(listed: bool, variant: ChatMode
     try:
         running = Engine(variant.model, variant.processor).stream(question, {}, SamplingParams(max_tokens=6))
         said = list(running)
-        inputs = engine._inputs(question, {})
+        inputs = model_inputs(engine.processor, question, {})
         generated = cast("Any", variant.model).generate(**inputs, max_new_tokens=6, do_sample=False)
     finally:
         variant.model.generation_config.eos_token_id = before

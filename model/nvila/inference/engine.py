@@ -3,18 +3,14 @@
 `stream` prepares a request and lets it wait. Whoever waits for text drives: one caller runs a step of the model for
 all requests, the others sleep until it has something for them. No thread of its own, so an engine that nobody reads
 does nothing.
-
-Shape suffixes: T tokens of a step, M visual tokens, H language width, R rows that want logits, V vocabulary.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,19 +18,22 @@ import torch
 from torch import Tensor
 
 from nvila.assembly import load_model
-from nvila.data.records import Message, Part
-from nvila.errors import DataError, DeadlineError, NvilaError, OverloadedError
+from nvila.data.records import Message
+from nvila.errors import DataError, OverloadedError
 from nvila.inference.answer_text import AnswerText
-from nvila.inference.attention import BlockBatch, Span
 from nvila.inference.blocks import BlockPool
-from nvila.inference.choosing import choose_all
 from nvila.inference.config import EngineConfig
 from nvila.inference.decoders import build_decoder, cache_shape
+from nvila.inference.delivery import Delivery
+from nvila.inference.encoding import MediaEncoder
 from nvila.inference.grammar import GrammarFactory
-from nvila.inference.media import MediaCache, MediaEncoder, split_media
-from nvila.inference.request import Delta, FinishReason, Generation, Request, Usage
+from nvila.inference.media import MediaCache
+from nvila.inference.prompt import PromptReader
+from nvila.inference.request import Delta, Generation, Request, Usage
+from nvila.inference.results import Answer, EngineStats
+from nvila.inference.runner import ModelRunner
 from nvila.inference.sampling import Sampler, SamplingParams, TokenLogprob, choose_token
-from nvila.inference.scheduler import Scheduler, Work
+from nvila.inference.scheduler import Scheduler
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 
@@ -44,33 +43,7 @@ if TYPE_CHECKING:
     from nvila.configuration import NVILAConfig
     from nvila.data.video import Video
 
-logger = logging.getLogger(__name__)
 Media = Mapping[str, "Image.Image | Video"]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A finished answer."""
-
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What an engine holds at a moment, and what it has done so far."""
-
-    running: int
-    waiting: int
-    blocks: int
-    blocks_used: int
-    media_bytes: int
-    media_hits: int
-    media_misses: int
-    preemptions: int
-    steps: int
 
 
 class Engine:
@@ -91,14 +64,17 @@ class Engine:
         self.processor = processor
         self.config = config = config or EngineConfig()
         self.max_length = int(processor.tokenizer.model_max_length)
-        self._placeholders = torch.tensor([model.config.image_token_id, model.config.video_token_id])
-        self._stop_ids = {processor.tokenizer.eos_token_id, *_as_ids(model.generation_config.eos_token_id)} - {None}
+        self.stop_ids = frozenset(
+            {processor.tokenizer.eos_token_id, *_as_ids(model.generation_config.eos_token_id)} - {None}
+        )
         self._pool = BlockPool(cache_shape(model), config.kv_cache_bytes, config.block_size)
         self._scheduler = Scheduler(config, self._pool)
         self._media = MediaCache(config.media_cache_bytes)
+        self._reader = PromptReader(processor, cast("NVILAConfig", model.config), self._media)
         self._encoder = MediaEncoder(model.model, self._media, config.encode_tiles)
-        self._decoder = build_decoder(model, config)
-        self._grammars = GrammarFactory(processor.tokenizer, self._stop_ids)
+        self._runner = ModelRunner(model, build_decoder(model, config), self._pool)
+        self._delivery = Delivery(self._scheduler, processor.tokenizer, self.stop_ids)
+        self._grammars = GrammarFactory(processor.tokenizer, self.stop_ids)
         self._numbers = itertools.count()
         self._steps = 0
         # Guards everything above and all requests; the model runs outside it, by one caller at a time.
@@ -141,11 +117,13 @@ class Engine:
             OverloadedError: Too many requests wait.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        request = self._request(self._inputs(messages, images), params, deadline)
+        request = self._request(messages, images, params, deadline)
         with self._state:
             shed = self._scheduler.add(request)
             if shed is not None:
-                self._fail(shed, OverloadedError("newer requests took the place of this one", "try again later"))
+                self._delivery.fail(
+                    shed, OverloadedError("newer requests took the place of this one", "try again later")
+                )
         return Generation(self, request)
 
     def generate(
@@ -179,7 +157,7 @@ class Engine:
                 request.outbox.clear()
                 return
             request.outbox.clear()
-            self._end(request)
+            self._delivery.end(request)
             self._state.notify_all()
 
     def stats(self) -> EngineStats:
@@ -199,35 +177,19 @@ class Engine:
 
     # From messages to a request
 
-    def _inputs(self, messages: Sequence[Message], media: Media) -> dict[str, Tensor]:
-        """Return `input_ids` and the tensors of the media; one prompt needs no mask."""
-
-        def content(part: Part) -> dict[str, object]:
-            if part.type != "text" and part.value not in media:
-                raise DataError(f"{part.type} '{part.value}' of the conversation was not given", "send every medium")
-            return {"type": part.type, part.type: part.value if part.type == "text" else media[part.value]}
-
-        conversation = [
-            {"role": message.role, "content": [content(part) for part in message.content]} for message in messages
-        ]
-        inputs = self.processor.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        inputs.pop("attention_mask")
-        return dict(inputs)
-
-    def _request(self, inputs: Mapping[str, Tensor], params: SamplingParams, deadline: float | None) -> Request:
-        ids = inputs["input_ids"][0]
-        visual = int(torch.isin(ids, self._placeholders).sum())
-        limit = min(self._room(len(ids), visual), params.max_tokens)
+    def _request(
+        self, messages: Sequence[Message], images: Media, params: SamplingParams, deadline: float | None
+    ) -> Request:
+        ids, media = self._reader.read(messages, images)
+        visual = self._reader.count_visual(ids)
         return Request(
             number=next(self._numbers),
-            ids=ids.tolist(),
-            media=split_media(inputs, cast("NVILAConfig", self.model.config), self.processor.media_tokens),
+            ids=ids,
+            media=media,
             params=params,
-            limit=limit,
+            limit=min(self._room(len(ids), visual), params.max_tokens),
             text=AnswerText(self.processor.tokenizer, params.stop),
-            sampler=Sampler(params, ids.tolist()),
+            sampler=Sampler(params, ids),
             constraint=None if params.json_schema is None else self._grammars.json(params.json_schema),
             deadline=deadline,
             usage=Usage(prompt_tokens=len(ids), visual_tokens=visual),
@@ -274,126 +236,44 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Run the model once for all requests that have a part in the next step."""
+        """Run the tower on some tiles, and the model for all requests that have a part in the next step."""
         try:
             with self._state:
-                self._expire()
+                self._delivery.expire(time.monotonic())
                 work = self._scheduler.plan()
+                needy = [request for request in self._scheduler.running if request.needs_media()]
                 self._steps += 1
-            work = self._with_media(work)
-            outcomes = self._run(work)
+            if needy or self._encoder.busy:
+                self._encode(needy)
+            outcomes = self._runner.run(work)
         except Exception as e:
             # Not the fault of one request, or not known of which.
             with self._state:
                 for request in list(self._scheduler.running):
-                    self._fail(request, e, spoiled=True)
+                    self._delivery.fail(request, e, spoiled=True)
             return
         with self._state:
             for one, outcome in outcomes:
                 if one.request.done:  # cancelled meanwhile
                     continue
                 if isinstance(outcome, Exception):
-                    self._fail(one.request, outcome, spoiled=True)
+                    self._delivery.fail(one.request, outcome, spoiled=True)
                     continue
                 self._scheduler.computed(one)
-            self._choose([(one.request, logits) for one, logits in outcomes if isinstance(logits, Tensor)])
+            self._delivery.choose([(one.request, logits) for one, logits in outcomes if isinstance(logits, Tensor)])
 
-    def _with_media(self, work: Sequence[Work]) -> list[Work]:
-        """Get the visual tokens that this step needs and return the work of requests that have theirs."""
-        needy = [one.request for one in work if one.request.needs_media()]
-        if not needy:
-            return list(work)
-        features = self._encoder.encode([medium for request in needy for medium in request.media])
+    def _encode(self, needy: Sequence[Request]) -> None:
+        """Have some tiles seen by the tower; requests whose media are complete take part in the next step."""
+        found = self._encoder.advance([medium for request in needy for medium in request.media])
         for request in needy:
-            found = [features[medium.digest] for medium in request.media]
-            failed = next((one for one in found if isinstance(one, Exception)), None)
-            if failed is None:
-                request.set_features([one for one in found if isinstance(one, Tensor)])
-                continue
-            with self._state:
-                self._fail(request, failed)
-        return [one for one in work if not one.request.done]
-
-    def _run(self, work: Sequence[Work]) -> list[tuple[Work, Tensor | Exception]]:
-        """Run the model; a request that it fails on gets its error, and the others their logits (V)."""
-        if not work:
-            return []
-        try:
-            logits = self._logits(work)
-        except Exception as e:
-            if len(work) == 1:
-                return [(work[0], e)]
-            # Keys and values are written again to the same places, so a second try changes nothing for the others.
-            return [outcome for one in work for outcome in self._run([one])]
-        return [(one, row if row.isfinite().all() else _not_finite()) for one, row in zip(work, logits, strict=True)]
-
-    def _logits(self, work: Sequence[Work]) -> Tensor:
-        """Return logits (R, V) in fp32 on the CPU, one row for the last new token of every request."""
-        spans = [Span(one.request.blocks, one.request.computed, one.length) for one in work]
-        rows = torch.tensor([span.length for span in spans]).cumsum(0) - 1
-        batch = BlockBatch(self._pool, spans)
-        device = batch.positions_T.device
-        ids = [token for one, span in zip(work, spans, strict=True) for token in one.request.ids[span.start : span.end]]
-        embeds_TH = self.model.get_input_embeddings()(torch.tensor(ids, device=device))
-        at = 0
-        for one, span in zip(work, spans, strict=True):
-            request = one.request
-            if request.places is not None and request.features is not None and span.start < request.usage.prompt_tokens:
-                first, after = torch.searchsorted(request.places, torch.tensor([span.start, span.end])).tolist()
-                places = (request.places[first:after] + (at - span.start)).to(device)
-                embeds_TH.index_copy_(0, places, request.features[first:after].to(device, embeds_TH.dtype))
-            at += span.length
-        return self._decoder(embeds_TH, batch, rows.to(device)).float().cpu()
-
-    def _choose(self, rows: Sequence[tuple[Request, Tensor]]) -> None:
-        """Choose the next token of every request whose prompt is complete."""
-        ready = [(request, logits) for request, logits in rows if not request.done and not request.pending]
-        for request, outcome in choose_all(ready, self.processor.tokenizer, self._stop_ids):
-            if isinstance(outcome, Exception):
-                self._fail(request, outcome)
-            else:
-                self._take(request, outcome)
-
-    def _take(self, request: Request, token: int) -> None:
-        """Add a chosen token to a request's answer, and end it where it ends."""
-        complete = request.constraint is not None and request.constraint.complete
-        if token in self._stop_ids:
-            self._post(request, request.text.rest(), "stop")
-            return
-        request.ids.append(token)
-        request.usage.completion_tokens += 1
-        piece = request.text.add(token)
-        if request.text.stopped:
-            self._post(request, piece, "stop")
-        elif complete:
-            self._post(request, piece + request.text.rest(), "stop")
-        elif request.usage.completion_tokens >= request.limit:
-            self._post(request, piece + request.text.rest(), "length")
-        elif piece:
-            self._post(request, piece, None)
-
-    def _post(self, request: Request, text: str, reason: FinishReason | None) -> None:
-        request.outbox.append(Delta(text, reason, tuple(request.logprobs)))
-        request.logprobs.clear()
-        if reason is not None:
-            self._end(request)
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for request in (*self._scheduler.running, *self._scheduler.waiting):
-            if request.deadline is not None and now >= request.deadline:
-                self._fail(
-                    request, DeadlineError("the answer took longer than the request allows", "ask for fewer tokens")
-                )
-
-    def _fail(self, request: Request, error: Exception, *, spoiled: bool = False) -> None:
-        request.outbox.append(error)
-        self._end(request, spoiled=spoiled)
-
-    def _end(self, request: Request, *, spoiled: bool = False) -> None:
-        request.done = True
-        self._scheduler.remove(request, spoiled=spoiled)
-        request.features = None
+            features = [found[medium.digest] for medium in request.media if medium.digest in found]
+            failed = next((one for one in features if isinstance(one, Exception)), None)
+            if failed is not None:
+                with self._state:
+                    if not request.done:
+                        self._delivery.fail(request, failed)
+            elif len(features) == len(request.media):
+                request.set_features([one for one in features if isinstance(one, Tensor)])
 
 
 def _collected(generation: Generation) -> Answer:
@@ -406,10 +286,6 @@ def _collected(generation: Generation) -> Answer:
         generation.usage,
         tuple(one for delta in deltas for one in delta.logprobs),
     )
-
-
-def _not_finite() -> NvilaError:
-    return NvilaError("the model's prediction for this request is not finite", "check the weights and the input")
 
 
 def _as_ids(eos: int | Sequence[int] | None) -> Sequence[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Set
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ class GrammarFactory:
         stop_ids: Tokens that end an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Set[int]) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = sorted(stop_ids)
         self._prepared: Any = None

@@ -72,7 +72,8 @@ class Scheduler:
         work: list[Work] = []
         room = self._config.step_tokens
         for request in list(self.running):
-            if request not in self.running:  # gave way to an earlier one
+            # One that gave way to an earlier one, or whose media are still with the tower.
+            if request not in self.running or request.needs_media():
                 continue
             length = 1 if request.pending == 1 else min(request.pending, room)
             if length and self._grow(request, length):
@@ -87,8 +88,9 @@ class Scheduler:
             length = min(request.pending, room)
             if not self._grow(request, length):
                 break
-            work.append(Work(request, length))
-            room -= length
+            if not request.needs_media():
+                work.append(Work(request, length))
+                room -= length
         return work
 
     def computed(self, work: Work) -> None:

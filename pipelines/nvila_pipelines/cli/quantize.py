@@ -18,6 +18,7 @@ from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
     from nvila.quantization.config import Scheme
+    from nvila_pipelines.curation.spec import DataSpec
     from nvila_pipelines.quantization.request import QuantizationRequest
     from nvila_platform.store import ArtifactRef
 
@@ -154,7 +155,7 @@ def make_request(args: argparse.Namespace, settings: Settings) -> QuantizationRe
     """
     from nvila.quantization.config import QuantizationConfig
     from nvila_pipelines.cli.serve import find_model
-    from nvila_pipelines.curation.spec import DataSpec, data_digest
+    from nvila_pipelines.curation.spec import data_digest
     from nvila_pipelines.evaluation.run import model_digest
     from nvila_pipelines.quantization.request import QuantizationRequest
 
@@ -162,10 +163,7 @@ def make_request(args: argparse.Namespace, settings: Settings) -> QuantizationRe
     if args.data is None and about_data:
         raise ConfigError(f"--{about_data[0].replace('_', '-')} is about data, but none is named", "add --data DATA")
     source = find_model(args.words[0], settings)
-    data = None
-    if args.data is not None:
-        places = {name: _lasting(place) for name in ("media_dir", "mixtures") if (place := getattr(args, name))}
-        data = DataSpec(data=_lasting(args.data), **places)
+    data = data_spec(args) if args.data is not None else None
     vision: Scheme = getattr(args, "vision", None) or "w8a8"
     language: Scheme = getattr(args, "language", None) or "w4a16"
     group = getattr(args, "group_size", None) or fitting_group(source.directory, vision, language)
@@ -180,10 +178,18 @@ def make_request(args: argparse.Namespace, settings: Settings) -> QuantizationRe
         data=data,
         data_digest=data_digest(data) if data is not None else None,
         exports=tuple(dict.fromkeys(getattr(args, "export", None) or ())),
-        device=_device(args.device or "auto"),
+        device=chosen_device(args.device or "auto"),
         speed=not getattr(args, "no_speed", None),
         **options,
     )
+
+
+def data_spec(args: argparse.Namespace) -> DataSpec:
+    """Return the data set that the arguments name; places on this machine are made to last."""
+    from nvila_pipelines.curation.spec import DataSpec
+
+    places = {name: _lasting(place) for name in ("media_dir", "mixtures") if (place := getattr(args, name))}
+    return DataSpec(data=_lasting(args.data), **places)
 
 
 def fitting_group(folder: Path, vision: str, language: str) -> int:
@@ -250,7 +256,8 @@ def _lasting(place: str) -> str:
     return str(Path(place).absolute()) if Path(place).exists() else place
 
 
-def _device(wanted: str) -> str:
+def chosen_device(wanted: str) -> str:
+    """Return the device to work on; `auto` is a GPU if there is any."""
     if wanted != "auto":
         return wanted
     import torch

@@ -12,6 +12,7 @@ from PIL import Image
 from nvila.data.records import Message, Part
 from nvila.data.video import load_video
 from nvila.inference.engine import Engine, EngineConfig, Generation, SamplingParams
+from nvila.inference.prompt import model_inputs
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 
@@ -234,9 +235,9 @@ def test_every_kind_of_tiling_in_one_batch(
         for names in ("wide", "tall wide", "film", "tall film", "wide wide"):
             parts = [Part(type="video" if name == "film" else "image", value=name) for name in names.split()]
             question = [Message(role="user", content=(*parts, Part(type="text", value="what?")))]
-            inputs = engine._inputs(question, media)
+            inputs = model_inputs(engine.processor, question, media)
             out = cast("Any", model).generate(**inputs, max_new_tokens=8, do_sample=False)
             alone.append(out[0, inputs["input_ids"].shape[1] :].tolist())
             together.append(engine.stream(question, media, SamplingParams(max_tokens=8)))
-        ends = engine._stop_ids
+        ends = engine.stop_ids
         assert tokens(engine, together) == [[token for token in one if token not in ends] for one in alone]

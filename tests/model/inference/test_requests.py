@@ -15,6 +15,7 @@ from PIL import Image
 from nvila.data.records import Message
 from nvila.errors import ConfigError, DataError, DeadlineError, OverloadedError
 from nvila.inference.engine import Engine, EngineConfig, SamplingParams
+from nvila.inference.prompt import model_inputs
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 
@@ -87,7 +88,7 @@ def test_logprobs_are_the_models_own(
     running = engine.stream(ask("a"), pictures, params)
     reported = [one for delta in running for one in delta.logprobs]
     ids = running.token_ids
-    inputs = engine._inputs(ask("a"), pictures)
+    inputs = model_inputs(engine.processor, ask("a"), pictures)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
     with torch.inference_mode():
         logits = cast("Any", model)(**inputs).logits[0, -len(ids) - 1 : -1]
@@ -290,7 +291,7 @@ def test_medium_the_tower_fails_on_harms_no_other(
 ) -> None:
     engine = build_engine(blocks=200)
     expected = generated(ask("a"))
-    bad_pixels = engine._inputs(ask("b"), pictures)["pixel_values"]
+    bad_pixels = model_inputs(engine.processor, ask("b"), pictures)["pixel_values"]
 
     def fail(_: Any, args: Any) -> None:
         if any(torch.equal(tile, bad_pixels[0]) for tile in args[0]):

@@ -1,0 +1,87 @@
+"""From logits to what callers read: choose tokens, put text into outboxes, end requests.
+
+Everything here is called with the engine's lock held.
+
+Shape suffixes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nvila.errors import DeadlineError
+from nvila.inference.choosing import choose_all
+from nvila.inference.request import Delta, FinishReason, Request
+from nvila.inference.scheduler import Scheduler
+
+
+class Delivery:
+    """Carries answers, and errors, to their requests.
+
+    Args:
+        scheduler: Holds the requests; those that end give back their blocks.
+        tokenizer: Tokenizer of the model.
+        stop_ids: Tokens that end an answer.
+    """
+
+    def __init__(self, scheduler: Scheduler, tokenizer: PreTrainedTokenizerBase, stop_ids: Set[int]) -> None:
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
+
+    def choose(self, rows: Sequence[tuple[Request, Tensor]]) -> None:
+        """Choose the next token, from its logits (V), of every request whose prompt is complete."""
+        ready = [(request, logits) for request, logits in rows if not request.done and not request.pending]
+        for request, outcome in choose_all(ready, self._tokenizer, self._stop_ids):
+            if isinstance(outcome, Exception):
+                self.fail(request, outcome)
+            else:
+                self._take(request, outcome)
+
+    def expire(self, now: float) -> None:
+        """Fail the requests whose deadline has passed."""
+        for request in (*self._scheduler.running, *self._scheduler.waiting):
+            if request.deadline is not None and now >= request.deadline:
+                self.fail(
+                    request, DeadlineError("the answer took longer than the request allows", "ask for fewer tokens")
+                )
+
+    def fail(self, request: Request, error: Exception, *, spoiled: bool = False) -> None:
+        """End a request with an error; `spoiled` erases the keys and values that it wrote."""
+        request.outbox.append(error)
+        self.end(request, spoiled=spoiled)
+
+    def end(self, request: Request, *, spoiled: bool = False) -> None:
+        """End a request and free its memory."""
+        request.done = True
+        self._scheduler.remove(request, spoiled=spoiled)
+        request.features = None
+        for medium in request.media:
+            medium.release()
+
+    def _take(self, request: Request, token: int) -> None:
+        """Add a chosen token to a request's answer, and end it where it ends."""
+        complete = request.constraint is not None and request.constraint.complete
+        if token in self._stop_ids:
+            self._post(request, request.text.rest(), "stop")
+            return
+        request.ids.append(token)
+        request.usage.completion_tokens += 1
+        piece = request.text.add(token)
+        if request.text.stopped:
+            self._post(request, piece, "stop")
+        elif complete:
+            self._post(request, piece + request.text.rest(), "stop")
+        elif request.usage.completion_tokens >= request.limit:
+            self._post(request, piece + request.text.rest(), "length")
+        elif piece:
+            self._post(request, piece, None)
+
+    def _post(self, request: Request, text: str, reason: FinishReason | None) -> None:
+        request.outbox.append(Delta(text, reason, tuple(request.logprobs)))
+        request.logprobs.clear()
+        if reason is not None:
+            self.end(request)
