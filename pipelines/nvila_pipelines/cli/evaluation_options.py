@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"
 OPTIONS = ("tasks", "data", "limit", "batch_size", "processes", "threads", "dtype", "device", "max_failed", "out")
-FLAGS = ("fixture", "seed", "served_model", "concurrency", "retries", "timeout")
+FLAGS = ("fixture", "frames", "seed", "served_model", "concurrency", "retries", "timeout")
 _HERE, _THERE = ("processes", "threads", "dtype", "device"), ("served_model", "concurrency", "retries", "timeout")
 _ADDRESSES = ("http://", "https://")
 
@@ -35,6 +35,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tasks.add_argument("--fixture", action="store_true", default=None, help="use a few made samples of each task")
     tasks.add_argument("--limit", type=whole_number, metavar="N", help="only the first N samples of each task")
+    tasks.add_argument(
+        "--frames", type=whole_number, metavar="N", help="frames of a video (default: the task's or the model's)"
+    )
     tasks.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: WORKSPACE/evaluations)")
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=whole_number, metavar="N", help="questions asked together (default: 32)")
@@ -125,7 +128,7 @@ def _endpoint_request(url: str, args: argparse.Namespace, settings: Settings) ->
 
 
 def _common(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    names = ("limit", "batch_size", "dtype", "seed", "max_failed", "fixture")
+    names = ("limit", "frames", "batch_size", "dtype", "seed", "max_failed", "fixture")
     return {name: value for name in names if (value := getattr(args, name)) is not None} | {
         "tasks": tuple(_lasting(word) for text in args.tasks or [BUILTIN] for word in text.split(",")),
         "out": str((args.out or settings.workspace / "evaluations").absolute()),

@@ -38,6 +38,17 @@ def open_task(request: EvaluationRequest, task: Task, filesystems: FileSystems |
     return open_rows(task, place, filesystems=filesystems)
 
 
+def chosen_tasks(request: EvaluationRequest) -> list[Task]:
+    """Return the tasks of a request, as it asks them.
+
+    Raises:
+        ConfigError: One of them is unknown.
+    """
+    from nvila.evaluation.registry import select_tasks
+
+    return [task.with_frames(request.frames) for task in select_tasks(request.tasks)]
+
+
 def open_log(request: EvaluationRequest, task: Task) -> AnswerLog:
     """Open the answers of the request's model to a task."""
     from nvila.evaluation.answer_log import AnswerLog
@@ -143,7 +154,6 @@ def _load_model(request: EvaluationRequest) -> Answerer:
 
 def main(path: str) -> None:
     """Answer a share of what a file asks for."""
-    from nvila.evaluation.registry import select_tasks
     from nvila_platform.s3_filesystem import data_filesystems
     from nvila_platform.settings import Settings
     from nvila_platform.telemetry import EventLog
@@ -152,7 +162,7 @@ def main(path: str) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     settings = Settings.load()
     filesystems = data_filesystems(settings)
-    work = [(task, open_task(request, task, filesystems)) for task in select_tasks(request.tasks)]
+    work = [(task, open_task(request, task, filesystems)) for task in chosen_tasks(request)]
     with EventLog(Path(order["events"]), step=f"evaluate {rank}") as reporter:
         answer_tasks(request, work, settings, reporter, rank=rank, world=world)
 
