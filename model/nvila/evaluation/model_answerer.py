@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from nvila.data.video import Video
 from nvila.evaluation.asking import Piece, Question
@@ -34,6 +35,22 @@ class ModelAnswerer:
             DataError: A medium cannot be read.
             PromptTooLongError: A prompt leaves no room for an answer.
         """
+        inputs = self.inputs(questions, settings)
+        length = inputs["input_ids"].shape[1]
+        room = int(self.processor.tokenizer.model_max_length) - length
+        out = cast("Any", self.model).generate(
+            **inputs, max_new_tokens=min(room, settings.max_new_tokens), do_sample=False
+        )
+        texts = self.processor.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def inputs(self, questions: Sequence[Question], settings: GenerationSettings) -> dict[str, Tensor]:
+        """Return what the model is called with for questions, padded on the left.
+
+        Raises:
+            DataError: A medium cannot be read.
+            PromptTooLongError: A prompt leaves no room for an answer.
+        """
         conversations = [
             [{"role": "user", "content": [self._part(piece, settings) for piece in question.pieces]}]
             for question in questions
@@ -48,12 +65,7 @@ class ModelAnswerer:
                 f"the prompt has {length} tokens, and the model's context {length + room}",
                 "sample fewer frames with --frames, or take a model with a longer context",
             )
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
-        out = cast("Any", self.model).generate(
-            **inputs, max_new_tokens=min(room, settings.max_new_tokens), do_sample=False
-        )
-        texts = self.processor.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return dict(inputs.to(self.model.device, dtype=self.model.dtype))
 
     def _part(self, piece: Piece, settings: GenerationSettings) -> dict[str, Any]:
         value = piece.value

@@ -86,23 +86,35 @@ def request_of(model: str, args: argparse.Namespace, settings: Settings) -> Eval
     """
     if model.startswith(_ADDRESSES):
         return _endpoint_request(model, args, settings)
-    from nvila_pipelines.cli.serve import find_model
     from nvila_pipelines.evaluation.request import EvaluationRequest
-    from nvila_pipelines.evaluation.run import model_digest
 
-    source = find_model(model, settings)
-    folder = source.directory
-    registered = source.version != "unregistered"
+    folder, name, digest = model_of(model, settings)
     processes = args.processes or 1
     return EvaluationRequest(
         model=str(folder),
-        model_name=f"{source.name}-v{source.version}" if registered else _folder_name(folder),
-        model_digest=model_digest(folder),
+        model_name=name,
+        model_digest=digest,
         processes=processes,
         threads=args.threads or max(1, (os.cpu_count() or 1) // processes),
-        device=_device(args.device or "auto"),
+        device=device_of(args.device or "auto"),
         **_common(args, settings),
     )
+
+
+def model_of(word: str, settings: Settings) -> tuple[Path, str, str]:
+    """Return the folder of a model, what it is called, and the identity of its files.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    from nvila_pipelines.cli.serve import find_model
+    from nvila_pipelines.evaluation.run import model_digest
+
+    source = find_model(word, settings)
+    folder = source.directory
+    registered = source.version != "unregistered"
+    name = f"{source.name}-v{source.version}" if registered else _folder_name(folder)
+    return folder, name, model_digest(folder)
 
 
 def _endpoint_request(url: str, args: argparse.Namespace, settings: Settings) -> EvaluationRequest:
@@ -168,7 +180,8 @@ def _lasting(place: str) -> str:
     return str(Path(place).absolute()) if Path(place).exists() else place
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
+    """Return where to run: `auto` is a GPU if there is one."""
     if wanted != "auto":
         return wanted
     import torch

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nvila.evaluation.rows import TaskRows
     from nvila.evaluation.runner import Answerer
     from nvila.evaluation.task import Task
+    from nvila.modeling import NVILAForConditionalGeneration
+    from nvila.processing import NVILAProcessor
     from nvila.progress import Reporter
     from nvila_platform.endpoint import EndpointAnswerer
     from nvila_platform.settings import Settings
@@ -133,23 +135,33 @@ def _endpoint(request: EvaluationRequest, settings: Settings) -> EndpointAnswere
 
 def _load_model(request: EvaluationRequest) -> Answerer:
     import torch
+
+    from nvila.evaluation.model_answerer import ModelAnswerer
+
+    torch.manual_seed(request.seed)
+    torch.set_num_threads(request.threads)
+    model, processor = load_quietly(Path(request.model), request.dtype)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if request.device == "cuda" else request.device
+    return ModelAnswerer(model.to(device), processor)  # type: ignore[arg-type]  # transformers types `to` as a function
+
+
+def load_quietly(folder: Path, dtype: str) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
+    """Load a model folder; `dtype` is that of wide weights, quantized ones are as stored.
+
+    Raises:
+        CheckpointError: The folder is no model.
+    """
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from nvila.assembly import load_model
-    from nvila.evaluation.model_answerer import ModelAnswerer
     from nvila.quantization.saved import is_quantized
 
     for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()
-    torch.manual_seed(request.seed)
-    torch.set_num_threads(request.threads)
-    folder = Path(request.model)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[request.dtype]
-    options: dict[str, Any] = {} if is_quantized(folder) else {"dtype": dtype}
-    model, processor = load_model(folder, **options)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if request.device == "cuda" else request.device
-    return ModelAnswerer(model.to(device), processor)  # type: ignore[arg-type]  # transformers types `to` as a function
+    wide: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
+    return load_model(folder, **({} if is_quantized(folder) else wide))
 
 
 def main(path: str) -> None:
