@@ -84,11 +84,10 @@ def trained_and_scored(
     config: TrainConfig,
     datasets: Mapping[str, Sequence[Sample]],
     media: Media,
-    task_name: str,
-    limit: int | None = None,
+    task_names: Sequence[str],
     vision: Path | None = None,
 ) -> dict[str, Any]:
-    """Train a model and evaluate it on a built-in task; a run that is finished is read."""
+    """Train a model and evaluate it on built-in tasks; a run that is finished is read."""
     done = folder / "run.json"
     if done.exists():
         found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
@@ -105,7 +104,7 @@ def trained_and_scored(
     started = time.process_time()
     model_folder = train(config, datasets, media, tokenizer, folder, _Progress(folder.name), videos=media)
     seconds = time.process_time() - started
-    found = {"seconds": round(seconds, 1), **score(model_folder, folder / "answers", task_name, limit)}
+    found = {"seconds": round(seconds, 1), **score(model_folder, folder / "answers", task_names)}
     done.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -123,23 +122,25 @@ def new_language(folder: Path, config: Mapping[str, Any], tokenizer: Any, seed: 
     return folder
 
 
-def score(model_folder: Path, answers: Path, task_name: str, limit: int | None) -> dict[str, Any]:
-    """Evaluate a model on a built-in task."""
+def score(model_folder: Path, answers: Path, task_names: Sequence[str]) -> dict[str, Any]:
+    """Evaluate a model on built-in tasks: by task the number of samples, the main metric, and that by category."""
     from nvila.assembly import load_model
 
     model, processor = load_model(model_folder)
-    task = find_task(task_name)
-    rows = open_rows(task, None)
-    log = AnswerLog.open(answers, task, str(model_folder), {})
-    TaskRun(task=task, rows=rows, log=log, load=lambda: ModelAnswerer(model, processor), limit=limit).run()
-    result = summarize(task, rows.name, score_all(task, rows, log, limit), seed=0)
-    main = task.scorer.main
-    return {
-        "samples": result.outcome.total,
-        "accuracy": result.estimates[main].value,
-        "categories": {name: values[main] for name, (_, values) in result.categories.items()},
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    for name in task_names:
+        task = find_task(name)
+        rows = open_rows(task, None)
+        log = AnswerLog.open(answers, task, str(model_folder), {})
+        TaskRun(task=task, rows=rows, log=log, load=lambda: ModelAnswerer(model, processor)).run()
+        result = summarize(task, rows.name, score_all(task, rows, log), seed=0)
+        main = task.scorer.main
+        found[name] = {
+            "samples": result.outcome.total,
+            "value": result.estimates[main].value,
+            "categories": {group: values[main] for group, (_, values) in result.categories.items()},
+        }
+    return found
 
 
 class _Progress(Reporter):

@@ -20,16 +20,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_result import Claim, claim, write_result
+from evaluation.digit_crops import PREFIX, Crops
 from evaluation.digit_models import MAX_LENGTH, Media, decoder, tower, trained_and_scored
 from evaluation.digit_tower import pretrained_tower
 
-from nvila.data.digit_pages import PAGES, DigitPages
-from nvila.data.digits_vqa import WORDS, DigitsVQA
+from nvila.data.digit_pages import DIGIT, PAGES, DigitPages
+from nvila.data.digits_vqa import WORDS
 from nvila.data.records import Sample, vqa_sample
 from nvila.training.config import ModelConfig, StageConfig, TrainConfig
 from nvila.vision.projectors import num_output_tokens
 
-TILE, PATCH, DIGIT_SIDE = 48, 8, 7
+TASK, TILE, PATCH, DIGIT_SIDE = "digit_pages", 48, 8, 7
 _FULL, _QUICK = (1500, 900, 900), (20, 8, 8)
 VARIANTS = {
     "single-2x2": ("resize", "mlp_downsample_2x2_fix"),
@@ -66,7 +67,7 @@ def claims(runs: dict[str, dict[int, dict[str, Any]]]) -> list[Claim]:
     """Compare the kinds of model, seed by seed, in points of accuracy."""
 
     def points(a: str, b: str) -> list[float]:
-        return [100 * (runs[a][seed]["accuracy"] - runs[b][seed]["accuracy"]) for seed in runs[a]]
+        return [100 * (runs[a][seed][TASK]["value"] - runs[b][seed][TASK]["value"]) for seed in runs[a]]
 
     seeds = len(runs["s2-2x2"])
     minutes = sum(run["seconds"] for variant in runs.values() for run in variant.values()) / 60
@@ -99,7 +100,7 @@ def claims(runs: dict[str, dict[int, dict[str, Any]]]) -> list[Claim]:
     ]
     for variant, by_seed in runs.items():
         for kind in ("corner", "yes_no_present"):
-            values = [100 * run["categories"][kind] for run in by_seed.values()]
+            values = [100 * run[TASK]["categories"][kind] for run in by_seed.values()]
             what = f"accuracy on questions of kind {kind}, {variant}, percent"
             found.append(claim(f"{variant}-{kind.replace('_', '-')}", what, values, "reported", True))
     return found
@@ -144,44 +145,16 @@ def run(work: Path, variant: str, seed: int, steps: tuple[int, int, int]) -> dic
             StageConfig(name="instruct", data="asked", steps=steps[2], samples_per_image=4, **common),
         ),
     )
-    data = {"read": list(read_aloud(pages)), "asked": list(pages.questions("train"))}
-    digits = DigitsVQA()
-    members = digits.members("train")
-    data["crops"] = [
-        vqa_sample(
-            id=f"crop-{n}",
-            source="crop",
-            image=f"crop/{n}",
-            question="which digit is this?",
-            answer=WORDS[digits.digit(members[n])],
-        )
-        for n in range(len(members))
-    ]
+    crops = Crops(tile=TILE, digit=DIGIT_SIDE, drawn=DIGIT, inverted=True)
+    data = {"crops": crops.samples(), "read": list(read_aloud(pages)), "asked": list(pages.questions("train"))}
     return trained_and_scored(
         work / f"{variant}-{seed}",
         config,
         data,
-        Media(lambda key: crop(digits, members, key) if key.startswith("crop") else pages.png(key), {}),
-        "digit_pages",
+        Media(lambda key: crops.png(key) if key.startswith(PREFIX) else pages.png(key), {}),
+        [TASK],
         vision=vision,
     )
-
-
-def crop(digits: DigitsVQA, members: list[int], key: str) -> bytes:
-    """Draw a tile with one digit at a random place, as large as the last scale shows it."""
-    import io
-    import random
-
-    from PIL import Image, ImageOps
-
-    number = int(key.partition("/")[2])
-    draw = random.Random(key)
-    tile = Image.new("L", (TILE, TILE), 255)
-    picture = digits.picture(members[number], 12).resize((DIGIT_SIDE,) * 2, Image.Resampling.BICUBIC)
-    tile.paste(ImageOps.invert(picture), (draw.randrange(TILE - DIGIT_SIDE), draw.randrange(TILE - DIGIT_SIDE)))
-    buffer = io.BytesIO()
-    tile.convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def read_aloud(pages: DigitPages) -> list[Sample]:

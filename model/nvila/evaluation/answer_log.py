@@ -22,10 +22,17 @@ ABOUT = "about.json"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said to a question; `problem` instead when it could not be asked."""
+    """What a model said to a question; `problem` instead when it could not be asked.
+
+    Args:
+        text: What it said.
+        problem: Why there is nothing.
+        too_long: That was because the prompt does not fit into the model's context.
+    """
 
     text: str | None
     problem: str | None = None
+    too_long: bool = False
 
 
 class AnswerLog:
@@ -80,7 +87,8 @@ class AnswerLog:
                 if isinstance(entry.get("sample"), str) and isinstance(entry.get("answer"), str):
                     found[entry["sample"]] = Answer(entry["answer"])
                 elif isinstance(entry.get("sample"), str):
-                    found.setdefault(entry["sample"], Answer(None, str(entry.get("problem"))))
+                    problem = Answer(None, str(entry.get("problem")), too_long=entry.get("too_long") is True)
+                    found.setdefault(entry["sample"], problem)
         return found
 
     def append(self, rank: int, answers: Sequence[tuple[str, Answer]]) -> None:
@@ -93,7 +101,7 @@ class AnswerLog:
             json.dumps(
                 {"sample": digest, "answer": answer.text}
                 if answer.text is not None
-                else {"sample": digest, "problem": answer.problem},
+                else {"sample": digest, "problem": answer.problem} | ({"too_long": True} if answer.too_long else {}),
                 ensure_ascii=False,
             )
             for digest, answer in answers

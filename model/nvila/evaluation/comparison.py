@@ -108,8 +108,8 @@ def compare_task(reference: TaskLog, candidate: TaskLog, *, seed: int) -> TaskCo
         raise ConfigError(
             f"{reference.name} was run as version {reference.version} and as version {candidate.version}"
             if reference.version != candidate.version
-            else f"{reference.name} was run from two different task files",
-            "evaluate both with the same task file",
+            else f"{reference.name} was run from two different task files, or with different frames",
+            "evaluate both with the same task file and --frames",
         )
     shared = [key for key in reference.samples if key in candidate.samples]
     if not shared:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from nvila.data.video import Video
-from nvila.errors import DataError
 from nvila.evaluation.asking import Piece, Question
+from nvila.evaluation.runner import PromptTooLongError
 from nvila.evaluation.task import GenerationSettings
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
@@ -31,7 +32,24 @@ class ModelAnswerer:
         """Answer questions together, padded on the left.
 
         Raises:
-            DataError: A medium cannot be read, or a prompt leaves no room for an answer.
+            DataError: A medium cannot be read.
+            PromptTooLongError: A prompt leaves no room for an answer.
+        """
+        inputs = self.inputs(questions, settings)
+        length = inputs["input_ids"].shape[1]
+        room = int(self.processor.tokenizer.model_max_length) - length
+        out = cast("Any", self.model).generate(
+            **inputs, max_new_tokens=min(room, settings.max_new_tokens), do_sample=False
+        )
+        texts = self.processor.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def inputs(self, questions: Sequence[Question], settings: GenerationSettings) -> dict[str, Tensor]:
+        """Return what the model is called with for questions, padded on the left.
+
+        Raises:
+            DataError: A medium cannot be read.
+            PromptTooLongError: A prompt leaves no room for an answer.
         """
         conversations = [
             [{"role": "user", "content": [self._part(piece, settings) for piece in question.pieces]}]
@@ -43,16 +61,11 @@ class ModelAnswerer:
         length = inputs["input_ids"].shape[1]
         room = int(self.processor.tokenizer.model_max_length) - length
         if room < 1:
-            raise DataError(
-                f"the prompt has {length} tokens, which leaves no room for an answer",
-                "sample fewer frames, or take a model with a longer context",
+            raise PromptTooLongError(
+                f"the prompt has {length} tokens, and the model's context {length + room}",
+                "sample fewer frames with --frames, or take a model with a longer context",
             )
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
-        out = cast("Any", self.model).generate(
-            **inputs, max_new_tokens=min(room, settings.max_new_tokens), do_sample=False
-        )
-        texts = self.processor.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return dict(inputs.to(self.model.device, dtype=self.model.dtype))
 
     def _part(self, piece: Piece, settings: GenerationSettings) -> dict[str, Any]:
         value = piece.value

@@ -10,6 +10,7 @@ from typing import Any
 from nvila.data.readers.formats import data_files
 from nvila.data.readers.locations import FileSystems, Location, locate
 from nvila.data.readers.packages import package
+from nvila.data.readers.record import CountedStream
 from nvila.data.readers.rows import DataFile, Row
 from nvila.errors import ConfigError, DataError, nearest
 from nvila.evaluation.task import Task, as_list
@@ -110,12 +111,28 @@ def _builtin(name: str) -> TaskRows:
 
     if name not in BUILTINS:
         raise ConfigError(f"there is no built-in data set '{name}'", nearest(name, BUILTINS))
-    stream = open_builtin(name)
+    return stream_rows(open_builtin(name), f"builtin:{name}")
+
+
+def stream_rows(stream: CountedStream, name: str) -> TaskRows:
+    """Return the records of a data set as rows with `id`, `question`, `answer` and `category`.
+
+    A conversation of several turns has no single question; it is a row with a problem.
+
+    Args:
+        stream: The data set.
+        name: What it is called.
+    """
 
     def read(columns: Collection[str]) -> Iterator[Row]:
         for record in stream.records():
             sample = record.sample
-            assert sample is not None, "built-in records are whole"
+            if sample is None:
+                yield Row(fields=None, problem=record.problem)
+                continue
+            if [message.role for message in sample.messages if message.role != "system"] != ["user", "assistant"]:
+                yield Row(fields=None, problem="it is no question with an answer, but has more or fewer turns")
+                continue
             parts = [part for message in sample.messages for part in message.content]
             media: dict[str, list[Any]] = {
                 key: [record.media[part.value] for part in parts if part.type == kind]
@@ -124,7 +141,7 @@ def _builtin(name: str) -> TaskRows:
             said = {"id": sample.id, "question": sample.question, "answer": sample.answer, "category": sample.source}
             yield Row(fields=said | media)
 
-    return TaskRows(name=f"builtin:{name}", read=read, count=stream.count)
+    return TaskRows(name=name, read=read, count=stream.count)
 
 
 def _check_columns(task: Task, rows: TaskRows) -> None:

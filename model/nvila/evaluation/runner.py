@@ -23,6 +23,10 @@ from nvila.progress import SILENT, Reporter
 logger = logging.getLogger(__name__)
 
 
+class PromptTooLongError(DataError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
 class Answerer(Protocol):
     """Whoever answers: a model here, or an endpoint."""
 
@@ -36,11 +40,12 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A sample without a score: where it is and why."""
+    """A sample without a score: where it is, why, and whether because it does not fit into the model's context."""
 
     index: int
     where: str
     problem: str
+    too_long: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,13 @@ class Outcome:
     def total(self) -> int:
         """Samples that were to be scored."""
         return len(self.scored) + len(self.failures)
+
+    @property
+    def too_long(self) -> str | None:
+        """Why the model cannot be asked this task at all, if no prompt of it fits into the model's context."""
+        if self.scored or not self.failures or not all(failure.too_long for failure in self.failures):
+            return None
+        return self.failures[0].problem
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,7 +146,7 @@ class TaskRun:
         try:
             return self._said([question])[0]
         except DataError as e:
-            return Answer(None, str(e))
+            return Answer(None, str(e), too_long=isinstance(e, PromptTooLongError))
 
     def _said(self, questions: Sequence[Question]) -> list[Answer]:
         settings = self.task.file.generation
@@ -156,7 +168,7 @@ def score_all(task: Task, rows: TaskRows, log: AnswerLog, limit: int | None = No
             continue
         answer = known.get(item.digest, Answer(None, "it was not asked"))
         if answer.text is None:
-            failures.append(Failure(item.index, item.id, answer.problem or "no answer"))
+            failures.append(Failure(item.index, item.id, answer.problem or "no answer", answer.too_long))
         else:
             scored.append(Scored(item, answer.text, task.scorer.score(answer.text, item.reference)))
     return Outcome(scored, failures)

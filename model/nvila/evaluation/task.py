@@ -6,7 +6,7 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -136,6 +136,13 @@ class Task:
     def version(self) -> int:
         """Version of the task."""
         return self.file.version
+
+    def with_frames(self, num_frames: int | None) -> Task:
+        """Return the task asked with so many frames of every video; None leaves it as it is."""
+        if num_frames is None:
+            return self
+        generation = self.file.generation.model_copy(update={"num_frames": num_frames})
+        return replace(self, file=self.file.model_copy(update={"generation": generation}))
 
     @property
     def digest(self) -> str:

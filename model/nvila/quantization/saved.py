@@ -102,6 +102,11 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
 
 
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that hold a parameter's values: itself, or those that a quantized one is made of."""
+    return list(_inner_tensors(tensor).values())
+
+
 def _inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
     """Return the plain tensors that a parameter is made of, by name suffix."""
     if type(tensor) in (Tensor, torch.nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     from nvila_pipelines.evaluation.compare import (
         compare_sides,
         comparison_lines,
+        left_out_lines,
         verdict_lines,
         write_comparison,
     )
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         emit_json(comparison.to_dict() | {"page": str(page)})
         return 0
     emit(f"A  {comparison.names[0]}\nB  {comparison.names[1]}\n")
-    for line in [*comparison_lines(comparison), "", *verdict_lines(comparison)]:
+    for line in [*comparison_lines(comparison), "", *verdict_lines(comparison), *left_out_lines(comparison)]:
         emit(line)
     emit(f"page: {page}")
     return 0

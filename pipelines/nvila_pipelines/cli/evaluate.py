@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a recipe: which form of the model (default: quantized)",
     )
     add_evaluation_arguments(parser)
+    parser.add_argument(
+        "--strict", action="store_true", help="end with code 1 also when a task is skipped: no prompt of it fits"
+    )
     parser.add_argument("--list-tasks", action="store_true", help="list the tasks and end")
 
 
@@ -72,16 +75,16 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     prepare_workspace(settings)
     request = request_of(args.words[0], args, settings)
     from nvila_pipelines.evaluation.run import evaluate
-    from nvila_pipelines.evaluation.table import result_lines
+    from nvila_pipelines.evaluation.table import result_lines, skipped_lines
     from nvila_platform.telemetry import ProgressView
 
     with ProgressView(format=settings.log_format) as view:
         done = evaluate(request, settings, view)
-    code = 1 if done.unscored else 0
+    code = 1 if done.unscored or (args.strict and done.skipped) else 0
     if args.json:
         emit_json(done.to_dict())
         return code
-    for line in result_lines(done.results):
+    for line in [*result_lines(done.results), *skipped_lines(done.skipped)]:
         emit(line)
     emit(f"results: {done.file}")
     return code

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"
 OPTIONS = ("tasks", "data", "limit", "batch_size", "processes", "threads", "dtype", "device", "max_failed", "out")
-FLAGS = ("fixture", "seed", "served_model", "concurrency", "retries", "timeout")
+FLAGS = ("fixture", "frames", "seed", "served_model", "concurrency", "retries", "timeout")
 _HERE, _THERE = ("processes", "threads", "dtype", "device"), ("served_model", "concurrency", "retries", "timeout")
 _ADDRESSES = ("http://", "https://")
 
@@ -35,6 +35,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tasks.add_argument("--fixture", action="store_true", default=None, help="use a few made samples of each task")
     tasks.add_argument("--limit", type=whole_number, metavar="N", help="only the first N samples of each task")
+    tasks.add_argument(
+        "--frames", type=whole_number, metavar="N", help="frames of a video (default: the task's or the model's)"
+    )
     tasks.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: WORKSPACE/evaluations)")
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=whole_number, metavar="N", help="questions asked together (default: 32)")
@@ -83,23 +86,35 @@ def request_of(model: str, args: argparse.Namespace, settings: Settings) -> Eval
     """
     if model.startswith(_ADDRESSES):
         return _endpoint_request(model, args, settings)
-    from nvila_pipelines.cli.serve import find_model
     from nvila_pipelines.evaluation.request import EvaluationRequest
-    from nvila_pipelines.evaluation.run import model_digest
 
-    source = find_model(model, settings)
-    folder = source.directory
-    registered = source.version != "unregistered"
+    folder, name, digest = model_of(model, settings)
     processes = args.processes or 1
     return EvaluationRequest(
         model=str(folder),
-        model_name=f"{source.name}-v{source.version}" if registered else _folder_name(folder),
-        model_digest=model_digest(folder),
+        model_name=name,
+        model_digest=digest,
         processes=processes,
         threads=args.threads or max(1, (os.cpu_count() or 1) // processes),
-        device=_device(args.device or "auto"),
+        device=device_of(args.device or "auto"),
         **_common(args, settings),
     )
+
+
+def model_of(word: str, settings: Settings) -> tuple[Path, str, str]:
+    """Return the folder of a model, what it is called, and the identity of its files.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    from nvila_pipelines.cli.serve import find_model
+    from nvila_pipelines.evaluation.run import model_digest
+
+    source = find_model(word, settings)
+    folder = source.directory
+    registered = source.version != "unregistered"
+    name = f"{source.name}-v{source.version}" if registered else _folder_name(folder)
+    return folder, name, model_digest(folder)
 
 
 def _endpoint_request(url: str, args: argparse.Namespace, settings: Settings) -> EvaluationRequest:
@@ -125,7 +140,7 @@ def _endpoint_request(url: str, args: argparse.Namespace, settings: Settings) ->
 
 
 def _common(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    names = ("limit", "batch_size", "dtype", "seed", "max_failed", "fixture")
+    names = ("limit", "frames", "batch_size", "dtype", "seed", "max_failed", "fixture")
     return {name: value for name in names if (value := getattr(args, name)) is not None} | {
         "tasks": tuple(_lasting(word) for text in args.tasks or [BUILTIN] for word in text.split(",")),
         "out": str((args.out or settings.workspace / "evaluations").absolute()),
@@ -165,7 +180,8 @@ def _lasting(place: str) -> str:
     return str(Path(place).absolute()) if Path(place).exists() else place
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
+    """Return where to run: `auto` is a GPU if there is one."""
     if wanted != "auto":
         return wanted
     import torch

@@ -157,7 +157,7 @@ def make_request(args: argparse.Namespace, settings: Settings) -> QuantizationRe
     from nvila_pipelines.cli.serve import find_model
     from nvila_pipelines.curation.spec import data_digest
     from nvila_pipelines.evaluation.run import model_digest
-    from nvila_pipelines.quantization.request import QuantizationRequest
+    from nvila_pipelines.quantization.request import QuantizationRequest, fitting_group
 
     about_data = [name for name in ("media_dir", "mixtures", "samples", "eval_samples") if getattr(args, name)]
     if args.data is None and about_data:
@@ -190,18 +190,6 @@ def data_spec(args: argparse.Namespace) -> DataSpec:
 
     places = {name: _lasting(place) for name in ("media_dir", "mixtures") if (place := getattr(args, name))}
     return DataSpec(data=_lasting(args.data), **places)
-
-
-def fitting_group(folder: Path, vision: str, language: str) -> int:
-    """Return 128, or the largest power of two from 16 on that divides all widths of the parts with 4-bit weights."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    widths: list[int] = []
-    for scheme, section in ((vision, "vision_config"), (language, "text_config")):
-        if scheme == "w4a16":
-            part = raw.get(section, {})
-            widths += [part[name] for name in ("hidden_size", "intermediate_size") if isinstance(part.get(name), int)]
-    common = math.gcd(*widths) if widths else 128
-    return next((size for size in (128, 64, 32, 16) if common % size == 0), 128)
 
 
 def register(settings: Settings, name: str, alias: str | None, ref: ArtifactRef, folder: Path) -> str:

@@ -119,6 +119,17 @@ def verdict_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
+def left_out_lines(comparison: Comparison) -> list[str]:
+    """Return a line for every task that one side has no result of, with the reason where the side says it."""
+    lines = []
+    for letter, side, other in zip("AB", comparison.sides, reversed(comparison.sides), strict=True):
+        skipped = side.results.get("skipped", {})
+        lines += [f"{name}: not compared, {letter} skipped it: {why}" for name, why in skipped.items()]
+        missing = [name for name in other.tasks if name not in side.tasks and name not in skipped]
+        lines += [f"{name}: not compared, {letter} has no result of it" for name in missing]
+    return lines
+
+
 def _said(difference: Difference) -> str:
     return {"better": "is better", "worse": "is worse"}.get(difference.verdict, "shows no difference")
 

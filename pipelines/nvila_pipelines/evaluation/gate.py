@@ -137,13 +137,13 @@ def _exists(live: str, settings: Settings) -> bool:
 
 def _latency(request: EvaluationRequest, policy: Policy, settings: Settings, view: ProgressView) -> list[float]:
     """Time answers of the first task one by one; the first one is not counted."""
-    from nvila.evaluation.registry import find_task, select_tasks
+    from nvila.evaluation.registry import find_task
     from nvila.evaluation.runner import read_samples
-    from nvila_pipelines.evaluation.work import load_answerer, open_task
+    from nvila_pipelines.evaluation.work import chosen_tasks, load_answerer, open_task
     from nvila_platform.s3_filesystem import data_filesystems
 
     assert policy.latency is not None
-    task = find_task(next(iter(policy.tasks))) if not request.tasks else select_tasks(request.tasks)[0]
+    task = find_task(next(iter(policy.tasks))) if not request.tasks else chosen_tasks(request)[0]
     rows = open_task(request, task, data_filesystems(settings))
     questions = [
         item

@@ -25,6 +25,7 @@ class EvaluationRequest:
         data: Place of the data by task name.
         fixture: Use the fixtures of tasks that have no built-in data.
         limit: Samples of each task, from the front; None takes all.
+        frames: Frames sampled of every video; None takes the task's number, or the model's.
         batch_size: Questions asked together.
         processes: Local processes.
         threads: Threads of a process.
@@ -47,6 +48,7 @@ class EvaluationRequest:
     data: Mapping[str, str] = field(default_factory=dict)
     fixture: bool = False
     limit: int | None = None
+    frames: int | None = None
     batch_size: int = 32
     processes: int = 1
     threads: int = 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila_pipelines.evaluation.request import SCRATCH, EvaluationRequest
-from nvila_pipelines.evaluation.work import answer_tasks, open_log, open_task
+from nvila_pipelines.evaluation.work import answer_tasks, chosen_tasks, open_log, open_task
 from nvila_pipelines.processes import run_watched
 from nvila_platform.artifacts import code_version, file_sha256, storage_errors, write_atomically
 
@@ -39,12 +39,14 @@ class Evaluation:
         file: The result file.
         samples: The sample log of every task.
         unscored: Tasks without a result, and why: no sample of theirs, or too few, could be answered.
+        skipped: Tasks that the model cannot be asked, and why: no prompt of theirs fits into its context.
     """
 
     results: tuple[TaskResult, ...]
     file: Path
     samples: Mapping[str, Path]
     unscored: Mapping[str, str]
+    skipped: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form of the command."""
@@ -53,10 +55,14 @@ class Evaluation:
             "file": str(self.file),
             "samples": {name: str(path) for name, path in self.samples.items()},
             "unscored": dict(self.unscored),
+            "skipped": dict(self.skipped),
         }
 
-    def whole(self) -> Evaluation:
+    def whole(self, *, but_skipped: bool = False) -> Evaluation:
         """Return this, for a caller that cannot do without any of the tasks.
+
+        Args:
+            but_skipped: It can do without those that the model cannot be asked.
 
         Raises:
             DataError: A task has no result.
@@ -65,6 +71,8 @@ class Evaluation:
 
         for problem in self.unscored.values():
             raise DataError(problem, "mend the data, leave the task out, or allow more with --max-failed")
+        for name, problem in () if but_skipped else self.skipped.items():
+            raise DataError(f"{name} cannot be asked: {problem}", "leave the task out")
         return self
 
 
@@ -79,14 +87,13 @@ def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView)
         ResourceError: The disk is full.
     """
     from nvila.errors import DataError
-    from nvila.evaluation.registry import select_tasks
     from nvila.evaluation.results import summarize
     from nvila.evaluation.runner import check_failures, score_all
     from nvila_platform.s3_filesystem import data_filesystems
 
     started = time.time()
     clock = time.monotonic()
-    tasks = select_tasks(request.tasks)
+    tasks = chosen_tasks(request)
     _check_data(request, tasks)
     filesystems = data_filesystems(settings)
     with storage_errors(request.folder):
@@ -103,13 +110,17 @@ def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView)
         traffic = answer_tasks(request, work, settings, reporter)
     results = []
     unscored: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for task, rows in work:
         reporter.progress(f"score {task.name}", 0, 0)
         outcome = score_all(task, rows, open_log(request, task), request.limit)
+        if outcome.too_long and len(work) > 1:
+            skipped[task.name] = outcome.too_long
+            continue
         try:
             check_failures(task, outcome, request.max_failed)
         except DataError as e:
-            if len(unscored) + 1 == len(work):
+            if len(work) == 1:
                 raise
             unscored[task.name] = e.message
             reporter.notice(f"{task.name} has no result: {e}")
@@ -117,10 +128,12 @@ def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView)
         if outcome.failures:
             reporter.notice(f"{task.name}: {len(outcome.failures)} of {outcome.total} samples have no score")
         results.append(summarize(task, rows.name, outcome, seed=request.seed))
+    if not results:
+        raise DataError(next(iter((unscored | skipped).values())), "no task has a result; see the notices above")
     about = _about(request, started, time.monotonic() - clock)
     if request.url:
         about |= {"endpoint": {"url": request.url, "served_digest": request.served_digest, **traffic}}
-    return _write(request, results, about | {"unscored": unscored})
+    return _write(request, results, about | {"unscored": unscored, "skipped": skipped})
 
 
 def model_digest(folder: Path) -> str:
@@ -169,6 +182,7 @@ def _about(request: EvaluationRequest, started: float, seconds: float) -> dict[s
             "batch_size": request.batch_size,
             "device": request.device,
             "limit": request.limit,
+            "frames": request.frames,
             "random_seed": request.seed,
             "numpy_seed": request.seed,
             "torch_seed": request.seed,
@@ -209,4 +223,4 @@ def _write(request: EvaluationRequest, results: Sequence[TaskResult], about: Map
         # Last, so that a result file never stands without its samples.
         file = folder / f"{moment}_results.json"
         write_atomically(file, json.dumps(results_file(results, about), indent=2, ensure_ascii=False) + "\n")
-    return Evaluation(tuple(results), file, samples, about["unscored"])
+    return Evaluation(tuple(results), file, samples, about["unscored"], about["skipped"])

@@ -33,7 +33,9 @@ def logged_side(word: str, request_of: RequestOf, settings: Settings, view: Prog
     from nvila_pipelines.evaluation.run import evaluate
 
     file = find_results(Path(word))
-    return read_logged(file if file is not None else evaluate(request_of(word), settings, view).whole().file)
+    if file is None:
+        file = evaluate(request_of(word), settings, view).whole(but_skipped=True).file
+    return read_logged(file)
 
 
 def side_names(reference: Logged, candidate: Logged) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +31,15 @@ def result_lines(results: Sequence[TaskResult]) -> list[str]:
                     rows.append((f"  {group}", metric, value, "", "", f"{members:,}"))
             name = count = ""
     return aligned(rows)
+
+
+def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
+    """Return a line for every task that the model cannot be asked, with the reason.
+
+    Args:
+        skipped: The reason by task.
+    """
+    return [f"{name}  skipped: {why}" for name, why in skipped.items()]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

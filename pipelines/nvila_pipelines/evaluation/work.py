@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nvila.evaluation.rows import TaskRows
     from nvila.evaluation.runner import Answerer
     from nvila.evaluation.task import Task
+    from nvila.modeling import NVILAForConditionalGeneration
+    from nvila.processing import NVILAProcessor
     from nvila.progress import Reporter
     from nvila_platform.endpoint import EndpointAnswerer
     from nvila_platform.settings import Settings
@@ -36,6 +38,17 @@ def open_task(request: EvaluationRequest, task: Task, filesystems: FileSystems |
     if place is None and request.fixture and task.file.data.builtin is None:
         place = str(write_fixture(task, request.folder / FIXTURES / f"{task.name}-{task.digest[:12]}"))
     return open_rows(task, place, filesystems=filesystems)
+
+
+def chosen_tasks(request: EvaluationRequest) -> list[Task]:
+    """Return the tasks of a request, as it asks them.
+
+    Raises:
+        ConfigError: One of them is unknown.
+    """
+    from nvila.evaluation.registry import select_tasks
+
+    return [task.with_frames(request.frames) for task in select_tasks(request.tasks)]
 
 
 def open_log(request: EvaluationRequest, task: Task) -> AnswerLog:
@@ -122,28 +135,37 @@ def _endpoint(request: EvaluationRequest, settings: Settings) -> EndpointAnswere
 
 def _load_model(request: EvaluationRequest) -> Answerer:
     import torch
+
+    from nvila.evaluation.model_answerer import ModelAnswerer
+
+    torch.manual_seed(request.seed)
+    torch.set_num_threads(request.threads)
+    model, processor = load_quietly(Path(request.model), request.dtype)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if request.device == "cuda" else request.device
+    return ModelAnswerer(model.to(device), processor)  # type: ignore[arg-type]  # transformers types `to` as a function
+
+
+def load_quietly(folder: Path, dtype: str) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
+    """Load a model folder; `dtype` is that of wide weights, quantized ones are as stored.
+
+    Raises:
+        CheckpointError: The folder is no model.
+    """
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from nvila.assembly import load_model
-    from nvila.evaluation.model_answerer import ModelAnswerer
     from nvila.quantization.saved import is_quantized
 
     for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     disable_progress_bar()
-    torch.manual_seed(request.seed)
-    torch.set_num_threads(request.threads)
-    folder = Path(request.model)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[request.dtype]
-    options: dict[str, Any] = {} if is_quantized(folder) else {"dtype": dtype}
-    model, processor = load_model(folder, **options)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if request.device == "cuda" else request.device
-    return ModelAnswerer(model.to(device), processor)  # type: ignore[arg-type]  # transformers types `to` as a function
+    wide: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
+    return load_model(folder, **({} if is_quantized(folder) else wide))
 
 
 def main(path: str) -> None:
     """Answer a share of what a file asks for."""
-    from nvila.evaluation.registry import select_tasks
     from nvila_platform.s3_filesystem import data_filesystems
     from nvila_platform.settings import Settings
     from nvila_platform.telemetry import EventLog
@@ -152,7 +174,7 @@ def main(path: str) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     settings = Settings.load()
     filesystems = data_filesystems(settings)
-    work = [(task, open_task(request, task, filesystems)) for task in select_tasks(request.tasks)]
+    work = [(task, open_task(request, task, filesystems)) for task in chosen_tasks(request)]
     with EventLog(Path(order["events"]), step=f"evaluate {rank}") as reporter:
         answer_tasks(request, work, settings, reporter, rank=rank, world=world)
 

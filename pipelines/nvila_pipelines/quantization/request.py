@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,15 @@ class QuantizationRequest:
             "device": self.device,
             "speed": self.speed,
         }
+
+
+def fitting_group(folder: Path, vision: str, language: str) -> int:
+    """Return 128, or the largest power of two from 16 on that divides all widths of the parts with 4-bit weights."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    widths: list[int] = []
+    for scheme, section in ((vision, "vision_config"), (language, "text_config")):
+        if scheme == "w4a16":
+            part = raw.get(section, {})
+            widths += [part[name] for name in ("hidden_size", "intermediate_size") if isinstance(part.get(name), int)]
+    common = math.gcd(*widths) if widths else 128
+    return next((size for size in (128, 64, 32, 16) if common % size == 0), 128)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -190,6 +191,55 @@ def category_scatter(points: Sequence[tuple[float, float, str]], *, name: str, a
         axes.legend(**_LEGEND, loc="lower right")
 
     return _svg(draw, (4.2, 3.8), name, alt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontPoint:
+    """A point of a Pareto front's plot: its cost and score, the score's interval, and what it is."""
+
+    cost: float
+    score: float
+    low: float | None
+    high: float | None
+    on_front: bool
+    chosen: bool
+
+
+def front_scatter(points: Sequence[FrontPoint], *, axes: tuple[str, str], name: str, alt: str) -> str:
+    """Draw points by cost and score, the line of those that no other one beats, and the chosen one in a ring."""
+    looks = ((False, MUTED, 3.5, "beaten"), (True, KEPT, 5.0, "Pareto front"))
+
+    def draw(axis: Axes) -> None:
+        for on_front, color, size, label in looks:
+            shown = [point for point in points if point.on_front == on_front]
+            for point in shown:
+                if point.low is not None and point.high is not None:
+                    axis.plot([point.cost] * 2, [point.low, point.high], color=color, linewidth=0.8, alpha=0.6)
+            if shown:
+                shown.sort(key=lambda point: point.cost)
+                x, y = [point.cost for point in shown], [point.score for point in shown]
+                line = "-" if on_front else "none"
+                axis.plot(
+                    x, y, linestyle=line, drawstyle="steps-post", marker="o", markersize=size, color=color, label=label
+                )
+        chosen = [point for point in points if point.chosen]
+        axis.plot(
+            [point.cost for point in chosen],
+            [point.score for point in chosen],
+            linestyle="none",
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
+            markeredgewidth=1.6,
+            color=MARK,
+            label="recommended",
+        )
+        axis.set_xlim(left=0)
+        axis.set_xlabel(axes[0])
+        axis.set_ylabel(axes[1])
+        axis.legend(**_LEGEND, loc="lower center", bbox_to_anchor=(0.45, 0.98), ncols=3, columnspacing=1)
+
+    return _svg(draw, (4.2, 3.3), name, alt, headroom=0.26)
 
 
 def standalone(svg: str) -> str:

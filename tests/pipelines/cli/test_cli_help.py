@@ -25,6 +25,7 @@ VERBS = [
     "evaluate",
     "compare",
     "gate",
+    "sweep",
     "bench",
     "convert",
     "inspect",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,4 +50,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(config, tokenizer).eval()
     folder = tmp_path_factory.mktemp("trained") / "tiny" / "model"
     save_model(model, build_processor(model.config, tokenizer), folder)
+    return folder
+
+
+@pytest.fixture
+def short_model_folder(model_folder: Path, tmp_path: Path) -> Path:
+    """The same model with room for an image, but not for eight frames."""
+    folder = tmp_path / "short"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 48}))
     return folder

@@ -108,6 +108,42 @@ def test_a_task_without_a_result_costs_the_others_nothing(nvila: Nvila, model_fo
     assert "samples of mine have no score" in compared.err
 
 
+def test_a_task_that_does_not_fit_into_the_context_is_skipped(nvila: Nvila, short_model_folder: Path) -> None:
+    words = ("evaluate", short_model_folder, "--limit", "3", "--threads", "1", "--tasks")
+    done = nvila(*words, "easy_vqa,digit_clips")
+    assert done.code == 0, done.err
+    *_, skipped, results = done.out.splitlines()
+    assert skipped.startswith("digit_clips  skipped: the prompt has ")
+    assert "context 48 (sample fewer frames with --frames" in skipped
+    file = json.loads(Path(results.removeprefix("results: ")).read_text())
+    assert file["skipped"].keys() == {"digit_clips"}
+    assert file["unscored"] == {}
+    # What was not answered is known from the log, too.
+    assert nvila(*words, "easy_vqa,digit_clips", "--processes", "2", "--json").last_json["skipped"] == file["skipped"]
+    assert nvila(*words, "easy_vqa,digit_clips", "--strict").code == 1
+    # Fewer frames fit, and are asked.
+    fewer = nvila(*words, "easy_vqa,digit_clips", "--frames", "3", "--json")
+    assert fewer.code == 0, fewer.err
+    assert set(fewer.last_json["results"]) == {"easy_vqa", "digit_clips"}
+    # A task alone, or nothing but such tasks, is no result.
+    for tasks in ("digit_clips", "digit_clips,digit_clips_when"):
+        alone = nvila(*words, tasks)
+        assert (alone.code, "context 48" in alone.err) == (1, True)
+
+
+def test_a_comparison_leaves_out_what_does_not_fit_and_a_gate_refuses(
+    nvila: Nvila, model_folder: Path, short_model_folder: Path, tmp_path: Path
+) -> None:
+    words = ("--limit", "3", "--threads", "1")
+    done = nvila("compare", model_folder, short_model_folder, "--tasks", "easy_vqa,digit_clips", *words)
+    assert done.code == 0, done.err
+    assert "digit_clips: not compared, B skipped it: the prompt has" in done.out
+    (tmp_path / "policy.yaml").write_text("tasks: {easy_vqa: {min_score: 0}, digit_clips: {min_score: 0}}\n")
+    refused = nvila("gate", short_model_folder, "--policy", "policy.yaml", *words)
+    assert refused.code == 1
+    assert "digit_clips cannot be asked" in refused.err
+
+
 def test_answers_of_another_version_are_not_used(nvila: Nvila, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"q": "is there a circle?", "a": "yes"}\n')
     for version in (1, 2):
