@@ -26,7 +26,7 @@ from nvila_platform.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-RESERVED_STEPS = frozenset({"damaged", "digests"})
+RESERVED_STEPS = frozenset({"content", "damaged", "digests"})
 
 _STEP = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"[0-9a-f]{16,64}")
@@ -71,10 +71,10 @@ class ArtifactStore(Protocol):
     def lookup(self, step: str, key: str) -> ArtifactRef | None:
         """Return the finished artifact of this key, or None. Files are not verified here."""
 
-    def publish(self, directory: Path) -> ArtifactRef:
+    def publish(self, directory: Path, reporter: Reporter = SILENT) -> ArtifactRef:
         """Make a work directory with a manifest findable."""
 
-    def fetch(self, ref: ArtifactRef) -> Path:
+    def fetch(self, ref: ArtifactRef, reporter: Reporter = SILENT) -> Path:
         """Return a local directory with the artifact, verified."""
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
@@ -112,10 +112,10 @@ def reuse(store: ArtifactStore, step: str, key: str, reporter: Reporter = SILENT
     try:
         ref = store.lookup(step, key)
         if ref is not None:
-            store.fetch(ref)
+            store.fetch(ref, reporter)
             return ref
         directory = store.work_dir(step, key)
-        return store.publish(directory) if read_manifest(directory) is not None else None
+        return store.publish(directory, reporter) if read_manifest(directory) is not None else None
     except ArtifactError as e:
         reporter.notice(f"{step}: {e.message}; moved aside, doing it again")
         store.discard(ArtifactRef(step=step, key=key, digest="", uri=""), e.message)
@@ -165,7 +165,7 @@ class LocalStore:
             )
         return self._ref(directory, manifest)
 
-    def publish(self, directory: Path) -> ArtifactRef:
+    def publish(self, directory: Path, reporter: Reporter = SILENT) -> ArtifactRef:
         """Verify a finished work directory in place and return its reference.
 
         Raises:
@@ -178,7 +178,7 @@ class LocalStore:
             )
         return self._ref(directory, manifest)
 
-    def fetch(self, ref: ArtifactRef) -> Path:
+    def fetch(self, ref: ArtifactRef, reporter: Reporter = SILENT) -> Path:
         """Return the artifact's directory, verified.
 
         Raises:
