@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from nvila.errors import ArtifactError, ConfigError, InfrastructureError
+from nvila.errors import ArtifactError, ConfigError, InfrastructureError, NvilaError
 from nvila.progress import SILENT, Reporter
 from nvila_platform.artifacts import (
     MANIFEST_NAME,
@@ -191,6 +191,14 @@ class S3Store:
             if manifest is not None and manifest.digest == digest:
                 found.append((manifest.finished_at, manifest))
         return self._ref(max(found, key=lambda item: item[0])[1]) if found else None
+
+    def touch(self, ref: ArtifactRef) -> None:
+        """Write the digest's marker again, which has the time; without the right to, nothing happens."""
+        try:
+            with s3_errors(ref.uri):
+                self._put(self._name(f"digests/{ref.digest}/{ref.step}/{ref.key}"), b"")
+        except NvilaError as e:
+            logger.info("%s", e.message)
 
     def discard(self, ref: ArtifactRef, reason: str) -> None:
         """Move the objects to `<prefix>/damaged/` and the local copy to the cache's `damaged/`."""

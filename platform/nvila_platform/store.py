@@ -6,6 +6,7 @@ work on one machine is never copied.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -21,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from nvila.errors import ArtifactError, ConfigError, nearest
 from nvila.progress import SILENT, Reporter
-from nvila_platform.artifacts import Manifest, read_manifest, storage_errors, utc_now, verify
+from nvila_platform.artifacts import MANIFEST_NAME, Manifest, read_manifest, storage_errors, utc_now, verify
 from nvila_platform.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ class ArtifactStore(Protocol):
     def find(self, digest: str) -> ArtifactRef | None:
         """Return the artifact with this digest, or None; of several the one that finished last."""
 
+    def touch(self, ref: ArtifactRef) -> None:
+        """Note that an artifact was reused now, so that it does not count as old."""
+
     def discard(self, ref: ArtifactRef, reason: str) -> None:
         """Move a damaged artifact aside, so that its key is free again; nothing is deleted."""
 
@@ -113,6 +117,7 @@ def reuse(store: ArtifactStore, step: str, key: str, reporter: Reporter = SILENT
         ref = store.lookup(step, key)
         if ref is not None:
             store.fetch(ref, reporter)
+            store.touch(ref)
             return ref
         directory = store.work_dir(step, key)
         return store.publish(directory, reporter) if read_manifest(directory) is not None else None
@@ -209,6 +214,11 @@ class LocalStore:
         directory = max(found)[1]
         manifest = read_manifest(directory)
         return self._ref(directory, manifest) if manifest else None
+
+    def touch(self, ref: ArtifactRef) -> None:
+        """Set the time of the manifest."""
+        with contextlib.suppress(OSError):
+            os.utime(self._directory(ref.step, ref.key) / MANIFEST_NAME)
 
     def discard(self, ref: ArtifactRef, reason: str) -> None:
         """Move the artifact's directory to `<root>/damaged/`, with the reason beside its files."""
