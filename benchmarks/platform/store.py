@@ -2,8 +2,8 @@
 
 A directory like that of a model, large shards and many small files, goes to SeaweedFS and back. Ours is everything that
 a step does: `publish`, which verifies the files, sends them and writes the manifest, and `fetch`, which verifies each
-file's sha256. `minio` is the SDK's own `fput_object` and `fget_object`, four files at once, which verify nothing. `weed`
-is SeaweedFS's own `filer.copy` (eight files and eight chunks at once, past S3) and `filer.cat`, four files at once.
+file's sha256. `minio` is the SDK's own `fput_object` and `fget_object`, four files at once, which verify nothing.
+`weed` is SeaweedFS's own `filer.copy` (eight files and eight chunks at once, past S3) and `filer.cat`, four at once.
 Then a transfer is killed half way, and what the next one sends is counted.
 
 python benchmarks/platform/store.py              # 4 GiB, three repeats
