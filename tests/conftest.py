@@ -17,7 +17,7 @@ import sysconfig
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -196,6 +196,13 @@ def mortal_s3(tmp_path: Path) -> Iterator[S3Service]:
     (tmp_path / "s3").mkdir()
     with _running_s3(tmp_path / "s3") as service:
         yield service
+
+
+@pytest.fixture
+def revived_s3(tmp_path: Path) -> Iterator[Callable[[], S3Service]]:
+    """Start `mortal_s3` again on the files that it left, at another address."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(_running_s3(tmp_path / "s3"))
 
 
 @pytest.fixture

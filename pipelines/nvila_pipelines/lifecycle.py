@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Self
 
-from nvila_pipelines.compile import compile_graph
+from nvila_pipelines.compile import shipped
 from nvila_pipelines.evaluation.gate import gate_tags
 from nvila_pipelines.local_pipeline import run_compiled
 from nvila_pipelines.recipe import Recipe
@@ -55,7 +57,7 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
 
     started = time.monotonic()
     run = new_run(recipe, settings)
-    package = compile_graph("lifecycle", run.directory / "pipeline.yaml")
+    package = Path(shutil.copy(shipped("lifecycle"), run.directory / "pipeline.yaml"))
     with RunWatch(run, recipe, view) as watch:
         arguments = {"recipe": recipe.to_json(), "run_id": run.run_id}
         log = settings.workspace / "logs" / f"{run.run_id}.log"

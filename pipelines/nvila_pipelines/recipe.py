@@ -187,6 +187,15 @@ def load_recipe(name_or_path: str | Path = DEFAULT_RECIPE, overrides: Sequence[s
     """
     path = _find(str(name_or_path))
     recipe = _validated(_read(path, ()), where=str(path))
+    return changed_recipe(recipe, overrides)
+
+
+def changed_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Apply overrides to a recipe.
+
+    Raises:
+        ConfigError: A field is unknown or a value is wrong; the message names the field.
+    """
     if not overrides:
         return recipe
     tree = recipe.to_dict()

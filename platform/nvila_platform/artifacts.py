@@ -218,22 +218,41 @@ def verify(directory: Path) -> Manifest:
     Raises:
         ArtifactError: The directory is unfinished, or a file is missing or damaged; the message names it.
     """
+    manifest = finished_manifest(directory)
+    for entry in manifest.outputs:
+        verify_file(directory, entry)
+    return manifest
+
+
+def finished_manifest(directory: Path) -> Manifest:
+    """Read the manifest of a directory that must be finished; its files are not looked at.
+
+    Raises:
+        ArtifactError: The directory is missing or unfinished, or its manifest is broken.
+    """
     manifest = read_manifest(directory)
     if manifest is None:
         raise ArtifactError(f"{directory}: no {MANIFEST_NAME}, the step did not finish", "run the step again")
-    redo = "discard the directory and run the step again"
-    for entry in manifest.outputs:
-        path = directory / entry.path
-        try:
-            size = path.stat().st_size
-            found = file_sha256(path) if size == entry.size_bytes else ""
-        except OSError as e:
-            raise ArtifactError(f"{path}: cannot be read: {e.strerror}", redo) from e
-        if size != entry.size_bytes:
-            raise ArtifactError(f"{path}: has {size} bytes, the manifest says {entry.size_bytes}", redo)
-        if found != entry.sha256:
-            raise ArtifactError(f"{path}: sha256 {found[:12]}, the manifest says {entry.sha256[:12]}", redo)
     return manifest
+
+
+def verify_file(directory: Path, entry: FileEntry) -> None:
+    """Check one output of a directory.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    redo = "discard the directory and run the step again"
+    path = directory / entry.path
+    try:
+        size = path.stat().st_size
+        found = file_sha256(path) if size == entry.size_bytes else ""
+    except OSError as e:
+        raise ArtifactError(f"{path}: cannot be read: {e.strerror}", redo) from e
+    if size != entry.size_bytes:
+        raise ArtifactError(f"{path}: has {size} bytes, the manifest says {entry.size_bytes}", redo)
+    if found != entry.sha256:
+        raise ArtifactError(f"{path}: sha256 {found[:12]}, the manifest says {entry.sha256[:12]}", redo)
 
 
 def redact(config: Mapping[str, Any]) -> dict[str, Any]:

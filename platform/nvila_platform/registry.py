@@ -41,6 +41,8 @@ _ATTEMPT = "nvila.attempt"
 # Narrower than MLflow's: these need no quoting in an address or a search.
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 REGISTRY = "models:/"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PAGE = 1000
 _MODEL_URI = re.compile(r"models:/(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<alias>[^/@]+)|/(?P<version>[1-9][0-9]*))")
 
 
@@ -214,6 +216,35 @@ def tag_version(settings: Settings, model_uri: str, tags: Mapping[str, object]) 
         client = connect(settings)
         for key, value in tags.items():
             retrying(partial(client.set_model_version_tag, version.name, str(version.version), key, str(value)))
+
+
+def needed_digests(settings: Settings) -> set[str]:
+    """Return the digests of everything that a version of any registered model refers to.
+
+    Raises:
+        ConfigError: There is no registry, so nothing says what is needed.
+        InfrastructureError: The registry failed.
+    """
+    database = database_path(settings.tracking_uri)
+    if database is not None and not database.exists():
+        if settings.store_uri == str(settings.workspace / "artifacts"):
+            return set()  # nothing of this workspace was ever registered
+        raise ConfigError(
+            f"the registry {database} does not exist, so nothing says what the store {settings.store_uri} must keep",
+            "set NVILA_TRACKING_URI to the registry of its models",
+        )
+    found: set[str] = set()
+    with _failures(settings, "reading what the registry refers to"):
+        client = connect(settings)
+        token: str | None = None
+        while True:
+            search = partial(client.search_model_versions, max_results=_PAGE, page_token=token)
+            page = retrying(search)
+            for version in page:
+                found |= {str(value) for value in version.tags.values() if _SHA256.fullmatch(str(value))}
+            token = page.token
+            if not token:
+                return found
 
 
 def _parsed(model_uri: str) -> re.Match[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from nvila.errors import ArtifactError, CapabilityError, ConfigError, InfrastructureError, NvilaError
+from nvila.errors import ArtifactError, CapabilityError, ConfigError, InfrastructureError, NvilaError, ResourceError
 from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 _CONNECT_TIMEOUT_S = 5.0
 _READ_TIMEOUT_S = 60.0
+_CONNECTIONS = 16  # kept open
 _REFUSED = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"})
 _MISSING = frozenset({"NoSuchKey", "NoSuchObject"})
+_FULL = frozenset({"XMinioStorageFull", "InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"})
 
 
 def connect(settings: Settings, where: str) -> Minio:
@@ -39,6 +41,7 @@ def connect(settings: Settings, where: str) -> Minio:
     except ImportError as e:
         raise CapabilityError(f"{where} needs the minio SDK", "pip install 'nvila[pipelines]'") from e
     http = urllib3.PoolManager(
+        maxsize=_CONNECTIONS,
         timeout=urllib3.Timeout(connect=_CONNECT_TIMEOUT_S, read=_READ_TIMEOUT_S),
         retries=urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
         cert_reqs="CERT_REQUIRED",
@@ -83,6 +86,10 @@ def s3_errors(
             raise missing(f"{where}: the object is missing", fix) from e
         if e.code == "PreconditionFailed":
             raise missing(f"{where}: the object changed while it was read", fix) from e
+        if e.code in _FULL:
+            raise ResourceError(
+                f"{where}: the S3 service has no space left", "free some there, then run it again"
+            ) from e
         raise InfrastructureError(f"{where}: S3 error {e.code}", "try again later") from e
     except (MinioException, HTTPError) as e:
         raise InfrastructureError(

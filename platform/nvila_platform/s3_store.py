@@ -1,8 +1,9 @@
 """The artifact store on S3: MinIO, SeaweedFS, AWS and the like, through the `minio` SDK.
 
-Objects are `<prefix>/<step>/<key>/<file>`, the manifest last, so a crash in the middle of an upload leaves nothing that
-can be found. `<prefix>/digests/<digest>/<step>/<key>` is an empty object that makes a digest findable; it is written
-before the manifest, and one that points at nothing finished is ignored.
+Files are `<prefix>/content/<digest>/<file>`, under the digest of the whole directory, so that two machines that publish
+different bytes for one key never mix them. `<prefix>/<step>/<key>/manifest.json` makes them findable by key; it is
+written last, so a crash in the middle of an upload leaves nothing that can be found. `<prefix>/digests/<digest>/<step>/
+<key>` is an empty object that makes a digest findable; one that points at nothing finished is ignored.
 """
 
 from __future__ import annotations
@@ -10,34 +11,42 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from nvila.errors import ArtifactError, ConfigError
+from nvila.errors import ArtifactError, ConfigError, InfrastructureError, NvilaError
 from nvila.progress import SILENT, Reporter
 from nvila_platform.artifacts import (
     MANIFEST_NAME,
     Manifest,
-    file_sha256,
+    finished_manifest,
     parse_manifest,
     storage_errors,
     verify,
+    verify_file,
     write_atomically,
 )
 from nvila_platform.s3_client import connect, s3_errors
+from nvila_platform.s3_download import Download, Incoming
+from nvila_platform.s3_parts import Journal, Patience, Progress, TransferLimits
+from nvila_platform.s3_upload import Outgoing, Upload
 from nvila_platform.settings import Settings
-from nvila_platform.store import ArtifactRef, LocalStore, check_digest, check_names, set_aside
+from nvila_platform.store import ArtifactRef, LocalStore, check_digest, check_names, file_lock, set_aside
 
 if TYPE_CHECKING:
     from minio import Minio
     from minio.datatypes import Object
 
 logger = logging.getLogger(__name__)
+
+# Names with a dot are no outputs.
+_UPLOAD_JOURNAL = ".upload.jsonl"
+_DOWNLOAD_JOURNAL = ".download.jsonl"
 
 
 class S3Store:
@@ -48,13 +57,17 @@ class S3Store:
         bucket: An existing bucket.
         prefix: Put before every object name; may be empty.
         cache: Local folder for work directories and fetched artifacts, laid out as a `LocalStore`.
+        limits: How files travel.
     """
 
-    def __init__(self, client: Minio, bucket: str, prefix: str, cache: Path) -> None:
+    def __init__(
+        self, client: Minio, bucket: str, prefix: str, cache: Path, limits: TransferLimits | None = None
+    ) -> None:
         self.client = client
         self.bucket = bucket
         self.prefix = prefix.strip("/")
         self.local = LocalStore(cache)
+        self.limits = limits or TransferLimits()
 
     @classmethod
     def open(cls, settings: Settings) -> S3Store:
@@ -98,35 +111,45 @@ class S3Store:
         manifest = self._manifest(step, key)
         return self._ref(manifest) if manifest else None
 
-    def publish(self, directory: Path) -> ArtifactRef:
-        """Upload a finished directory, its manifest last.
+    def publish(self, directory: Path, reporter: Reporter = SILENT) -> ArtifactRef:
+        """Upload a finished directory, its manifest last; what an interrupted try has sent is not sent again.
 
         A key that is already published stays as it is and its reference is returned: everybody downstream sees the
         same bytes.
 
         Raises:
             ArtifactError: The directory is unfinished or damaged.
+            InfrastructureError: The service did not answer for as long as the limits say.
+            ResourceError: It has no space.
         """
-        manifest = verify(directory)
+        manifest = finished_manifest(directory)
         present = self.lookup(manifest.step, manifest.key)
         if present is not None:
             if present.digest != manifest.digest:
                 logger.warning("%s was published before with other bytes; those are used", present.uri)
             return present
-        base = self._base(manifest.step, manifest.key)
+        base = self._content(manifest.digest)
+        files = [
+            Outgoing(name=f"{base}/{entry.path}", path=directory / entry.path, size_bytes=entry.size_bytes)
+            for entry in manifest.outputs
+        ]
+        journal = Journal(directory / _UPLOAD_JOURNAL)
+        progress = Progress(reporter, "upload", sum(file.size_bytes for file in files))
         with s3_errors(self._uri(base)):
-            for entry in manifest.outputs:
-                self._upload(f"{base}/{entry.path}", directory / entry.path)
-            marker = self._name(f"digests/{manifest.digest}/{manifest.step}/{manifest.key}")
-            self.client.put_object(bucket_name=self.bucket, object_name=marker, data=io.BytesIO(), length=0)
-            self._upload(f"{base}/{MANIFEST_NAME}", directory / MANIFEST_NAME)
-        return self._ref(manifest)
+            upload = Upload(self.client, self.bucket, journal, self.limits, progress)
+            upload.run(files, checks=(partial(verify_file, directory, entry) for entry in manifest.outputs))
+            self._patient(reporter, lambda: self._put(self._marker(manifest), b""))
+            self._patient(reporter, lambda: self._put_manifest(manifest, directory))
+        journal.delete()
+        # Another machine may have published this key in the meantime; then its bytes are the ones that count.
+        return self.lookup(manifest.step, manifest.key) or self._ref(manifest)
 
-    def fetch(self, ref: ArtifactRef) -> Path:
+    def fetch(self, ref: ArtifactRef, reporter: Reporter = SILENT) -> Path:
         """Return a local directory with the artifact, downloaded unless a sound copy is here.
 
         Raises:
             ArtifactError: It is missing or damaged in the bucket, or its digest is not the reference's.
+            InfrastructureError: The service did not answer for as long as the limits say.
         """
         check_names(ref.step, ref.key)
         cached = self.local.root / ".fetched" / ref.digest[:32]
@@ -135,15 +158,10 @@ class S3Store:
                 return directory
         manifest = self.manifest(ref)
         check_digest(manifest, ref, ref.uri)
-        set_aside(cached, self.local.root / "damaged" / f"{ref.step}-{ref.key[:16]}", "a cached copy was damaged")
-        with storage_errors(cached):
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            incoming = Path(tempfile.mkdtemp(dir=cached.parent, prefix=".incoming-"))
-            try:
-                self._download(manifest, incoming)
-                _move_unless_present(incoming, cached)
-            finally:
-                shutil.rmtree(incoming, ignore_errors=True)
+        with file_lock(self.local.root / ".locks" / f"fetch-{cached.name}", f"fetching {ref.step}", reporter):
+            if not _is_sound(cached, ref):
+                set_aside(cached, self.local.root / "damaged" / f"{ref.step}-{ref.key[:16]}", "a copy was damaged")
+                self._download(manifest, cached, reporter)
         return cached
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
@@ -174,27 +192,41 @@ class S3Store:
                 found.append((manifest.finished_at, manifest))
         return self._ref(max(found, key=lambda item: item[0])[1]) if found else None
 
+    def touch(self, ref: ArtifactRef) -> None:
+        """Write the digest's marker again, which has the time; without the right to, nothing happens."""
+        try:
+            with s3_errors(ref.uri):
+                self._put(self._name(f"digests/{ref.digest}/{ref.step}/{ref.key}"), b"")
+        except NvilaError as e:
+            logger.info("%s", e.message)
+
     def discard(self, ref: ArtifactRef, reason: str) -> None:
         """Move the objects to `<prefix>/damaged/` and the local copy to the cache's `damaged/`."""
-        from minio.commonconfig import CopySource
-
         self.local.discard(ref, reason)
         base = self._base(ref.step, ref.key)
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
         aside = self._name(f"damaged/{ref.step}-{ref.key[:16]}-{stamp}")
         with s3_errors(self._uri(base)):
-            names = [item.object_name or "" for item in self._list(f"{base}/")]
-            for name in names:
-                target = f"{aside}/{name.removeprefix(f'{base}/')}"
-                source = CopySource(bucket_name=self.bucket, object_name=name)
-                self.client.copy_object(bucket_name=self.bucket, object_name=target, source=source)
-            if names:
-                text = reason.encode()
-                note = f"{aside}/DAMAGED.txt"
-                self.client.put_object(self.bucket, note, io.BytesIO(text), len(text))
             # The manifest goes first: from then on the key is free, whatever happens to the rest.
-            for name in sorted(names, key=lambda name: name != f"{base}/{MANIFEST_NAME}"):
-                self.client.remove_object(bucket_name=self.bucket, object_name=name)
+            moved = self._move(base, aside)
+            for digest in {_digest_of(text) for text in moved if text}:
+                self._move(self._content(digest), aside)
+            if moved:
+                self._put(f"{aside}/DAMAGED.txt", reason.encode())
+
+    def _move(self, base: str, aside: str) -> list[str]:
+        """Move all objects below a name; returns the texts of manifests among them."""
+        from minio.commonconfig import CopySource
+
+        texts = []
+        for name in [item.object_name or "" for item in self._list(f"{base}/")]:
+            if name == f"{base}/{MANIFEST_NAME}":
+                texts.append(self._read(name) or "")
+            target = f"{aside}/{name.removeprefix(f'{base}/')}"
+            source = CopySource(bucket_name=self.bucket, object_name=name)
+            self.client.copy_object(bucket_name=self.bucket, object_name=target, source=source)
+            self.client.remove_object(bucket_name=self.bucket, object_name=name)
+        return texts
 
     def _manifest(self, step: str, key: str) -> Manifest | None:
         name = f"{self._base(step, key)}/{MANIFEST_NAME}"
@@ -224,28 +256,62 @@ class S3Store:
                 response.close()
                 response.release_conn()
 
-    def _download(self, manifest: Manifest, directory: Path) -> None:
-        base = self._base(manifest.step, manifest.key)
-        for entry in manifest.outputs:
-            name = f"{base}/{entry.path}"
-            path = directory / entry.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with s3_errors(self._uri(name)):
-                self.client.fget_object(bucket_name=self.bucket, object_name=name, file_path=str(path))
-            found = file_sha256(path)
-            if found != entry.sha256:
-                raise ArtifactError(
-                    f"{self._uri(name)}: sha256 {found[:12]}, the manifest says {entry.sha256[:12]}",
-                    "discard the artifact and run the step again",
-                )
-        text = self._read(f"{base}/{MANIFEST_NAME}")
-        write_atomically(directory / MANIFEST_NAME, text or "")
+    def _download(self, manifest: Manifest, cached: Path, reporter: Reporter) -> None:
+        """Bring a directory; one that was killed left its ranges and a journal of them, and the next goes on there."""
+        base = self._content(manifest.digest)
+        incoming = cached.with_name(f".incoming-{cached.name}")
+        files = [
+            Incoming(
+                name=f"{base}/{entry.path}",
+                path=incoming / entry.path,
+                size_bytes=entry.size_bytes,
+                sha256=entry.sha256,
+            )
+            for entry in manifest.outputs
+        ]
+        progress = Progress(reporter, "download", sum(file.size_bytes for file in files))
+        journal = Journal(incoming / _DOWNLOAD_JOURNAL)
+        with storage_errors(cached):
+            incoming.mkdir(parents=True, exist_ok=True)
+            try:
+                with s3_errors(self._uri(base)):
+                    Download(self.client, self.bucket, journal, self.limits, progress).run(files)
+                    text = self._read(f"{self._base(manifest.step, manifest.key)}/{MANIFEST_NAME}")
+            except InfrastructureError:
+                raise  # what came so far stays for the next try
+            except Exception:
+                shutil.rmtree(incoming, ignore_errors=True)
+                raise
+            journal.delete()
+            write_atomically(incoming / MANIFEST_NAME, text or "")
+            incoming.rename(cached)
 
-    def _upload(self, name: str, path: Path) -> None:
-        self.client.fput_object(bucket_name=self.bucket, object_name=name, file_path=str(path))
+    def _put(self, name: str, data: bytes) -> None:
+        self.client.put_object(bucket_name=self.bucket, object_name=name, data=io.BytesIO(data), length=len(data))
+
+    def _put_manifest(self, manifest: Manifest, directory: Path) -> None:
+        """Write the manifest unless there is one: of two machines that publish a key at once, the first wins."""
+        from minio.error import S3Error
+
+        name = f"{self._base(manifest.step, manifest.key)}/{MANIFEST_NAME}"
+        data = (directory / MANIFEST_NAME).read_bytes()
+        try:
+            self.client._put_object(self.bucket, name, data, {"If-None-Match": "*"})
+        except S3Error as e:
+            if e.code != "PreconditionFailed":
+                raise
+
+    def _patient(self, reporter: Reporter, action: Callable[[], None]) -> None:
+        Patience(self.limits.patience_s, reporter.notice).call(action)
 
     def _list(self, prefix: str) -> Iterator[Object]:
         yield from self.client.list_objects(bucket_name=self.bucket, prefix=prefix, recursive=True)
+
+    def _content(self, digest: str) -> str:
+        return self._name(f"content/{digest}")
+
+    def _marker(self, manifest: Manifest) -> str:
+        return self._name(f"digests/{manifest.digest}/{manifest.step}/{manifest.key}")
 
     def _base(self, step: str, key: str) -> str:
         check_names(step, key)
@@ -258,7 +324,7 @@ class S3Store:
         return f"s3://{self.bucket}/{name}"
 
     def _ref(self, manifest: Manifest) -> ArtifactRef:
-        uri = self._uri(self._base(manifest.step, manifest.key))
+        uri = self._uri(self._content(manifest.digest))
         return ArtifactRef(step=manifest.step, key=manifest.key, digest=manifest.digest, uri=uri)
 
 
@@ -269,10 +335,9 @@ def _is_sound(directory: Path, ref: ArtifactRef) -> bool:
         return False
 
 
-def _move_unless_present(source: Path, target: Path) -> None:
+def _digest_of(text: str) -> str:
+    """Return the digest of a manifest's outputs; of a broken one, a digest that nothing has."""
     try:
-        source.rename(target)
-    except OSError:
-        # Another process fetched the same digest in the meantime; its verified copy serves as well.
-        if not (target / MANIFEST_NAME).is_file():
-            raise
+        return parse_manifest(text, where="").digest
+    except ArtifactError:
+        return "none"

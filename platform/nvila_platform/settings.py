@@ -26,6 +26,7 @@ TrackTraining = Literal["events", "direct"]
 ERROR_FILE = "NVILA_ERROR_FILE"
 RUNNER_PID = "NVILA_RUNNER_PID"
 TASKS_FOLDER = "NVILA_TASKS_FOLDER"
+TASK_RETRIES = "NVILA_TASK_RETRIES"
 
 _VARIABLES = {
     "workspace": "NVILA_WORKSPACE",
@@ -178,6 +179,12 @@ def tasks_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     return Path(value) if value else None
 
 
+def task_retries(environ: Mapping[str, str] | None = None) -> int:
+    """Return how often a pipeline's task tries again what only an outage stopped."""
+    value = (os.environ if environ is None else environ).get(TASK_RETRIES, "")
+    return int(value) if value.isdecimal() else 0
+
+
 def _absolute(path: str) -> Path:
     # Absolute at once: a child process may start in another folder.
     return Path(path).expanduser().absolute()
@@ -252,7 +259,7 @@ def _endpoint(endpoint: str, secure: str) -> tuple[str, bool]:
 
 def _warn_about_misspelled(env: Mapping[str, str]) -> None:
     # Kubernetes injects NVILA_SERVICE_HOST and the like for a Service named nvila, so only near misses are reported.
-    known = {*_VARIABLES.values(), ERROR_FILE, RUNNER_PID, TASKS_FOLDER}
+    known = {*_VARIABLES.values(), ERROR_FILE, RUNNER_PID, TASKS_FOLDER, TASK_RETRIES}
     for name in sorted(key for key in env if key.startswith("NVILA_") and key not in known):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if close:

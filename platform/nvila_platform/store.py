@@ -6,6 +6,7 @@ work on one machine is never copied.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -21,12 +22,12 @@ from urllib.parse import unquote, urlsplit
 
 from nvila.errors import ArtifactError, ConfigError, nearest
 from nvila.progress import SILENT, Reporter
-from nvila_platform.artifacts import Manifest, read_manifest, storage_errors, utc_now, verify
+from nvila_platform.artifacts import MANIFEST_NAME, Manifest, read_manifest, storage_errors, utc_now, verify
 from nvila_platform.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-RESERVED_STEPS = frozenset({"damaged", "digests"})
+RESERVED_STEPS = frozenset({"content", "damaged", "digests"})
 
 _STEP = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"[0-9a-f]{16,64}")
@@ -71,10 +72,10 @@ class ArtifactStore(Protocol):
     def lookup(self, step: str, key: str) -> ArtifactRef | None:
         """Return the finished artifact of this key, or None. Files are not verified here."""
 
-    def publish(self, directory: Path) -> ArtifactRef:
+    def publish(self, directory: Path, reporter: Reporter = SILENT) -> ArtifactRef:
         """Make a work directory with a manifest findable."""
 
-    def fetch(self, ref: ArtifactRef) -> Path:
+    def fetch(self, ref: ArtifactRef, reporter: Reporter = SILENT) -> Path:
         """Return a local directory with the artifact, verified."""
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
@@ -82,6 +83,9 @@ class ArtifactStore(Protocol):
 
     def find(self, digest: str) -> ArtifactRef | None:
         """Return the artifact with this digest, or None; of several the one that finished last."""
+
+    def touch(self, ref: ArtifactRef) -> None:
+        """Note that an artifact was reused now, so that it does not count as old."""
 
     def discard(self, ref: ArtifactRef, reason: str) -> None:
         """Move a damaged artifact aside, so that its key is free again; nothing is deleted."""
@@ -112,10 +116,11 @@ def reuse(store: ArtifactStore, step: str, key: str, reporter: Reporter = SILENT
     try:
         ref = store.lookup(step, key)
         if ref is not None:
-            store.fetch(ref)
+            store.fetch(ref, reporter)
+            store.touch(ref)
             return ref
         directory = store.work_dir(step, key)
-        return store.publish(directory) if read_manifest(directory) is not None else None
+        return store.publish(directory, reporter) if read_manifest(directory) is not None else None
     except ArtifactError as e:
         reporter.notice(f"{step}: {e.message}; moved aside, doing it again")
         store.discard(ArtifactRef(step=step, key=key, digest="", uri=""), e.message)
@@ -165,7 +170,7 @@ class LocalStore:
             )
         return self._ref(directory, manifest)
 
-    def publish(self, directory: Path) -> ArtifactRef:
+    def publish(self, directory: Path, reporter: Reporter = SILENT) -> ArtifactRef:
         """Verify a finished work directory in place and return its reference.
 
         Raises:
@@ -178,7 +183,7 @@ class LocalStore:
             )
         return self._ref(directory, manifest)
 
-    def fetch(self, ref: ArtifactRef) -> Path:
+    def fetch(self, ref: ArtifactRef, reporter: Reporter = SILENT) -> Path:
         """Return the artifact's directory, verified.
 
         Raises:
@@ -209,6 +214,11 @@ class LocalStore:
         directory = max(found)[1]
         manifest = read_manifest(directory)
         return self._ref(directory, manifest) if manifest else None
+
+    def touch(self, ref: ArtifactRef) -> None:
+        """Set the time of the manifest."""
+        with contextlib.suppress(OSError):
+            os.utime(self._directory(ref.step, ref.key) / MANIFEST_NAME)
 
     def discard(self, ref: ArtifactRef, reason: str) -> None:
         """Move the artifact's directory to `<root>/damaged/`, with the reason beside its files."""

@@ -265,7 +265,7 @@ def test_pod_default_brings_settings_and_credentials_to_every_task(render: Rende
 
 
 def test_the_projects_pipeline_as_a_resource(helm: Helm, crds: Any) -> None:
-    compiled = ROOT / "tests" / "golden" / "pipelines" / "lifecycle.yaml"
+    compiled = ROOT / "pipelines" / "nvila_pipelines" / "graphs" / "compiled" / "lifecycle.yaml"
     values = {"pipelines": {"resource": {"enabled": True}}}
     extra = (*API_FLAGS, "--set-file", f"pipelines.resource.pipelineSpec={compiled}")
     done = helm.template(CHART, values, extra=extra)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,20 +15,25 @@ from typing import Any
 import pytest
 
 import nvila
-from nvila.errors import DataError
+from nvila.errors import DataError, InfrastructureError, NvilaError
 from nvila_pipelines import components
 from nvila_pipelines.components.image import IMAGE
 from nvila_pipelines.recipe import Recipe
-from nvila_pipelines.steps.component import run_component
+from nvila_pipelines.steps.check import check_run
+from nvila_pipelines.steps.component import run_component, run_task
 from nvila_pipelines.steps.context import StepContext
+from nvila_pipelines.steps.finish import finish_run
 from nvila_pipelines.steps.table import STEPS, StepSpec
 from nvila_platform.launch.outcome import left_error
 from nvila_platform.settings import Settings, runner_pid
 from nvila_platform.store import ArtifactRef
 
 FOLDER = Path(components.__file__).parent
-FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "image"))
-OTHERS = {"recipe", "run_id", "result", "form"}
+ALL = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "image"))
+AROUND = {"check", "finish"}
+VERBS = {"tune_model", "quantize_model", "evaluate_model", "gate_model", "promote"}
+FILES = [path for path in ALL if path.stem not in AROUND | VERBS]
+OTHERS = {"recipe", "run_id", "result", "form", "metrics", "report"}
 
 
 def parsed(path: Path) -> ast.Module:
@@ -53,7 +59,14 @@ def test_form_of_a_component_file(path: Path) -> None:
     names = [argument.arg for argument in made.args.args]
     assert 2 <= len(names) <= 8
     assert names[:2] == ["recipe", "run_id"]
-    assert names[-1] == "result"
+    assert names[-3:] == ["metrics", "report", "result"]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_a_component_file_holds_one_documented_component(path: Path) -> None:
+    made = function(path)
+    assert made.name == path.stem
+    assert len(made.args.args) <= 8
     (decorator,) = made.decorator_list
     assert isinstance(decorator, ast.Call)
     assert ast.unparse(decorator) == "dsl.component(base_image=IMAGE, install_kfp_package=False)"
@@ -68,7 +81,7 @@ def test_a_component_takes_the_inputs_of_its_step(path: Path) -> None:
             assert names == set(spec.inputs)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_a_component_is_built_on_the_pinned_image(path: Path) -> None:
     made = getattr(importlib.import_module(f"nvila_pipelines.components.{path.stem}"), path.stem)
     assert made.component_spec.implementation.container.image == IMAGE
@@ -93,6 +106,8 @@ def task(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     for name, value in settings.to_env().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("nvila_pipelines.steps.component.die_with_parent", lambda *_: None)
+    monkeypatch.setattr("nvila_pipelines.steps.component.die_with", lambda _: None)
+    monkeypatch.setenv("NVILA_RUNNER_PID", str(os.getpid()))
     return settings
 
 
@@ -106,13 +121,72 @@ def test_references_go_in_and_out(
 ) -> None:
     monkeypatch.setattr(StepSpec, "load", lambda self: work)
     data, curated = Result(tmp_path / "a" / "data"), Result(tmp_path / "b" / "curated")
-    run_component("data", micro.to_json(), "run-1", {}, data)
-    directory = run_component("curate", micro.to_json(), "run-1", {"data": data.path}, curated)
+    shown = Result(tmp_path / "c" / "metrics"), Result(tmp_path / "c" / "report")
+    run_component("data", micro.to_json(), "run-1", {}, data, *shown)
+    assert json.loads(Path(shown[0].path).read_text()) == shown[0].metadata
+    assert "core_hours" in shown[0].metadata
+    assert "| core_hours |" in Path(shown[1].path).read_text()
+    directory = run_component("curate", micro.to_json(), "run-1", {"data": data.path}, curated, *shown)
     ref = ArtifactRef.from_json(Path(curated.path).read_text(encoding="utf-8"))
     assert ref.step == "curate"
     assert curated.metadata == json.loads(ref.to_json())
     assert directory == Path(task.store_uri) / "curate" / ref.key[:16]
     assert (directory / "out.txt").read_text(encoding="utf-8") == "data"
+    # A report that cannot be drawn says so.
+    assert "There is no report of the step curate" in Path(shown[1].path).read_text()
+
+
+def test_what_only_an_outage_stopped_is_tried_again_as_often_as_the_profile_says(
+    task: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("nvila_pipelines.steps.component.time.sleep", waited.append)
+    monkeypatch.setenv("NVILA_TASK_RETRIES", "3")
+    raised: list[NvilaError] = [InfrastructureError("away"), InfrastructureError("away")]
+
+    def flaky(_: Settings) -> str:
+        if raised:
+            raise raised.pop()
+        return "done"
+
+    assert run_task("data", "run-1", flaky) == "done"
+    assert waited == [10, 20]
+    raised = [InfrastructureError("away")] * 4
+    with pytest.raises(SystemExit) as stopped:
+        run_task("data", "run-1", flaky)
+    assert stopped.value.code == 75
+    raised, waited[:] = [DataError("broken"), DataError("never seen")], []
+    with pytest.raises(SystemExit) as stopped:
+        run_task("data", "run-1", flaky)
+    assert (stopped.value.code, waited, len(raised)) == (1, [], 1)
+
+
+def test_parameters_are_checked_before_anything_is_done(
+    task: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = check_run("fast", ["train.precision=bf16"], {"seed": 7, "gate.min_accuracy": None}, "nvila lifecycle/1")
+    found = Recipe.from_json(checked.recipe)
+    assert (found.seed, found.train.precision, checked.run_id) == (7, "bf16", "nvila-lifecycle-1")
+    assert (
+        check_run(checked.recipe, ["seed=8"], {}, "x").recipe
+        == check_run("fast", ["train.precision=bf16", "seed=8"], {}, "x").recipe
+    )
+    error_file = tmp_path / "error.json"
+    for fields, says in (({"gate.min_accuracy": 1.5}, "gate.min_accuracy"), ({"seed": "many"}, "seed")):
+        error_file.unlink(missing_ok=True)
+        monkeypatch.setenv("NVILA_ERROR_FILE", str(error_file))
+        with pytest.raises(SystemExit) as stopped:
+            check_run("fast", [], fields, "x")
+        assert stopped.value.code == 2
+        left = left_error(error_file)
+        assert left is not None
+        assert says in left[0].message
+
+
+def test_the_end_of_a_run_is_recorded(task: Settings) -> None:
+    finish_run("run-1", "FAILED", "the step train failed")
+    outcome = json.loads((task.workspace / "runs" / "run-1" / "outcome.json").read_text())
+    assert (outcome["state"], outcome["message"]) == ("FAILED", "the step train failed")
 
 
 def test_a_typed_error_is_left_for_the_run(
@@ -126,7 +200,7 @@ def test_a_typed_error_is_left_for_the_run(
     monkeypatch.setattr(StepSpec, "load", lambda self: fails)
     result = Result(tmp_path / "data")
     with pytest.raises(SystemExit) as stopped:
-        run_component("data", micro.to_json(), "run-1", {}, result)
+        run_component("data", micro.to_json(), "run-1", {}, result, result, result)
     assert stopped.value.code == 1
     left = left_error(error_file)
     assert left is not None
@@ -158,7 +232,7 @@ def test_unusable_arguments_are_left_as_typed_errors_too(
         (tmp_path / "ref").write_text(reference, encoding="utf-8")
         inputs["data"] = str(tmp_path / "ref")
     with pytest.raises(SystemExit) as stopped:
-        run_component("curate", recipe or micro.to_json(), "run-1", inputs, Result(tmp_path / "result"))
+        run_component("curate", recipe or micro.to_json(), "run-1", inputs, *[Result(tmp_path / "result")] * 3)
     assert stopped.value.code == code
     left = left_error(error_file)
     assert left is not None

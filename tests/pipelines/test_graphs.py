@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,42 +11,128 @@ from typing import Any
 import pytest
 import yaml
 
-from nvila_pipelines.compile import GRAPHS, compile_graph
+from nvila.errors import ConfigError
+from nvila_pipelines.compile import GRAPHS, compile_graph, shipped
+from nvila_pipelines.graphs.profile import TASKS, read_profile
 from nvila_pipelines.steps.table import STEPS
 
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_graph("lifecycle", tmp_path_factory.mktemp("compiled") / "deeper" / "lifecycle.yaml")
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
-def spec(compiled: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(compiled.read_text(encoding="utf-8"))
+def spec() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(shipped("lifecycle").read_text(encoding="utf-8"))
     return found
 
 
-def test_compiled_lifecycle_is_the_golden_one(compiled: Path, golden: Callable[[str, str], None]) -> None:
-    text = re.sub(r"^sdkVersion: .*$", "sdkVersion: kfp-SCRUBBED", compiled.read_text(encoding="utf-8"), flags=re.M)
-    text = re.sub(r"(image: ghcr\.io/\S+):\S+", r"\1:SCRUBBED", text)
-    golden("pipelines/lifecycle.yaml", text)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_shipped_pipeline_is_what_the_graph_compiles_to(
+    name: str, tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    text = compile_graph(name, tmp_path / "deeper" / f"{name}.yaml").read_text(encoding="utf-8")
+    golden(os.path.relpath(shipped(name), GOLDEN), text)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_every_graph_compiles_to_what_kfp_loads(name: str, tmp_path: Path) -> None:
+def test_every_shipped_pipeline_loads_and_explains_its_parameters(name: str) -> None:
     from kfp import components
 
-    loaded = components.load_component_from_file(str(compile_graph(name, tmp_path / f"{name}.yaml")))
+    loaded = components.load_component_from_file(str(shipped(name)))
     assert loaded.pipeline_spec.pipeline_info.name == f"nvila-{name}"
-    assert set(loaded.pipeline_spec.root.input_definitions.parameters) == {"recipe", "run_id"}
+    for parameter in loaded.pipeline_spec.root.input_definitions.parameters.values():
+        assert re.match("(WHAT|HOW|GATE|RESULT): ", parameter.description)
+
+
+def test_an_unknown_graph_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no graph 'lifecycles'") as caught:
+        compile_graph("lifecycles", tmp_path / "x.yaml")
+    assert "lifecycle" in caught.value.hint
+
+
+PROFILE = """
+defaults:
+  env: {NVILA_STORE_URI: s3://models/nvila}
+  secrets: {nvila-s3: {secret-key: NVILA_S3_SECRET_KEY}}
+  retries: 3
+  timeout_s: 600
+tasks:
+  train:
+    cpu: "8"
+    memory: 64Gi
+    gpus: 2
+    gpu_type: nvidia.com/gpu
+    node_selector: {pool: h100}
+    tolerations: [{key: spot, operator: Exists, effect: NoSchedule}]
+    shm_gib: 16
+    timeout_s: 86400
+"""
+
+
+def test_a_profile_places_tasks(tmp_path: Path) -> None:
+    (tmp_path / "profile.yaml").write_text(PROFILE)
+    file = compile_graph("lifecycle", tmp_path / "x.yaml", read_profile(tmp_path / "profile.yaml"))
+    pipeline, platform = yaml.safe_load_all(file.read_text(encoding="utf-8"))
+    executors = pipeline["deploymentSpec"]["executors"]
+    train, data = executors["exec-train"]["container"], executors["exec-data"]["container"]
+    assert train["resources"]["resourceCpuLimit"] == "8"
+    assert train["resources"]["resourceMemoryLimit"] == "64Gi"
+    assert train["resources"]["accelerator"].items() >= {"resourceCount": "2", "resourceType": "nvidia.com/gpu"}.items()
+    assert "resources" not in data
+    for one in (train, data):
+        assert {entry["name"]: entry["value"] for entry in one["env"]} == {
+            "NVILA_STORE_URI": "s3://models/nvila",
+            "NVILA_TASK_RETRIES": "3",
+        }
+    placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert placed["exec-train"]["nodeSelector"] == {"labels": {"pool": "h100"}}
+    assert placed["exec-train"]["tolerations"] == [{"effect": "NoSchedule", "key": "spot", "operator": "Exists"}]
+    assert placed["exec-train"]["emptyDirMounts"][0]["sizeLimit"] == "16384Mi"
+    assert placed["exec-train"]["activeDeadlineSeconds"] == "86400"
+    assert placed["exec-data"]["activeDeadlineSeconds"] == "600"
+    (secret,) = placed["exec-finish"]["secretAsEnv"]
+    assert secret["secretName"] == "nvila-s3"
+    assert secret["keyToEnv"] == [{"envVar": "NVILA_S3_SECRET_KEY", "secretKey": "secret-key"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("defaults: {cpus: 1}", "defaults.cpus"),
+        ("defaults: {memory: 64 gigabytes}", "defaults.memory"),
+        ("tasks: {trian: {cpu: '1'}}", "no task 'trian'"),
+        ("tasks: {train: {gpus: -1}}", "tasks.train.gpus"),
+        ("a: [", "cannot be read"),
+    ],
+    ids=["key", "quantity", "task", "range", "yaml"],
+)
+def test_a_wrong_profile_is_named(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "profile.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        read_profile(tmp_path / "profile.yaml")
+
+
+def test_every_task_of_every_graph_can_be_placed() -> None:
+    found = set()
+    for name in GRAPHS:
+        spec = yaml.safe_load(shipped(name).read_text(encoding="utf-8"))
+        found |= {executor.removeprefix("exec-") for executor in spec["deploymentSpec"]["executors"]}
+    assert {re.sub("-[0-9]+$", "", executor) for executor in found} == set(TASKS)
 
 
 def _tasks(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """All tasks by the name of their step; those behind the condition too."""
     (condition,) = [name for name in spec["components"] if name.startswith("comp-condition")]
-    found = {**spec["root"]["dag"]["tasks"], **spec["components"][condition]["dag"]["tasks"]}
+    found = {**_steps(spec), **spec["components"][condition]["dag"]["tasks"]}
     forms = {"evaluate": "evaluate-wide", "evaluate-2": "evaluate-quantized"}
-    return {forms.get(name, name): task for name, task in found.items() if not name.startswith("condition")}
+    left_out = ("condition", "check")
+    return {forms.get(name, name): task for name, task in found.items() if not name.startswith(left_out)}
+
+
+def _steps(spec: dict[str, Any]) -> dict[str, Any]:
+    """The tasks that the exit handler waits for."""
+    (handler,) = [name for name in spec["components"] if name.startswith("comp-exit-handler")]
+    found: dict[str, Any] = spec["components"][handler]["dag"]["tasks"]
+    return found
 
 
 def test_tasks_are_wired_as_the_table_says(spec: dict[str, Any]) -> None:
@@ -71,6 +158,15 @@ def test_the_two_evaluations_have_their_forms(spec: dict[str, Any]) -> None:
 
 
 def test_register_and_serve_wait_for_the_gate(spec: dict[str, Any]) -> None:
-    (condition,) = [task for name, task in spec["root"]["dag"]["tasks"].items() if name.startswith("condition")]
+    (condition,) = [task for name, task in _steps(spec).items() if name.startswith("condition")]
     assert "== true" in condition["triggerPolicy"]["condition"]
-    assert {"register", "serve"} & set(spec["root"]["dag"]["tasks"]) == set()
+    assert {"register", "serve"} & set(_steps(spec)) == set()
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_end_is_recorded_whatever_happens(name: str) -> None:
+    tasks = yaml.safe_load(shipped(name).read_text(encoding="utf-8"))["root"]["dag"]["tasks"]
+    (handler,) = [task for task in tasks if task.startswith("exit-handler")]
+    assert set(tasks) == {handler, "finish"}
+    assert tasks["finish"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert "enableCache" not in tasks["finish"].get("cachingOptions", {})

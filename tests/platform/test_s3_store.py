@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from nvila.errors import ArtifactError, CapabilityError, ConfigError, InfrastructureError, ResourceError
-from nvila_platform.artifacts import content_key, read_manifest, utc_now, write_manifest
+from nvila_platform.artifacts import Manifest, content_key, read_manifest, utc_now, write_manifest
+from nvila_platform.s3_download import Download
 from nvila_platform.s3_store import S3Store
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store, reuse
@@ -62,12 +63,12 @@ def test_published_work_is_found_and_fetched_elsewhere(store: S3Store, elsewhere
     assert store.lookup("train", KEY) is None
     directory = work(store)
     ref = store.publish(directory)
-    assert ref.uri == f"s3://models/{store.prefix}/train/{KEY}"
+    assert ref.uri == f"s3://models/{store.prefix}/content/{ref.digest}"
     assert object_names(store) == [
+        f"content/{ref.digest}/model/w.bin",
+        f"content/{ref.digest}/report.json",
         f"digests/{ref.digest}/train/{KEY}",
         f"train/{KEY}/manifest.json",
-        f"train/{KEY}/model/w.bin",
-        f"train/{KEY}/report.json",
     ]
     assert store.fetch(ref) == directory
     assert elsewhere.lookup("train", KEY) == ref
@@ -82,7 +83,7 @@ def test_published_work_is_found_and_fetched_elsewhere(store: S3Store, elsewhere
 def test_a_second_fetch_reads_the_sound_copy(store: S3Store, elsewhere: S3Store) -> None:
     ref = store.publish(work(store))
     fetched = elsewhere.fetch(ref)
-    store.client.remove_object(bucket_name="models", object_name=f"{store.prefix}/train/{KEY}/report.json")
+    store.client.remove_object(bucket_name="models", object_name=f"{store.prefix}/content/{ref.digest}/report.json")
     assert elsewhere.fetch(ref) == fetched
 
 
@@ -99,19 +100,16 @@ def test_a_crash_in_the_middle_of_a_publish_is_not_found(
     store: S3Store, elsewhere: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = work(store)
-    upload = store._upload
 
-    def crash_at_the_manifest(name: str, path: Path) -> None:
-        if path.name == "manifest.json":
-            raise KeyboardInterrupt
-        upload(name, path)
+    def crash(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_upload", crash_at_the_manifest)
+        patch.setattr(store, "_put_manifest", crash)
         with pytest.raises(KeyboardInterrupt):
             store.publish(directory)
     digest = getattr(read_manifest(directory), "digest", "")
-    assert f"train/{KEY}/report.json" in object_names(store)
+    assert f"content/{digest}/report.json" in object_names(store)
     assert elsewhere.lookup("train", KEY) is None
     assert elsewhere.find(digest) is None
     # The same command again finds the finished work directory and only publishes it.
@@ -133,6 +131,24 @@ def test_the_first_to_publish_wins(store: S3Store, elsewhere: S3Store) -> None:
     assert (elsewhere.fetch(first) / "model" / "w.bin").read_text() == "weights"
 
 
+def test_of_two_machines_that_publish_at_once_the_first_wins_and_nothing_is_mixed(
+    store: S3Store, elsewhere: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, other = work(store), work(elsewhere, text="nearly the same")
+    put_manifest = elsewhere._put_manifest
+
+    def late(manifest: Manifest, folder: Path) -> None:
+        store.publish(directory)
+        put_manifest(manifest, folder)
+
+    monkeypatch.setattr(elsewhere, "_put_manifest", late)
+    assert elsewhere.publish(other) == store.lookup("train", KEY)
+    ref = store.lookup("train", KEY)
+    assert ref is not None
+    assert ref.digest == getattr(read_manifest(directory), "digest", "")
+    assert (elsewhere.fetch(ref) / "model" / "w.bin").read_text() == "weights"
+
+
 def test_of_equal_bytes_the_last_is_found(store: S3Store) -> None:
     first = store.publish(work(store, KEY))
     time.sleep(0.002)
@@ -148,8 +164,8 @@ def put(store: S3Store, name: str, text: bytes) -> None:
 
 def test_a_damaged_object_is_named_moved_aside_and_done_again(store: S3Store, elsewhere: S3Store) -> None:
     ref = store.publish(work(store))
-    put(store, f"train/{KEY}/model/w.bin", b"WEIGHTS")
-    with pytest.raises(ArtifactError, match=r"train/.*/model/w\.bin: sha256"):
+    put(store, f"content/{ref.digest}/model/w.bin", b"WEIGHTS")
+    with pytest.raises(ArtifactError, match=r"content/.*/model/w\.bin: sha256"):
         elsewhere.fetch(ref)
     assert list((elsewhere.local.root / ".fetched").iterdir()) == []
     assert reuse(elsewhere, "train", KEY) is None
@@ -163,7 +179,7 @@ def test_a_damaged_object_is_named_moved_aside_and_done_again(store: S3Store, el
 
 def test_a_missing_object_is_named(store: S3Store, elsewhere: S3Store) -> None:
     ref = store.publish(work(store))
-    store.client.remove_object(bucket_name="models", object_name=f"{store.prefix}/train/{KEY}/report.json")
+    store.client.remove_object(bucket_name="models", object_name=f"{store.prefix}/content/{ref.digest}/report.json")
     with pytest.raises(ArtifactError, match=r"report\.json: the object is missing"):
         elsewhere.fetch(ref)
 
@@ -227,7 +243,7 @@ def test_a_full_disk_while_fetching(store: S3Store, elsewhere: S3Store, monkeypa
     def full(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(elsewhere.client, "fget_object", full)
+    monkeypatch.setattr(Download, "_copy", full)
     with pytest.raises(ResourceError, match="no space left"):
         elsewhere.fetch(ref)
     assert list((elsewhere.local.root / ".fetched").iterdir()) == []

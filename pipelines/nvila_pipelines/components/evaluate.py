@@ -2,7 +2,7 @@
 
 # Annotations are read at definition time, so they must not be postponed in this file.
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, Input, Model, Output
+from kfp.dsl import Artifact, Dataset, Input, Markdown, Metrics, Model, Output
 
 from nvila_pipelines.components.image import IMAGE
 
@@ -14,6 +14,8 @@ def evaluate(
     data: Input[Dataset],
     model: Input[Model],
     form: str,
+    metrics: Output[Metrics],
+    report: Output[Markdown],
     result: Output[Artifact],
 ) -> None:
     """Answer every question of a split and score the answers.
@@ -24,8 +26,10 @@ def evaluate(
         data: The data set with the questions.
         model: The model to evaluate.
         form: Which form of the model this is, `wide` or `quantized`.
+        metrics: Numbers of the step.
+        report: What the step found, as tables.
         result: Reference to scores and predictions in the artifact store.
     """
     from nvila_pipelines.steps.component import run_component
 
-    run_component(f"evaluate-{form}", recipe, run_id, {"data": data.path, "model": model.path}, result)
+    run_component(f"evaluate-{form}", recipe, run_id, {"data": data.path, "model": model.path}, result, metrics, report)

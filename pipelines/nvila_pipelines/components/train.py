@@ -2,7 +2,7 @@
 
 # Annotations are read at definition time, so they must not be postponed in this file.
 from kfp import dsl
-from kfp.dsl import Dataset, Input, Model, Output
+from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output
 
 from nvila_pipelines.components.image import IMAGE
 
@@ -13,6 +13,8 @@ def train(
     run_id: str,
     data: Input[Dataset],
     selection: Input[Dataset],
+    metrics: Output[Metrics],
+    report: Output[HTML],
     result: Output[Model],
 ) -> None:
     """Train the stages of the recipe with DeepSpeed.
@@ -22,8 +24,10 @@ def train(
         run_id: Run that this task belongs to.
         data: The data set with images and captions.
         selection: The samples that curation kept.
+        metrics: Numbers of the step.
+        report: Loss curves of the stages.
         result: Reference to the trained model, with every stage in the artifact store.
     """
     from nvila_pipelines.steps.component import run_component
 
-    run_component("train", recipe, run_id, {"data": data.path, "selection": selection.path}, result)
+    run_component("train", recipe, run_id, {"data": data.path, "selection": selection.path}, result, metrics, report)

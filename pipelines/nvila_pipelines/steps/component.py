@@ -1,27 +1,38 @@
 """What the body of every Kubeflow component calls.
 
 The artifacts that Kubeflow passes between tasks are small files with a reference into the artifact store, so results
-of any size are neither copied nor packed on their way.
+of any size are neither copied nor packed on their way. Beside them a task writes what the Kubeflow UI shows.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from nvila.errors import InfrastructureError, NvilaError
 from nvila_pipelines.recipe import Recipe
-from nvila_pipelines.steps.runner import RunContext, run_step
+from nvila_pipelines.steps.runner import TRACKING_RUN_FILE, RunContext, run_step, step_config
+from nvila_pipelines.steps.table import step_spec
+from nvila_platform.artifacts import read_manifest, write_atomically
 from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
 from nvila_platform.launch.stopping import GO_ON, Terminated, stoppable_task
-from nvila_platform.settings import Settings, runner_pid, tasks_folder
+from nvila_platform.settings import Settings, runner_pid, task_retries, tasks_folder
 from nvila_platform.store import ArtifactRef, open_store
 from nvila_platform.telemetry import configure_logging
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FIRST_WAIT_S = 10.0
+_LONGEST_WAIT_S = 300.0
 
 
 class OutputArtifact(Protocol):
@@ -31,7 +42,15 @@ class OutputArtifact(Protocol):
     metadata: dict[str, Any]
 
 
-def run_component(step: str, recipe: str, run_id: str, inputs: Mapping[str, str], result: OutputArtifact) -> Path:
+def run_component(
+    step: str,
+    recipe: str,
+    run_id: str,
+    inputs: Mapping[str, str],
+    result: OutputArtifact,
+    metrics: OutputArtifact,
+    report: OutputArtifact,
+) -> Path:
     """Run a step inside a Kubeflow task and write the reference to its result.
 
     Args:
@@ -40,6 +59,8 @@ def run_component(step: str, recipe: str, run_id: str, inputs: Mapping[str, str]
         run_id: Run that the task belongs to.
         inputs: Files with references, by input name.
         result: Output artifact that gets the reference.
+        metrics: Output artifact that gets the step's numbers.
+        report: Output artifact that gets what the UI shows of the step.
 
     Returns:
         The local directory of the result.
@@ -47,27 +68,114 @@ def run_component(step: str, recipe: str, run_id: str, inputs: Mapping[str, str]
     Raises:
         SystemExit: The step failed with a typed error, which was left for the parent process; or it was stopped.
     """
+
+    def work(settings: Settings) -> tuple[ArtifactRef, Path]:
+        refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
+        run = RunContext(run_id=run_id, settings=settings)
+        found = Recipe.from_json(recipe)
+        with _Tracked(step, found, run):
+            ref = run_step(step, found, refs, run)
+        return ref, open_store(settings).fetch(ref)
+
+    ref, directory = run_task(step, run_id, work)
+    write_text(result, ref.to_json())
+    result.metadata.update(json.loads(ref.to_json()))
+    show_step(step, directory, metrics, report)
+    return directory
+
+
+def run_task(name: str, run_id: str, work: Callable[[Settings], T]) -> T:
+    """Do the work of a task; what only an outage stopped is tried again as often as the profile says.
+
+    Args:
+        name: Of the task, for logs.
+        run_id: Run that it belongs to, for logs; empty where Kubeflow's name is all there is.
+        work: What it does.
+
+    Raises:
+        SystemExit: It failed with a typed error, which was left for the parent process; or it was stopped.
+    """
     # When the run is killed its tasks must not go on alone. The parent is a shell that would outlive the run.
     die_with_parent(signal.SIGKILL, os.getppid())
     if (runner := runner_pid()) is not None:
         die_with(runner)
     collect_rarely()
-    settings = Settings.load()
-    configure_logging(settings.log_format, context={"run_id": run_id, "step": step})
     try:
-        refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
+        settings = Settings.load()
+        configure_logging(settings.log_format, context={"run_id": run_id, "step": name} if run_id else {"step": name})
         with stoppable_task(tasks_folder()):
-            ref = run_step(step, Recipe.from_json(recipe), refs, RunContext(run_id=run_id, settings=settings))
-            directory = open_store(settings).fetch(ref)
+            return _patiently(name, lambda: work(settings))
     except Terminated as e:
-        stopped = InfrastructureError(f"step {step} was stopped by SIGTERM", GO_ON)
+        stopped = InfrastructureError(f"step {name} was stopped by SIGTERM", GO_ON)
         leave_error(stopped)
         raise SystemExit(stopped.exit_code) from e
     except NvilaError as e:
         leave_error(e)
         raise SystemExit(e.exit_code) from e
-    target = Path(result.path)
+
+
+def show_step(step: str, directory: Path, metrics: OutputArtifact, report: OutputArtifact) -> None:
+    """Write what the Kubeflow UI shows of a step."""
+    from nvila_pipelines.report.kubeflow import step_report
+
+    manifest = read_manifest(directory)
+    write_metrics(metrics, {} if manifest is None else manifest.metrics)
+    write_text(report, step_report(step, directory))
+
+
+def write_metrics(metrics: OutputArtifact, values: Mapping[str, float]) -> None:
+    """Write numbers; without a file kfp would take the artifact for missing."""
+    metrics.metadata.update(values)
+    write_text(metrics, json.dumps(dict(values)))
+
+
+def write_text(artifact: OutputArtifact, text: str) -> None:
+    """Write the file of an artifact."""
+    target = Path(artifact.path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(ref.to_json(), encoding="utf-8")
-    result.metadata.update(json.loads(ref.to_json()))
-    return directory
+    target.write_text(text, encoding="utf-8")
+
+
+def _patiently(name: str, work: Callable[[], T]) -> T:
+    wait_s = _FIRST_WAIT_S
+    for left in range(task_retries(), 0, -1):
+        try:
+            return work()
+        except NvilaError as e:
+            if not e.retryable:
+                raise
+            logger.warning("%s: %s; trying again in %.0f s, %d more times", name, e.message, wait_s, left)
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+    return work()
+
+
+class _Tracked:
+    """Tells MLflow about a step that runs where nobody follows the run's events: in a pod of its own."""
+
+    def __init__(self, step: str, recipe: Recipe, run: RunContext) -> None:
+        self._step, self._recipe, self._run = step, recipe, run
+        self._tracker: Any = None
+
+    def __enter__(self) -> None:
+        if runner_pid() is not None:
+            return
+        from nvila_platform.pipeline_runs import RUN_TAG, parent_run
+        from nvila_platform.tracking import open_tracker
+
+        run = self._run
+        parent = parent_run(run.settings, run.run_id)
+        if parent is not None:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.directory / TRACKING_RUN_FILE, parent)
+        self._tracker = open_tracker(run.settings, self._step, parent, tags={RUN_TAG: run.run_id})
+        self._tracker.log_params(step_config(step_spec(self._step), self._recipe))
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if self._tracker is None:
+            return
+        ref = self._run.results().get(self._step)
+        if kind is None and ref is not None:
+            self._tracker.log_metrics(dict(open_store(self._run.settings).manifest(ref).metrics))
+            self._tracker.set_tags({"nvila.digest": ref.digest})
+        self._tracker.close("FINISHED" if kind is None else "FAILED")

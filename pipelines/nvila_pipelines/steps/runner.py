@@ -152,7 +152,7 @@ def _work(
     events.progress("start", 0, 1)
     out_dir = store.work_dir(spec.name, key)
     context = StepContext(
-        inputs={name: store.fetch(ref) for name, ref in inputs.items()},
+        inputs={name: store.fetch(ref, events) for name, ref in inputs.items()},
         refs=inputs,
         recipe=recipe,
         options=spec.options,
@@ -176,4 +176,4 @@ def _work(
         started_at=started_at,
         metrics={**metrics, **meter.usage().metrics()},
     )
-    return store.publish(out_dir)
+    return store.publish(out_dir, events)

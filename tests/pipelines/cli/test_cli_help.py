@@ -32,6 +32,7 @@ VERBS = [
     "lineage",
     "serve",
     "drift",
+    "store",
     "ui",
     "doctor",
     "version",
@@ -86,6 +87,7 @@ def test_every_verb_takes_the_common_options(verb: str) -> None:
         "convert": ["a", "b", "--to", "hf"],
         "inspect": ["m"],
         "lineage": ["r"],
+        "store": ["gc"],
         "plan": ["m", "d"],
         "tune": ["m", "d"],
     }.get(verb, [])

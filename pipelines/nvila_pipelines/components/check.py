@@ -1,0 +1,38 @@
+"""Kubeflow component: check."""
+
+# Annotations are read at definition time, so they must not be postponed in this file.
+from typing import List, NamedTuple, Optional  # noqa: UP035  # kfp reads these forms
+
+from kfp import dsl
+
+from nvila_pipelines.components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def check(
+    recipe: str,
+    job: str,
+    run_id: str = "",
+    overrides: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
+    seed: Optional[int] = None,  # noqa: UP045
+    min_accuracy: Optional[float] = None,  # noqa: UP045
+    register_as: str = "",
+) -> NamedTuple("Checked", [("recipe", str), ("run_id", str)]):  # type: ignore[valid-type]  # the form that kfp reads
+    """Check every parameter of the run before anything is worked on, and resolve the recipe.
+
+    Args:
+        recipe: Name of a built-in recipe, or a resolved recipe as JSON.
+        job: Name that Kubeflow gave the run.
+        run_id: Name of the run; empty takes Kubeflow's.
+        overrides: Fields of the recipe to change, such as train.precision=bf16.
+        seed: Seed of everything that is drawn.
+        min_accuracy: Accuracy that the gate asks for.
+        register_as: Name in the model registry.
+
+    Returns:
+        The resolved recipe as JSON, and the name of the run.
+    """
+    from nvila_pipelines.steps.check import check_run
+
+    fields = {"seed": seed, "gate.min_accuracy": min_accuracy, "register.name": register_as or None}
+    return check_run(recipe, overrides, fields, run_id or job)

@@ -1,0 +1,147 @@
+"""Where the tasks of a graph run: one profile says resources, placement, secrets, limits and retries of every step.
+
+A profile is part of the compiled pipeline. Without one, tasks ask for nothing, which is what one machine wants.
+"""
+
+# No torch, no kfp at import: profiles are read by the command, too.
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nvila.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from kfp.dsl import PipelineTask
+
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?$")]
+TASKS = (
+    "check", "data", "curate", "train", "quantize", "evaluate", "gate", "register", "serve",
+    "tune-model", "quantize-model", "evaluate-model", "gate-model", "promote", "finish",
+)  # fmt: skip
+_SHM = "dshm"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Toleration(_Strict):
+    """As Kubernetes writes it."""
+
+    key: str
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class Placement(_Strict):
+    """What one task asks for.
+
+    Args:
+        cpu: Cores, such as `8`.
+        memory: Memory, such as `64Gi`.
+        gpus: GPUs of the task's pod.
+        gpu_type: Resource that they are, such as `nvidia.com/gpu`.
+        node_selector: Labels that the node must have.
+        tolerations: Taints that it may have, such as those of spot nodes.
+        secrets: Secrets whose keys become variables: `{s3: {access-key: NVILA_S3_ACCESS_KEY}}`.
+        env: Plain variables, such as NVILA_STORE_URI.
+        shm_gib: Size of /dev/shm, which torch's data loaders use.
+        timeout_s: Longest time of the task.
+        retries: How often a task that failed for a passing reason (exit code 75) tries again.
+    """
+
+    cpu: Quantity | None = None
+    memory: Quantity | None = None
+    gpus: Annotated[int, Field(ge=0)] = 0
+    gpu_type: str = "nvidia.com/gpu"
+    node_selector: dict[str, str] = {}
+    tolerations: tuple[Toleration, ...] = ()
+    secrets: dict[str, dict[str, str]] = {}
+    env: dict[str, str] = {}
+    shm_gib: Annotated[float, Field(gt=0)] | None = None
+    timeout_s: Annotated[int, Field(gt=0)] | None = None
+    retries: Annotated[int, Field(ge=0, le=20)] = 0
+
+
+class Profile(_Strict):
+    """Placements by task; what a task leaves out it takes from `defaults`."""
+
+    defaults: Placement = Placement()
+    tasks: dict[str, Placement] = {}
+
+    def of(self, task: str) -> Placement:
+        """Return what a task asks for."""
+        own = self.tasks.get(task)
+        if own is None:
+            return self.defaults
+        return self.defaults.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+
+    def place(self, task: PipelineTask, name: str) -> PipelineTask:
+        """Put a task of a graph where the profile says, and return it."""
+        placement = self.of(name)
+        if placement.cpu is not None:
+            task.set_cpu_request(placement.cpu).set_cpu_limit(placement.cpu)
+        if placement.memory is not None:
+            task.set_memory_request(placement.memory).set_memory_limit(placement.memory)
+        if placement.gpus:
+            task.set_accelerator_type(placement.gpu_type).set_accelerator_limit(placement.gpus)
+        for variable, value in placement.env.items():
+            task.set_env_variable(variable, value)
+        if placement.retries:
+            task.set_env_variable("NVILA_TASK_RETRIES", str(placement.retries))
+        _on_kubernetes(task, placement)
+        return task
+
+
+NOWHERE = Profile()
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a profile from YAML.
+
+    Raises:
+        ConfigError: It cannot be read, or a field is wrong; the message names it.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        profile = Profile.model_validate(raw or {})
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"profile {path}: {field}: {first['msg']}", "see docs/pipelines.md for the fields") from e
+    except (OSError, yaml.YAMLError) as e:
+        raise ConfigError(f"profile {path} cannot be read: {e}", "name a YAML file") from e
+    for name in profile.tasks:
+        if name not in TASKS:
+            raise ConfigError(f"profile {path}: there is no task '{name}'", nearest(name, TASKS))
+    return profile
+
+
+def _on_kubernetes(task: PipelineTask, placement: Placement) -> None:
+    wanted: dict[str, Any] = {
+        "labels": placement.node_selector,
+        "tolerations": placement.tolerations,
+        "secrets": placement.secrets,
+        "shm": placement.shm_gib,
+        "timeout": placement.timeout_s,
+    }
+    if not any(wanted.values()):
+        return
+    from kfp import kubernetes
+
+    for key, value in placement.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for one in placement.tolerations:
+        kubernetes.add_toleration(task, key=one.key, operator=one.operator, value=one.value, effect=one.effect)
+    for secret, keys in placement.secrets.items():
+        kubernetes.use_secret_as_env(task, secret, dict(keys))
+    if placement.shm_gib is not None:
+        size = f"{int(placement.shm_gib * 1024)}Mi"
+        kubernetes.empty_dir_mount(task, volume_name=_SHM, mount_path="/dev/shm", medium="Memory", size_limit=size)  # noqa: S108  # where torch looks for it
+    if placement.timeout_s is not None:
+        kubernetes.set_timeout(task, placement.timeout_s)

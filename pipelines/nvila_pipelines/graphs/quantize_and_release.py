@@ -1,0 +1,56 @@
+"""From a registered wide model to a released quantized one."""
+
+# Annotations are read at definition time, so they must not be postponed in this file.
+from typing import Any, List  # noqa: UP035  # kfp reads these forms
+
+from kfp import dsl
+
+from nvila_pipelines.components.finish import finish
+from nvila_pipelines.components.gate_model import gate_model
+from nvila_pipelines.components.promote import promote
+from nvila_pipelines.components.quantize_model import quantize_model
+from nvila_pipelines.graphs.profile import Profile
+
+POLICY = "tasks: {easy_vqa: {min_score: 0.9}}"
+
+
+def build(profile: Profile) -> Any:
+    """Return the pipeline with its tasks placed as a profile says."""
+    place = profile.place
+
+    @dsl.pipeline(
+        name="nvila-quantize-and-release",
+        description="Quantize a registered model and, when the gate agrees, make it champion.",
+    )
+    def quantize_and_release(
+        model: str = "models:/nvila-tuned@candidate",
+        data: str = "",
+        register_as: str = "nvila",
+        policy: str = POLICY,
+        alias: str = "champion",
+        quantize_options: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
+        gate_options: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
+    ) -> None:
+        """Quantize and release.
+
+        Args:
+            model: WHAT: wide model, models:/NAME@ALIAS.
+            data: WHAT: samples to calibrate and measure on; empty rounds to nearest and measures nothing.
+            register_as: RESULT: name in the model registry.
+            policy: GATE: the policy as YAML text (`nvila gate --help` shows one).
+            alias: RESULT: alias that a model which passed gets.
+            quantize_options: HOW: more words of `nvila quantize`, as a list.
+            gate_options: GATE: more words of `nvila gate`, as a list.
+        """
+        job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        ending = place(finish(run_id="", job=job), "finish").set_caching_options(False)
+        with dsl.ExitHandler(ending, name="every step"):
+            small = quantize_model(model=model, data=data, register_as=register_as, options=quantize_options)
+            place(small, "quantize-model").set_caching_options(False)
+            version = small.outputs["Output"]
+            verdict = gate_model(model=version, policy=policy, options=gate_options)
+            place(verdict, "gate-model").set_caching_options(False)
+            with dsl.If(verdict.outputs["Output"] == True, name="gate passed"):  # noqa: E712  # compiled into a condition
+                place(promote(model=version, alias=alias), "promote").set_caching_options(False)
+
+    return quantize_and_release

@@ -1,0 +1,46 @@
+"""Training alone: data, curation, all stages, and the scores of the result."""
+
+# Annotations are read at definition time, so they must not be postponed in this file.
+from typing import Any, List, Optional  # noqa: UP035  # kfp reads these forms
+
+from kfp import dsl
+
+from nvila_pipelines.components.check import check
+from nvila_pipelines.components.curate import curate
+from nvila_pipelines.components.data import data
+from nvila_pipelines.components.evaluate import evaluate
+from nvila_pipelines.components.finish import finish
+from nvila_pipelines.components.train import train as train_stages
+from nvila_pipelines.graphs.profile import Profile
+
+
+def build(profile: Profile) -> Any:
+    """Return the pipeline with its tasks placed as a profile says."""
+    place = profile.place
+
+    @dsl.pipeline(name="nvila-train", description="Curate, train in stages and evaluate; nothing is registered.")
+    def train(
+        recipe: str = "quickstart",
+        overrides: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
+        seed: Optional[int] = None,  # noqa: UP045
+        run_id: str = "",
+    ) -> None:
+        """Train the model of a recipe.
+
+        Args:
+            recipe: WHAT: name of a built-in recipe, or a resolved one as JSON (`nvila train RECIPE --dry-run --json`).
+            overrides: WHAT: fields of the recipe to change, as a list, such as ["train.precision=bf16"].
+            seed: WHAT: seed of everything that is drawn; empty leaves the recipe's.
+            run_id: RESULT: name of the run; empty takes Kubeflow's.
+        """
+        job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        ending = place(finish(run_id=run_id, job=job), "finish").set_caching_options(False)
+        with dsl.ExitHandler(ending, name="every step"):
+            checked = place(check(recipe=recipe, job=job, run_id=run_id, overrides=overrides, seed=seed), "check")
+            common = {"recipe": checked.outputs["recipe"], "run_id": checked.outputs["run_id"]}
+            source = place(data(**common), "data").outputs["result"]
+            selection = place(curate(**common, data=source), "curate").outputs["result"]
+            wide = place(train_stages(**common, data=source, selection=selection), "train").outputs["result"]
+            place(evaluate(**common, data=source, model=wide, form="wide"), "evaluate")
+
+    return train

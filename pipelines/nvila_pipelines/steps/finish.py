@@ -1,0 +1,41 @@
+"""The last task of a graph: how the run ended, in its folder and in MLflow."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from nvila_pipelines.steps.component import run_task
+from nvila_platform.artifacts import utc_now, write_atomically
+from nvila_platform.settings import Settings, runner_pid
+
+if TYPE_CHECKING:
+    from nvila_platform.pipeline_runs import Ended
+
+OUTCOME_FILE = "outcome.json"
+_ENDED: dict[str, Ended] = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}
+_LONGEST = 500
+
+
+def finish_run(run_id: str, state: str, message: str) -> None:
+    """Record the outcome of a run; in MLflow, end the runs of tasks that were killed.
+
+    Args:
+        run_id: Name of the run.
+        state: SUCCEEDED, FAILED or CANCELLED.
+        message: What failed; empty where nothing did.
+    """
+    run_task("finish", run_id, lambda settings: _finish(settings, run_id, state, message))
+
+
+def _finish(settings: Settings, run_id: str, state: str, message: str) -> None:
+    folder = settings.workspace / "runs" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = {"run_id": run_id, "state": state, "message": message, "at": utc_now()}
+    write_atomically(folder / OUTCOME_FILE, json.dumps(outcome, indent=2) + "\n")
+    # On this machine the run that started the tasks tells MLflow itself.
+    if runner_pid() is None:
+        from nvila_platform.pipeline_runs import end_runs
+
+        tags = {"nvila.outcome": state, "nvila.failure": message[:_LONGEST]}
+        end_runs(settings, run_id, _ENDED.get(state, "FAILED"), tags)

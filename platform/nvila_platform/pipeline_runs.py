@@ -1,0 +1,85 @@
+"""The MLflow runs of a pipeline whose tasks are on different machines: one parent, found by the pipeline's own run id.
+
+Nothing here ever fails a task: without MLflow there is no parent, and the task goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from nvila_platform.mlflow_backend import (
+    artifact_location,
+    configure_environment,
+    connect,
+    one_line,
+    parent_from_environment,
+)
+from nvila_platform.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+logger = logging.getLogger(__name__)
+
+Ended = Literal["FINISHED", "FAILED", "KILLED"]
+RUN_TAG = "nvila.run_id"
+_PARENT = "mlflow.parentRunId"
+
+
+def parent_run(settings: Settings, run_id: str, tags: Mapping[str, str] | None = None) -> str | None:
+    """Return the MLflow run of a pipeline run; the first task to ask makes it.
+
+    Args:
+        settings: Tracking address and experiment.
+        run_id: Name of the pipeline run.
+        tags: Tags of a new one.
+
+    Returns:
+        The run that MLFLOW_RUN_ID names, as Kubeflow's own MLflow plugin sets it; else ours. None without MLflow.
+    """
+    configure_environment()
+    if (given := parent_from_environment()) is not None:
+        return given
+    try:
+        client = connect(settings)
+        experiment = _experiment(client, settings)
+        parents = [run for run in _runs(client, experiment, run_id) if _PARENT not in run.data.tags]
+        if parents:
+            return str(parents[0].info.run_id)
+        made = client.create_run(experiment, tags={RUN_TAG: run_id, **(tags or {})}, run_name=run_id)
+        return str(made.info.run_id)
+    except Exception as e:  # whatever MLflow, the network or a proxy raises
+        logger.warning("this task is tracked without its run: %s", one_line(e))
+        return None
+
+
+def end_runs(settings: Settings, run_id: str, status: Ended, tags: Mapping[str, str]) -> None:
+    """End every MLflow run of a pipeline run that a killed task left running, and tag the parent."""
+    configure_environment()
+    try:
+        client = connect(settings)
+        found = _runs(client, _experiment(client, settings), run_id)
+        given = parent_from_environment()
+        parents = [run.info.run_id for run in found if _PARENT not in run.data.tags]
+        for parent in [given] if given is not None else parents:
+            for name, value in tags.items():
+                client.set_tag(parent, name, value)
+        for run in found:
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, status)
+    except Exception as e:  # whatever MLflow, the network or a proxy raises
+        logger.warning("MLflow does not know how this run ended: %s", one_line(e))
+
+
+def _experiment(client: MlflowClient, settings: Settings) -> str:
+    found = client.get_experiment_by_name(settings.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    return str(client.create_experiment(settings.experiment, artifact_location=artifact_location(settings)))
+
+
+def _runs(client: MlflowClient, experiment: str, run_id: str) -> list[Run]:
+    return list(client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=["start_time ASC"]))
