@@ -115,12 +115,14 @@ def test_a_point_changes_what_the_model_sees(
     loaded: tuple[NVILAForConditionalGeneration, NVILAProcessor], tmp_path: Path
 ) -> None:
     model, own = loaded
-    tile = model.config.num_image_tokens
+    config = model.config
+    assert isinstance(config, NVILAConfig)
+    tile = config.num_image_tokens
     image = asked("image", Image.new("RGB", (200, 100), "red"))
     settings = GenerationSettings(max_new_tokens=2)
     costs = {}
     for tiling in ("resize", "dynamic:2", "resize"):
-        answerer = ModelAnswerer(model, applied(Point(tiling=tiling), model.config, own))
+        answerer = ModelAnswerer(model, applied(Point(tiling=tiling), config, own))
         costs[tiling] = measure_costs(answerer, [image], settings)
         assert len(answerer.answer([image], settings)) == 1
     # Two tiles and the thumbnail; back at one tile nothing is left of the point before.
@@ -133,7 +135,7 @@ def test_a_point_changes_what_the_model_sees(
     assert weights < costs["resize"].memory_mib < costs["dynamic:2"].memory_mib
     clip = asked("video", encode_video([Image.new("RGB", (64, 64), "red")] * 16, rate=8))
     for frames, pool, groups in ((8, (1, 1, 1), 8), (8, (4, 1, 1), 2), (4, (4, 1, 1), 1)):
-        answerer = ModelAnswerer(model, applied(Point(frames=frames, pool=pool), model.config, own))
+        answerer = ModelAnswerer(model, applied(Point(frames=frames, pool=pool), config, own))
         assert measure_costs(answerer, [clip], settings).tokens == groups * tile
 
 
