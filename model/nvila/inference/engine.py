@@ -71,6 +71,7 @@ class EngineStats:
     media_misses: int
     preemptions: int
     steps: int
+    encode_s: float
 
 
 class Engine:
@@ -101,6 +102,7 @@ class Engine:
         self._grammars = GrammarFactory(processor.tokenizer, self._stop_ids)
         self._numbers = itertools.count()
         self._steps = 0
+        self._encode_s = 0.0
         # Guards everything above and all requests; the model runs outside it, by one caller at a time.
         self._state = threading.Condition()
         self._stepping = False
@@ -195,6 +197,7 @@ class Engine:
                 media_misses=self._media.misses,
                 preemptions=self._scheduler.num_preemptions,
                 steps=self._steps,
+                encode_s=self._encode_s,
             )
 
     # From messages to a request
@@ -303,7 +306,9 @@ class Engine:
         needy = [one.request for one in work if one.request.needs_media()]
         if not needy:
             return list(work)
+        began = time.monotonic()
         features = self._encoder.encode([medium for request in needy for medium in request.media])
+        self._encode_s += time.monotonic() - began
         for request in needy:
             found = [features[medium.digest] for medium in request.media]
             failed = next((one for one in found if isinstance(one, Exception)), None)
