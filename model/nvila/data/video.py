@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from nvila.data.containers import FileSource, Timeline, VideoFile
 from nvila.data.images import DEFAULT_LIMITS, ImageLimits, ImageSource, describe, load_image
 from nvila.errors import ConfigError, DataError
+from nvila.vision.temporal import fps_times, frame_indices
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,9 +142,6 @@ class _Sampling:
 
     def choose(self, times: Sequence[float], duration: float, where: str) -> list[int]:
         """Choose frames, given the moment of each; the result never falls."""
-        # It brings torch, which a reader of data does not need otherwise.
-        from nvila.vision.temporal import fps_times, frame_indices
-
         if not times:
             raise DataError(f"{where} has no frames", "leave it out, or record it again")
         if self.fps == 0:

@@ -77,6 +77,7 @@ class Engine:
         self._grammars = GrammarFactory(processor.tokenizer, self.stop_ids)
         self._numbers = itertools.count()
         self._steps = 0
+        self._encode_s = 0.0
         # Guards everything above and all requests; the model runs outside it, by one caller at a time.
         self._state = threading.Condition()
         self._stepping = False
@@ -173,6 +174,7 @@ class Engine:
                 media_misses=self._media.misses,
                 preemptions=self._scheduler.num_preemptions,
                 steps=self._steps,
+                encode_s=self._encode_s,
             )
 
     # From messages to a request
@@ -264,7 +266,9 @@ class Engine:
 
     def _encode(self, needy: Sequence[Request]) -> None:
         """Have some tiles seen by the tower; requests whose media are complete take part in the next step."""
+        began = time.monotonic()
         found = self._encoder.advance([medium for request in needy for medium in request.media])
+        self._encode_s += time.monotonic() - began
         for request in needy:
             features = [found[medium.digest] for medium in request.media if medium.digest in found]
             failed = next((one for one in features if isinstance(one, Exception)), None)

@@ -61,7 +61,13 @@ class GrammarFactory:
         with self._lock:
             if self._prepared is None:
                 # Without slices: they prepare common JSON text, which small vocabularies do not hold.
-                self._prepared = from_tokenizer(cast("Any", self._tokenizer), eos_token=self._stop_ids)
+                try:
+                    self._prepared = from_tokenizer(cast("Any", self._tokenizer), eos_token=self._stop_ids)
+                except ValueError as e:
+                    raise CapabilityError(
+                        "answers by JSON schema need a tokenizer of bytes or pieces, this one has whole words",
+                        "leave the schema out",
+                    ) from e
             return self._prepared
 
 

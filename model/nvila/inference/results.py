@@ -31,3 +31,4 @@ class EngineStats:
     media_misses: int
     preemptions: int
     steps: int
+    encode_s: float

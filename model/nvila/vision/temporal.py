@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil, isqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from nvila.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A sampled moment k / fps that falls on a frame boundary must not land before it by rounding of floats.
 _BOUNDARY = 1e-6

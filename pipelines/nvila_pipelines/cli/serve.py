@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from nvila.errors import ConfigError
 from nvila_pipelines.cli.options import port_number
 from nvila_pipelines.cli.output import emit, emit_json
+from nvila_platform.serving.options import ServerOptions, options_of
+from nvila_platform.serving.options import add_arguments as add_server_arguments
 from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", choices=DECODERS, help="what runs the language model (default: auto)")
     parser.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest time for one answer")
     parser.add_argument("--grace", type=float, metavar="SECONDS", help="time for running answers after SIGTERM")
+    add_server_arguments(parser)
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         version=args.version,
         digest=args.digest,
         limits=_limits(args),
+        options=options_of(args),
         kv_cache_gib=args.kv_cache_gib,
         decoder=args.decoder,
         grace_s=args.grace,
@@ -92,6 +96,7 @@ def serve_model(
     version: str | None = None,
     digest: str | None = None,
     limits: Limits | None = None,
+    options: ServerOptions | None = None,
     kv_cache_gib: float | None = None,
     decoder: str | None = None,
     grace_s: float | None = None,
@@ -109,6 +114,7 @@ def serve_model(
         version: Version to report.
         digest: Digest to report.
         limits: What a request may cost.
+        options: Who may ask, where media may come from, how the server ends.
         kv_cache_gib: Memory of the engine's keys and values.
         decoder: What runs the language model.
         grace_s: How long running answers may take after the signal.
@@ -145,6 +151,7 @@ def serve_model(
             host=host,
             port=port,
             limits=limits,
+            options=options,
             grace_s=DEFAULT_GRACE_S if grace_s is None else grace_s,
             port_file=port_file,
             on_ready=on_ready,

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from nvila.data.records import Message
     from nvila.inference.engine import Delta, SamplingParams, Usage
+    from nvila_platform.serving.media import Medium
 
 
 class Generation(Protocol):
@@ -32,5 +31,5 @@ class ChatEngine(Protocol):
     def max_length(self) -> int:
         """Longest sequence, prompt and answer together, in tokens."""
 
-    def stream(self, messages: Sequence[Message], images: Mapping[str, Image], params: SamplingParams) -> Generation:
-        """Start answering `messages`; image parts hold keys of `images`."""
+    def stream(self, messages: Sequence[Message], images: Mapping[str, Medium], params: SamplingParams) -> Generation:
+        """Start answering `messages`; image and video parts hold keys of `images`."""

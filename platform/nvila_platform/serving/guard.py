@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from uuid import uuid4
 
-from nvila_platform.serving.errors import as_api_error
+from nvila_platform.serving.errors import ApiError, as_api_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import AsgiApp, Event, Receive, Scope, Send, send_json
 
@@ -26,7 +26,10 @@ _SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "cache-control": "no-store",
 }
-_QUIET_PATHS = ("/metrics", "/v2/health/")
+_SHOWN = 500
+_MAX_HEADER_BYTES = 32 * 1024
+_POLICY = b"content-security-policy"
+_QUIET_PATHS = ("/health", "/metrics", "/v2/health/")
 
 
 class Guard:
@@ -55,6 +58,8 @@ class Guard:
         exchange = _Exchange(receive, send, {**self._headers, "x-request-id": request_id})
         started = time.monotonic()
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADER_BYTES:
+                raise ApiError(431, "headers_too_large", f"the headers have over {_MAX_HEADER_BYTES} bytes")
             await exchange.run(self._app, scope)
         except Exception as e:
             error = as_api_error(e)
@@ -111,8 +116,12 @@ class _Exchange:
     async def send(self, event: Event) -> None:
         if event["type"] == "http.response.start":
             self.status = event["status"]
-            kept = [(name, value) for name, value in event.get("headers", []) if name.lower() not in self._names]
-            event = {**event, "headers": [*kept, *self._headers]}
+            sent = event.get("headers", [])
+            # A page of ours says itself what it may load; nothing else of these is anybody else's to say.
+            own = {_POLICY for name, _ in sent if name.lower() == _POLICY}
+            kept = [(name, value) for name, value in sent if name.lower() not in self._names - own]
+            added = [(name, value) for name, value in self._headers if name not in own]
+            event = {**event, "headers": [*kept, *added]}
         elif not event.get("more_body", False):
             self._finished = True
         await self._send(event)
@@ -139,6 +148,7 @@ def _log_access(scope: Scope, exchange: _Exchange, request_id: str, seconds: flo
     path = scope.get("raw_path", b"").decode("latin-1")
     level = logging.DEBUG if path.startswith(_QUIET_PATHS) else logging.INFO
     outcome = "client went away" if exchange.abandoned else str(exchange.status)
-    logger.log(
-        level, "%s %s %s %.0f ms", scope["method"], path, outcome, seconds * 1000, extra={"request_id": request_id}
-    )
+    extra = {"request_id": request_id}
+    if "nvila.caller" in scope:
+        extra["caller"] = scope["nvila.caller"]
+    logger.log(level, "%s %s %s %.0f ms", scope["method"], path[:_SHOWN], outcome, seconds * 1000, extra=extra)

@@ -25,11 +25,15 @@ from kserve.protocol.rest.server import RESTServer
 from starlette.exceptions import HTTPException
 
 from nvila.errors import NvilaError
+from nvila_platform.serving.auth import Gatekeeper
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.guard import Guard
+from nvila_platform.serving.lifecycle import Drain, health_router
 from nvila_platform.serving.limits import BodyLimit
 from nvila_platform.serving.model import NvilaModel
 from nvila_platform.serving.openai_router import build_router
+from nvila_platform.serving.options import ServerOptions
+from nvila_platform.serving.playground import playground_router
 from nvila_platform.serving.scrape import scrape_router
 from nvila_platform.serving.service import ChatService
 
@@ -51,19 +55,24 @@ class NvilaServer(ModelServer):  # type: ignore[misc]  # the KServe SDK ships no
         service: The model.
         listener: A bound socket; nothing else is listened to.
         grace_s: How long SIGTERM waits for running answers.
+        options: Who may ask, and how the server ends.
+
+    Raises:
+        ConfigError: The key file cannot be used.
     """
 
-    def __init__(self, service: ChatService, listener: socket.socket, grace_s: float) -> None:
+    def __init__(self, service: ChatService, listener: socket.socket, grace_s: float, options: ServerOptions) -> None:
         super().__init__(
             http_port=listener.getsockname()[1], workers=1, enable_grpc=False, grace_period=max(1, round(grace_s))
         )
         self._service = service
-        self.dataplane = _DataPlane(self.registered_models)
+        self.dataplane = _DataPlane(self.registered_models, service)
         self.model_repository_extension = _FixedRepository(self.registered_models)
         self.register_model(NvilaModel(service))
         self._rest_server = _RestServer(
             service,
             listener,
+            options,
             self.dataplane,
             self.model_repository_extension,
             self.http_port,
@@ -81,10 +90,18 @@ class NvilaServer(ModelServer):  # type: ignore[misc]  # the KServe SDK ships no
 
 
 class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no types
-    def __init__(self, service: ChatService, listener: socket.socket, *args: Any, **options: Any) -> None:
-        super().__init__("kserve.model_server:app", *args, **options)
+    def __init__(
+        self, service: ChatService, listener: socket.socket, options: ServerOptions, *args: Any, **more: Any
+    ) -> None:
+        super().__init__("kserve.model_server:app", *args, **more)
         self._service = service
         self._listener = listener
+        self._options = options
+        rejected = service.metrics.rejected
+        # Built here: a key file that cannot be used is known before the model is loaded.
+        limited = BodyLimit(app, service.limits, rejected)
+        self.config.app = Guard(Gatekeeper(limited, options.access, rejected), service.identity, rejected)
+        self._drain = Drain(self._server, service, options.drain_s)
         self.config.host = listener.getsockname()[0]
         self.config.server_header = False
         self.config.access_log = False
@@ -98,6 +115,12 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         app.include_router(scrape_router())
         super()._register_endpoints(app)
         app.include_router(build_router(self._service))
+        app.include_router(health_router(self._service))
+        if self._options.production:
+            # Neither a page nor a description of what could be tried.
+            app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != app.openapi_url]
+        else:
+            app.include_router(playground_router(self._service))
 
     def _add_exception_handlers(self, app: FastAPI) -> None:
         super()._add_exception_handlers(app)
@@ -105,16 +128,22 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
 
     async def start(self) -> None:
         self.create_application()
-        rejected = self._service.metrics.rejected
-        limited = BodyLimit(app, self._service.limits, rejected)
-        self.config.app = Guard(limited, self._service.identity, rejected)
+        self._drain.begin()
         await self._server.serve(sockets=[self._listener])
 
 
 class _DataPlane(DataPlane):  # type: ignore[misc]  # the KServe SDK ships no types
+    def __init__(self, models: Any, service: ChatService) -> None:
+        super().__init__(models)
+        self._service = service
+
+    async def live(self) -> dict[str, str]:
+        if self._service.queue.broken:
+            raise ApiError(503, "broken", "the engine has ended; restart this process")
+        return {"status": "alive"}
+
     async def ready(self) -> bool:
-        names = self.model_registry.get_models()
-        return bool(names) and all([await self.model_ready(name) for name in names])
+        return self._service.queue.state == "ready"
 
     def decode(self, body: Any, headers: Any, *args: Any, **options: Any) -> Any:
         try:

@@ -25,24 +25,51 @@ class Limits:
     Args:
         max_body_bytes: Whole HTTP body.
         max_image_bytes: One encoded image.
-        max_image_pixels: Width times height of one image, read from its header.
-        max_images: Images in one request.
+        max_image_pixels: Width times height of one image or frame, read from its header.
+        max_images: Images in one request, frames of frame lists included.
+        max_videos: Videos in one request.
+        max_video_bytes: One encoded video.
+        max_video_seconds: Length of one video, read before its frames are decoded.
+        max_frames: Frames sampled from all videos of one request.
+        max_frame_side: Longer side that larger frames are scaled down to while they are decoded, in pixels.
+        decode_timeout_s: For decoding one image or video.
+        decode_memory_bytes: What decoding one image or video may take.
+        max_decoded_bytes: Decoded pixels of all requests that wait for the engine.
+        decode_workers: Processes that decode, so also images and videos decoded at once.
+        fetch_timeout_s: For fetching one image or video, redirects included.
         max_instances: Questions in one V1 or V2 request.
+        max_choices: Answers to one request (`n`).
         max_requests: Requests admitted at once: the running ones and those that wait behind them.
+        max_cost_tokens: Tokens of all requests admitted at once, as estimated before anything is decoded: text, visual
+            tokens, answers.
         max_running: Requests in the engine at once; they share its steps.
         request_timeout_s: From admission to the last token.
         body_timeout_s: For the client to send its body.
+        keep_alive_s: Quiet time after which a stream sends a comment, so that proxies do not hang up.
     """
 
     max_body_bytes: int = 20 * 2**20
     max_image_bytes: int = 10 * 2**20
     max_image_pixels: int = 4096 * 4096
-    max_images: int = 8
+    max_images: int = 16
+    max_videos: int = 2
+    max_video_bytes: int = 64 * 2**20
+    max_video_seconds: float = 3600.0
+    max_frames: int = 64
+    max_frame_side: int = 1280
+    decode_timeout_s: float = 20.0
+    decode_memory_bytes: int = 2**30
+    max_decoded_bytes: int = 2 * 2**30
+    decode_workers: int = 2
+    fetch_timeout_s: float = 10.0
     max_instances: int = 64
+    max_choices: int = 8
     max_requests: int = 32
+    max_cost_tokens: int = 262_144
     max_running: int = 16
     request_timeout_s: float = 120.0
     body_timeout_s: float = 30.0
+    keep_alive_s: float = 10.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

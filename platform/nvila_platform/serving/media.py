@@ -1,129 +1,218 @@
-"""Images from requests: `data:` URIs with bounded bytes and pixels, brought to plain RGB.
+"""From the media of a request to decoded pictures: where they are, how many there may be, who decodes them.
 
-Everything here reads bytes of strangers. Sizes are checked before the work they bound: the length of the text before
-base64, the size in the image's header before its pixels.
+A medium is a `data:` URI, an https address of a host on the list, or a reference into the media store. Sizes are
+checked before the work they bound: the length of the text before base64, counted bytes while fetching, the size in a
+header before its pixels.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-import io
 import re
-import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from nvila_platform.serving.decoder_pool import DecoderPool
 from nvila_platform.serving.errors import ApiError
+from nvila_platform.serving.fetching import MediaDoor
 from nvila_platform.serving.limits import Limits
+from nvila_platform.serving.media_store import SCHEME, MediaStore, read_reference
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+    from nvila.data.video import Video
+
+Medium: TypeAlias = "Image | Video"
+
+_T = TypeVar("_T")
 _HEADER = re.compile(r"data:(?P<type>[A-Za-z0-9.+/-]*)(?P<options>(;[A-Za-z0-9=._-]+)*),")
 _LONGEST_HEADER = 256
 _SHOWN = 40
+# Below this many characters, decoding base64 takes less time than handing it to a thread.
+_SMALL = 64 * 1024
+_DEFAULT_FRAMES = 8
 
 
-def load_image(url: str, limits: Limits, *, param: str) -> Image:
-    """Decode the image of one `image_url` part to RGB, upright, composited on white.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaSource:
+    """One image or video of a request, not loaded yet.
 
     Args:
-        url: A base64 `data:` URI.
-        limits: Bounds on bytes and pixels.
-        param: Path of the request field, for the error.
+        kind: What it is; `frames` is a video that comes as a list of images.
+        urls: Where it is; several for `frames`.
+        param: Path of the request field, for errors.
+        num_frames: Frames to sample of a video.
+        fps: Frames a second to sample of a video, or at which `frames` were taken; 0 for neither.
+    """
+
+    kind: str
+    urls: tuple[str, ...]
+    param: str
+    num_frames: int = _DEFAULT_FRAMES
+    fps: float = 0.0
+
+    @property
+    def num_images(self) -> int:
+        """Images that it brings along."""
+        return 0 if self.kind == "video" else len(self.urls)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for media that are the same after loading."""
+        return (self.kind, self.urls, self.num_frames, self.fps)
+
+
+@dataclass(slots=True)
+class LoadedMedia:
+    """Decoded media and what they cost on the way in."""
+
+    media: list[Medium] = field(default_factory=list)
+    encoded_bytes: int = 0
+
+
+class MediaIntake:
+    """Loads the media of requests.
+
+    Args:
+        limits: Bounds.
+        decoder: Decodes outside this process.
+        door: Fetches from other hosts; None refuses all.
+        store: Holds what references name; None refuses them.
+    """
+
+    def __init__(
+        self, limits: Limits, decoder: DecoderPool, *, door: MediaDoor | None = None, store: MediaStore | None = None
+    ) -> None:
+        self._limits = limits
+        self._decoder = decoder
+        self._door = door
+        self._store = store
+
+    def check(self, sources: Sequence[MediaSource]) -> None:
+        """Count before anything is read.
+
+        Raises:
+            ApiError: There are too many media, or too many frames.
+        """
+        limits = self._limits
+        images = sum(one.num_images for one in sources)
+        videos = [one for one in sources if one.kind != "image"]
+        frames = sum(one.num_frames for one in videos)
+        for count, most, what in (
+            (images, limits.max_images, "images"),
+            (len(videos), limits.max_videos, "videos"),
+            (frames, limits.max_frames, "frames"),
+        ):
+            if count > most:
+                message = f"the request holds {count} {what}, at most {most} are allowed"
+                raise ApiError(400, f"too_many_{what}", message, param="messages")
+
+    async def load(self, sources: Sequence[MediaSource]) -> LoadedMedia:
+        """Fetch and decode media; equal ones once.
+
+        Raises:
+            ApiError: One cannot be used.
+        """
+        self.check(sources)
+        loaded = LoadedMedia()
+        distinct = {one.identity: one for one in sources}
+        media = dict(zip(distinct, await in_order([self._one(one, loaded) for one in distinct.values()]), strict=True))
+        loaded.media = [media[one.identity] for one in sources]
+        return loaded
+
+    async def _one(self, source: MediaSource, loaded: LoadedMedia) -> Medium:
+        if source.kind == "video":
+            data = await self._bytes(source.urls[0], "video", source.param)
+            loaded.encoded_bytes += len(data)
+            return await _at(source.param, self._decoder.video(data, num_frames=source.num_frames, fps=source.fps))
+        images = []
+        for number, url in enumerate(source.urls):
+            param = source.param if source.kind == "image" else f"{source.param}[{number}]"
+            data = await self._bytes(url, "image", param)
+            loaded.encoded_bytes += len(data)
+            images.append(await _at(param, self._decoder.image(data)))
+        if source.kind == "image":
+            return images[0]
+        return await _at(source.param, asyncio.to_thread(_as_video, images, source, self._limits.max_frame_side))
+
+    async def _bytes(self, url: str, kind: str, param: str) -> bytes:
+        most = self._limits.max_image_bytes if kind == "image" else self._limits.max_video_bytes
+        scheme = url[:8].lower()
+        if scheme.startswith("data:"):
+            read = lambda: data_of(url, kind, most)  # noqa: E731  # shorter than a function of its own
+            return await _at(param, asyncio.to_thread(read)) if len(url) > _SMALL else _now(param, read)
+        if scheme.startswith(SCHEME):
+            return await _at(param, asyncio.to_thread(read_reference, self._store, url, most))
+        if scheme.startswith(("https:", "http:")):
+            if self._door is None:
+                message = f"this server does not fetch remote {kind}s; send the {kind} itself as a data: URI"
+                raise ApiError(400, f"remote_{kind}", message, param=param)
+            return await self._door.fetch(url, most=most, param=param)
+        message = f"a medium must be a data: URI with base64 data, an https address or store:PATH, got {url[:_SHOWN]!r}"
+        raise ApiError(400, f"invalid_{kind}", message, param=param)
+
+
+def data_of(url: str, kind: str, most: int) -> bytes:
+    """Return the bytes of a base64 `data:` URI.
 
     Raises:
-        ApiError: The URI is of another kind, too large, or not a still image we read.
+        ApiError: It is of another kind, too large, or not base64.
     """
-    return decode_image(_data_of(url, limits, param), limits, param=param)
-
-
-def decode_image(data: bytes, limits: Limits, *, param: str) -> Image:
-    """Decode encoded image bytes as `load_image` does.
-
-    Raises:
-        ApiError: The image is too large, damaged, animated or of another format.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    _check_bytes(len(data), limits, param)
-    try:
-        with warnings.catch_warnings():
-            # PIL's own size check warns at a limit of its own; ours is the one that counts.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as header:
-                _check_header(header, limits, param)
-                header.verify()
-            # verify() leaves the object unusable, so the pixels come from a second one.
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError as e:
-        raise _too_many_pixels(limits, param) from e
-    except ApiError:
-        raise
-    except UnidentifiedImageError as e:
-        message = f"the data is not an image this server reads; use {', '.join(_FORMATS)}"
-        raise ApiError(400, "invalid_image", message, param=param) from e
-    except Exception as e:
-        # Decoders raise OSError, SyntaxError, ValueError, struct.error and more on damaged files: all are the sender's.
-        raise ApiError(400, "invalid_image", "the image is damaged or incomplete; encode it again", param=param) from e
-
-
-def _data_of(url: str, limits: Limits, param: str) -> bytes:
-    if url[:5].lower() != "data:":
-        scheme = url.split(":", 1)[0].lower() if ":" in url[:_SHOWN] else ""
-        if scheme in ("http", "https"):
-            message = "this server does not fetch remote images; send the image itself as a data: URI"
-            raise ApiError(400, "remote_image", message, param=param)
-        message = f"an image must be a data: URI with base64 data, got {url[:_SHOWN]!r}"
-        raise ApiError(400, "invalid_image", message, param=param)
     match = _HEADER.match(url, 0, _LONGEST_HEADER)
     if match is None or ";base64" not in match["options"].lower():
-        message = "the data: URI must read data:image/png;base64,... (the type of your image, then base64)"
-        raise ApiError(400, "invalid_image", message, param=param)
-    if not match["type"].lower().startswith("image/"):
-        message = f"the data: URI holds {match['type'][:_SHOWN] or 'no type'}, not an image"
-        raise ApiError(400, "invalid_image", message, param=param)
-    _check_bytes((len(url) - match.end()) * 3 // 4 - 2, limits, param)
+        message = f"the data: URI must read data:{kind}/...;base64,... (the type of your {kind}, then base64)"
+        raise ApiError(400, f"invalid_{kind}", message)
+    if not match["type"].lower().startswith(f"{kind}/"):
+        article = "an image" if kind == "image" else "a video"
+        raise ApiError(
+            400, f"invalid_{kind}", f"the data: URI holds {match['type'][:_SHOWN] or 'no type'}, not {article}"
+        )
+    if (len(url) - match.end()) * 3 // 4 - 2 > most:
+        message = f"the {kind} may have at most {most} bytes; send a smaller one"
+        raise ApiError(413, f"{kind}_too_large", message)
     try:
         return base64.b64decode(url[match.end() :], validate=True)
     except (binascii.Error, ValueError) as e:
-        raise ApiError(400, "invalid_image", "the data: URI is not valid base64", param=param) from e
+        raise ApiError(400, f"invalid_{kind}", "the data: URI is not valid base64") from e
 
 
-def _check_bytes(size: int, limits: Limits, param: str) -> None:
-    if size > limits.max_image_bytes:
-        message = f"an image may have at most {limits.max_image_bytes} bytes; send a smaller one"
-        raise ApiError(413, "image_too_large", message, param=param)
+def _as_video(images: list[Image], source: MediaSource, max_side: int) -> Video:
+    from nvila.data.video import load_video
+
+    return load_video(images, num_frames=source.num_frames, frame_rate=source.fps or 1.0, max_side=max_side)
 
 
-def _check_header(image: Image, limits: Limits, param: str) -> None:
-    if image.width * image.height > limits.max_image_pixels:
-        raise _too_many_pixels(limits, param)
-    if image.width < 1 or image.height < 1:
-        raise ApiError(400, "invalid_image", "the image is empty", param=param)
-    if getattr(image, "is_animated", False):
-        raise ApiError(400, "invalid_image", "animated images are not supported; send one frame", param=param)
+async def in_order(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Await all at once and return their results in order; the first error ends the others.
+
+    Raises:
+        ApiError: Of the first that failed.
+    """
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
-def _too_many_pixels(limits: Limits, param: str) -> ApiError:
-    message = f"an image may have at most {limits.max_image_pixels} pixels; scale it down"
-    return ApiError(413, "image_too_large", message, param=param)
+async def _at(param: str, work: Awaitable[_T]) -> _T:
+    try:
+        return await work
+    except ApiError as e:
+        raise _placed(e, param) from e
 
 
-def _to_rgb(image: Image) -> Image:
-    from PIL import Image as Images
+def _now(param: str, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except ApiError as e:
+        raise _placed(e, param) from e
 
-    if image.mode.startswith("I"):
-        # 16-bit greyscale: convert() would clip everything above 255 to white.
-        import numpy as np
 
-        image = Images.fromarray((np.asarray(image).clip(0, 0xFFFF) // 257).astype(np.uint8), mode=None)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Images.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image)
-        image = canvas
-    return image.convert("RGB")
+def _placed(error: ApiError, param: str) -> ApiError:
+    return ApiError(error.status, error.code, error.message, param=param, retry_after_s=error.retry_after_s)

@@ -1,14 +1,15 @@
 """The KServe model: the V1 and V2 inference protocols on the same engine as the OpenAI endpoints.
 
 V1: `{"instances": [{"prompt": ..., "image": <data: URI>} | {"messages": [...]}], "parameters": {"max_tokens": ...}}`.
-V2: BYTES tensors `prompt` and, optionally, `image` (data: URIs) of one length; sampling in the request's `parameters`.
+V2: BYTES tensors `prompt` and, optionally, `image` and `video` of one length; sampling in the request's `parameters`.
+Images and videos are `data:` URIs, https addresses or store references, as everywhere.
 
 Importing this module imports the KServe SDK, which takes seconds: only the server does, when it starts.
 """
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
@@ -16,9 +17,14 @@ from uuid import uuid4
 from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
 
 from nvila.errors import nearest
+from nvila_platform.serving.answers import ChatUsage
+from nvila_platform.serving.cost import total
 from nvila_platform.serving.errors import ApiError
-from nvila_platform.serving.schema import ChatRequest, ChatUsage, parse_chat
-from nvila_platform.serving.service import ChatService, Completion
+from nvila_platform.serving.json_body import decode_json
+from nvila_platform.serving.media import in_order
+from nvila_platform.serving.schema import ChatRequest, parse_chat
+from nvila_platform.serving.service import ChatService
+from nvila_platform.serving.stream import Completion
 
 _SAMPLING = (
     "frequency_penalty",
@@ -33,8 +39,11 @@ _SAMPLING = (
     "top_k",
     "top_p",
 )
-_INSTANCE = ("image", "messages", "prompt")
-_TENSORS = ("image", "prompt")
+_INSTANCE = ("image", "messages", "prompt", "video")
+_TENSORS = ("prompt", "image", "video")
+_MEDIA = ("image", "video")
+# Questions of one request whose media are decoded at once.
+_TOGETHER = 8
 # Parameters of the V2 protocol itself, not of the model.
 _PROTOCOL_PARAMETERS = ("binary_data_output",)
 
@@ -60,7 +69,7 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
 
     def get_input_types(self) -> list[dict[str, Any]]:
         """Describe the V2 inputs."""
-        return [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in reversed(_TENSORS)]
+        return [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in _TENSORS]
 
     def get_output_types(self) -> list[dict[str, Any]]:
         """Describe the V2 outputs."""
@@ -94,16 +103,17 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
         if "prompt" not in columns:
             raise ApiError(400, "missing_parameter", "a BYTES tensor named 'prompt' is required", param="inputs")
         prompts = columns["prompt"]
-        images = columns.get("image", [b""] * len(prompts))
-        if len(images) != len(prompts):
-            message = f"'image' has {len(images)} elements, 'prompt' has {len(prompts)}; an empty image means none"
-            raise ApiError(400, "invalid_parameter", message, param="inputs")
+        for kind in _MEDIA:
+            count = len(columns.get(kind, prompts))
+            if count != len(prompts):
+                message = f"'{kind}' has {count} elements, 'prompt' has {len(prompts)}; an empty one means none"
+                raise ApiError(400, "invalid_parameter", message, param="inputs")
         self._check_count(len(prompts), "inputs")
         given = {key: value for key, value in (payload.parameters or {}).items() if key not in _PROTOCOL_PARAMETERS}
         parameters = _parameters(given)
         requests = []
-        for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            raw = {"prompt": _text(prompt)} | ({"image": _text(image)} if image else {})
+        for index in range(len(prompts)):
+            raw = {name: _text(column[index]) for name, column in columns.items() if name == "prompt" or column[index]}
             requests.append(self._request(index, raw, parameters, f"inputs[{index}]"))
         answers = await self._answer(requests)
         outputs = [
@@ -128,8 +138,9 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
                 raise ApiError(
                     400, "unknown_parameter", f"unknown field '{key}'; {nearest(key, _INSTANCE)}", param=where
                 )
-        if ("prompt" in raw) == ("messages" in raw) or ("messages" in raw and "image" in raw):
-            raise ApiError(400, "invalid_parameter", "give either 'messages', or 'prompt' and 'image'", param=where)
+        if ("prompt" in raw) == ("messages" in raw) or ("messages" in raw and len(raw) > 1):
+            message = "give either 'messages', or 'prompt' with 'image' or 'video'"
+            raise ApiError(400, "invalid_parameter", message, param=where)
         messages = raw.get("messages") or [{"role": "user", "content": _parts(raw)}]
         try:
             return parse_chat({"model": self.name, "messages": messages, **parameters})
@@ -138,19 +149,24 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
             raise ApiError(e.status, e.code, e.message, param=param) from e
 
     async def _answer(self, requests: Sequence[ChatRequest]) -> list[Completion]:
-        with self._service.queue.admit() as slot:
-            return [await self._service.answer(slot, request) for request in requests]
+        service = self._service
+        costs = [service.cost(request, [request.messages]) for request in requests]
+        with service.queue.admit(total(costs)) as slot:
+            together = asyncio.Semaphore(_TOGETHER)
+
+            async def answer(request: ChatRequest) -> Completion:
+                async with together:
+                    return (await service.answer(slot, request, request.messages))[0]
+
+            if len(requests) == 1:
+                return [await answer(requests[0])]
+            return await in_order([answer(request) for request in requests])
 
 
 def _decoded(payload: Any) -> dict[str, Any]:
     # The SDK decodes a body only under the bare media type; with a charset, or none at all, it passes bytes on.
     if isinstance(payload, bytes):
-        try:
-            payload = json.loads(payload)
-        except (ValueError, RecursionError) as e:
-            raise ApiError(
-                400, "invalid_json", "the body is not valid JSON; send content-type: application/json"
-            ) from e
+        payload = decode_json(payload)
     if not isinstance(payload, dict):
         raise ApiError(400, "invalid_request", f"the body must be a JSON object, got {type(payload).__name__}")
     return payload
@@ -169,8 +185,8 @@ def _parameters(raw: Any) -> dict[str, Any]:
 
 
 def _parts(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    text = {"type": "text", "text": raw["prompt"]}
-    return [{"type": "image_url", "image_url": {"url": raw["image"]}}, text] if "image" in raw else [text]
+    media = [{"type": f"{kind}_url", f"{kind}_url": {"url": raw[kind]}} for kind in _MEDIA if kind in raw]
+    return [*media, {"type": "text", "text": raw["prompt"]}]
 
 
 def _column(tensor: InferInput) -> list[str | bytes]:

@@ -1,11 +1,10 @@
-"""The OpenAI-compatible endpoints: chat completions and the model list.
+"""The OpenAI-compatible endpoints: chat and text completions, and the model list.
 
 The KServe SDK's own OpenAI module needs vLLM installed and flattens messages to text, which loses their images.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
@@ -16,14 +15,10 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nvila.errors import nearest
-from nvila_platform.serving.errors import ApiError, as_api_error
-from nvila_platform.serving.guard import REQUEST_ID
-from nvila_platform.serving.queue import Stream
-from nvila_platform.serving.schema import (
+from nvila_platform.serving.answers import (
     AnswerMessage,
     ChatChunk,
     ChatCompletion,
-    ChatRequest,
     ChatUsage,
     Choice,
     ChoiceLogprobs,
@@ -31,12 +26,20 @@ from nvila_platform.serving.schema import (
     ChunkDelta,
     ModelCard,
     ModelList,
-    parse_chat,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
 )
+from nvila_platform.serving.errors import ApiError
+from nvila_platform.serving.guard import REQUEST_ID
+from nvila_platform.serving.json_body import decode_json
+from nvila_platform.serving.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from nvila_platform.serving.service import ChatService
+from nvila_platform.serving.stream import Completion, Stream
+from nvila_platform.serving.streaming import events
 
 if TYPE_CHECKING:
-    from nvila.inference.engine import TokenLogprob
+    from nvila.inference.engine import Delta, Usage
 
 PREFIX = "/openai/v1"
 
@@ -56,24 +59,25 @@ def build_router(service: ChatService) -> APIRouter:
 
     async def chat(request: Request, held: _Held) -> Response:
         service.queue.check_room()
-        chat_request = parse_chat(await read_json(request))
-        _check_model(service, chat_request.model)
-        slot = held.enter_context(service.queue.admit())
-        if not chat_request.stream:
-            done = await service.answer(slot, chat_request)
-            choice = Choice(
-                message=AnswerMessage(content=done.text),
-                finish_reason=done.finish_reason,
-                logprobs=ChoiceLogprobs.of(done.logprobs) if chat_request.logprobs else None,
-            )
-            body = ChatCompletion(**_envelope(service), choices=[choice], usage=ChatUsage.of(done.usage))
-            return JSONResponse(body.model_dump())
-        stream = await service.open(slot, chat_request)
-        # X-Accel-Buffering keeps proxies from collecting the stream into one piece.
-        headers = {"x-accel-buffering": "no"}
-        return StreamingResponse(
-            _events(service, chat_request, stream), media_type="text/event-stream", headers=headers
-        )
+        asked = parse_chat(await read_json(request))
+        _check_model(service, asked.model)
+        slot = held.enter_context(service.queue.admit(service.cost(asked, [asked.messages])))
+        if not asked.stream:
+            return JSONResponse(_chat_body(service, asked, await service.answer(slot, asked, asked.messages)))
+        streams = await service.submit(slot, asked, asked.messages)
+        return await _stream(service, streams, _ChatEvents(service, asked, [streams]))
+
+    async def completions(request: Request, held: _Held) -> Response:
+        service.queue.check_room()
+        asked = parse_completion(await read_json(request))
+        _check_model(service, asked.model)
+        chats = asked.chats()
+        slot = held.enter_context(service.queue.admit(service.cost(asked, chats)))
+        prompts = [await service.submit(slot, asked, messages) for messages in chats]
+        streams = [stream for answers in prompts for stream in answers]
+        if asked.stream:
+            return await _stream(service, streams, _TextEvents(service, asked, prompts))
+        return JSONResponse(await _text_body(service, asked, prompts))
 
     async def models() -> Response:
         return JSONResponse(ModelList(data=[_card(service)]).model_dump())
@@ -83,6 +87,7 @@ def build_router(service: ChatService) -> APIRouter:
         return JSONResponse(_card(service).model_dump())
 
     router.add_api_route("/chat/completions", chat, methods=["POST"], response_model=None)
+    router.add_api_route("/completions", completions, methods=["POST"], response_model=None)
     router.add_api_route("/models", models, methods=["GET"], response_model=None)
     router.add_api_route("/models/{model}", model, methods=["GET"], response_model=None)
     return router
@@ -98,48 +103,133 @@ async def read_json(request: Request) -> Any:
     if kind != "application/json":
         # Also keeps web pages out: a browser sends JSON to another origin only after asking, and we never agree.
         raise ApiError(415, "unsupported_media_type", "send the body as content-type: application/json")
-    body = await request.body()
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as e:
-        reason = f"{e.msg} at character {e.pos}" if isinstance(e, json.JSONDecodeError) else "not readable"
-        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {reason}") from e
+    return decode_json(await request.body())
 
 
-async def _events(service: ChatService, request: ChatRequest, stream: Stream) -> AsyncIterator[str]:
-    envelope = _envelope(service)
+class _Events:
+    """Makes the events of one streamed request.
 
-    def event(delta: ChunkDelta, finish_reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> str:
-        reported = ChoiceLogprobs.of(logprobs) if request.logprobs else None
-        choice = ChunkChoice(delta=delta, finish_reason=finish_reason, logprobs=reported)
-        return _event(ChatChunk(**envelope, choices=[choice]))
+    Args:
+        service: The served model.
+        request: What was asked.
+        prompts: The answers to every prompt.
+    """
 
-    reason = "stop"
-    yield event(ChunkDelta(role="assistant", content=""))
-    try:
-        async for delta in stream:
-            reason = delta.finish_reason or reason
-            if delta.text or delta.logprobs:
-                yield event(ChunkDelta(content=delta.text), logprobs=delta.logprobs)
-    except Exception as e:
-        # The status line has left, so the error travels as an event; without [DONE] nobody takes the text as complete.
-        error = as_api_error(e)
-        service.metrics.rejected(error.code)
-        yield f"data: {json.dumps(error.openai_body())}\n\n"
-        return
-    yield event(ChunkDelta(), reason)
-    if request.stream_options is not None and request.stream_options.include_usage:
-        yield _event(ChatChunk(**envelope, choices=[], usage=ChatUsage.of(stream.usage)))
-    yield "data: [DONE]\n\n"
+    def __init__(
+        self, service: ChatService, request: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[Stream]]
+    ) -> None:
+        self.envelope = _envelope(service, "chatcmpl" if isinstance(request, ChatRequest) else "cmpl")
+        self._request = request
+        self._prompts = prompts
+
+    def opening(self) -> str:
+        """Return what is sent before any piece."""
+        return ""
+
+    def piece(self, number: int, delta: Delta) -> str:
+        """Return the events of a piece."""
+        raise NotImplementedError
+
+    def usage(self) -> ChatUsage | None:
+        """Return the counts of all answers, if the client wants them."""
+        if not self._request.include_usage:
+            return None
+        return ChatUsage.over([[stream.usage for stream in answers] for answers in self._prompts])
+
+    def last(self) -> str:
+        """Return what comes before the end."""
+        raise NotImplementedError
 
 
-def _event(chunk: ChatChunk) -> str:
+class _ChatEvents(_Events):
+    def opening(self) -> str:
+        deltas = enumerate([ChunkDelta(role="assistant", content="")] * self._request.n)
+        return "".join(self._event(ChunkChoice(index=number, delta=delta)) for number, delta in deltas)
+
+    def piece(self, number: int, delta: Delta) -> str:
+        text = ""
+        if delta.text or delta.logprobs:
+            reported = ChoiceLogprobs.of(delta.logprobs) if self._request.logprobs else None
+            text += self._event(ChunkChoice(index=number, delta=ChunkDelta(content=delta.text), logprobs=reported))
+        if delta.finish_reason:
+            text += self._event(ChunkChoice(index=number, delta=ChunkDelta(), finish_reason=delta.finish_reason))
+        return text
+
+    def last(self) -> str:
+        usage = self.usage()
+        return "" if usage is None else _event(ChatChunk(**self.envelope, choices=[], usage=usage))
+
+    def _event(self, choice: ChunkChoice) -> str:
+        return _event(ChatChunk(**self.envelope, choices=[choice]))
+
+
+class _TextEvents(_Events):
+    def piece(self, number: int, delta: Delta) -> str:
+        if not (delta.text or delta.finish_reason):
+            return ""
+        reported = None if self._request.logprobs is None else TextLogprobs.of(delta.logprobs)
+        choice = TextChoice(index=number, text=delta.text, logprobs=reported, finish_reason=delta.finish_reason)
+        return _event(TextCompletion(**self.envelope, choices=[choice]))
+
+    def last(self) -> str:
+        usage = self.usage()
+        return "" if usage is None else _event(TextCompletion(**self.envelope, choices=[], usage=usage))
+
+
+async def _stream(service: ChatService, streams: Sequence[Stream], made: _Events) -> Response:
+    keep_alive_s = service.limits.keep_alive_s
+    # A refusal by the engine still becomes a status; after this long a stream that says it lives is worth more.
+    await streams[0].opened(keep_alive_s)
+
+    async def body() -> AsyncIterator[str]:
+        opening = made.opening()
+        if opening:
+            yield opening
+        async for text in events(streams, keep_alive_s, made.piece, made.last, service.metrics.rejected):
+            yield text
+
+    # X-Accel-Buffering keeps proxies from collecting the stream into one piece.
+    return StreamingResponse(body(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+
+def _chat_body(service: ChatService, request: ChatRequest, answers: Sequence[Completion]) -> dict[str, Any]:
+    choices = [
+        Choice(
+            index=number,
+            message=AnswerMessage(content=done.text),
+            finish_reason=done.finish_reason,
+            logprobs=ChoiceLogprobs.of(done.logprobs) if request.logprobs else None,
+        )
+        for number, done in enumerate(answers)
+    ]
+    usage = ChatUsage.over([[done.usage for done in answers]])
+    return ChatCompletion(**_envelope(service, "chatcmpl"), choices=choices, usage=usage).model_dump()
+
+
+async def _text_body(
+    service: ChatService, request: CompletionRequest, prompts: Sequence[Sequence[Stream]]
+) -> dict[str, Any]:
+    choices: list[TextChoice] = []
+    usages: list[list[Usage]] = []
+    for streams in prompts:
+        answers = [await stream.collected() for stream in streams]
+        usages.append([done.usage for done in answers])
+        for done in answers:
+            reported = None if request.logprobs is None else TextLogprobs.of(done.logprobs)
+            choices.append(
+                TextChoice(index=len(choices), text=done.text, logprobs=reported, finish_reason=done.finish_reason)
+            )
+    usage = ChatUsage.over(usages)
+    return TextCompletion(**_envelope(service, "cmpl"), choices=choices, usage=usage).model_dump()
+
+
+def _event(chunk: ChatChunk | TextCompletion) -> str:
     return f"data: {chunk.model_dump_json()}\n\n"
 
 
-def _envelope(service: ChatService) -> dict[str, Any]:
+def _envelope(service: ChatService, kind: str) -> dict[str, Any]:
     return {
-        "id": f"chatcmpl-{REQUEST_ID.get() or uuid4().hex}",
+        "id": f"{kind}-{REQUEST_ID.get() or uuid4().hex}",
         "created": int(time.time()),
         "model": service.identity.name,
         "system_fingerprint": service.identity.fingerprint,

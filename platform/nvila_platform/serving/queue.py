@@ -1,5 +1,8 @@
 """One bounded queue and a few worker threads between the asynchronous server and the blocking engine.
 
+It is bounded twice: by the number of requests, and by the tokens that they will cost, so that ten questions about an
+hour of video do not count like ten greetings.
+
 A worker waits for one answer at a time. Those of an engine that batches get their tokens from common steps; which
 requests share a step, and in what memory, is the engine's business.
 
@@ -15,52 +18,29 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from nvila_platform.serving.cost import Cost, VisualRates, rates_of
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
+from nvila_platform.serving.phases import PhaseClock
+from nvila_platform.serving.stream import End, Job, Stream
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from nvila.data.records import Message
-    from nvila.inference.engine import Delta, SamplingParams, Usage
-    from nvila_platform.serving.engine import ChatEngine, Generation
+    from nvila.inference.engine import Delta, SamplingParams
+    from nvila_platform.serving.engine import ChatEngine
+    from nvila_platform.serving.media import Medium
     from nvila_platform.serving.metrics import ServingMetrics
 
 logger = logging.getLogger(__name__)
 
+State = Literal["loading", "ready", "draining", "broken"]
+
 _LONGEST_RETRY_S = 60
 _SMOOTHING = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    usage: Usage
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Job:
-    """One generation, shared by the event loop (which reads events) and the worker thread (which posts them)."""
-
-    messages: Sequence[Message]
-    images: Mapping[str, Image]
-    params: SamplingParams
-    admitted_at: float
-    deadline: float
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Delta | _End | ApiError] = field(default_factory=asyncio.Queue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    generation: Generation | None = None
-
-    def post(self, event: Delta | _End | ApiError) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:
-            # The loop is closed: nobody is left to read.
-            self.cancelled.set()
+_FREE = Cost()
 
 
 class EngineQueue:
@@ -68,29 +48,56 @@ class EngineQueue:
 
     Args:
         capacity: Requests admitted at once, running ones included; the next gets 429.
+        max_cost: Tokens that all requests admitted at once may cost; one that costs more is admitted alone.
         timeout_s: From admission to the last token.
         metrics: Where the queue reports.
         concurrency: Requests in the engine at once.
     """
 
-    def __init__(self, *, capacity: int, timeout_s: float, metrics: ServingMetrics, concurrency: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        timeout_s: float,
+        metrics: ServingMetrics,
+        concurrency: int = 1,
+        max_cost: float = math.inf,
+    ) -> None:
         self._concurrency = concurrency
         self._capacity = capacity
         self._timeout_s = timeout_s
+        self._max_cost = max_cost
         self._metrics = metrics
+        self.rates = VisualRates()
+        self.draining = False
         self._engine: ChatEngine | None = None
         self._workers: list[threading.Thread] = []
         self._wake = threading.Condition()
-        self._pending: deque[_Job] = deque()
+        self._pending: deque[Job] = deque()
         self._closed = False
-        # Only the event loop's thread touches this count.
+        # Only the event loop's thread touches these.
         self._admitted = 0
+        self._cost = 0
         self._service_s = 1.0
 
     @property
     def healthy(self) -> bool:
         """Whether an engine is loaded and its workers are alive."""
-        return self._engine is not None and all(worker.is_alive() for worker in self._workers)
+        return self._engine is not None and not self.broken
+
+    @property
+    def broken(self) -> bool:
+        """Whether a worker has ended although nobody closed the queue; only a new process mends that."""
+        return any(not worker.is_alive() for worker in self._workers)
+
+    @property
+    def state(self) -> State:
+        """What to tell whoever decides about this process."""
+        if self.broken:
+            return "broken"
+        if self._engine is None:
+            return "loading"
+        return "draining" if self.draining else "ready"
 
     @property
     def engine(self) -> ChatEngine:
@@ -112,6 +119,7 @@ class EngineQueue:
             worker = threading.Thread(target=self._work, args=(engine,), name=f"engine-{number}", daemon=True)
             worker.start()
             self._workers.append(worker)
+        self.rates = rates_of(engine)
         self._engine = engine
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -134,30 +142,41 @@ class EngineQueue:
         """
         _ = self.engine
         if self._admitted >= self._capacity:
-            wait_s = min(_LONGEST_RETRY_S, max(1, math.ceil(self._service_s * self._admitted / self._concurrency)))
-            message = f"{self._admitted} requests are already queued; try again in about {wait_s} s"
-            raise ApiError(429, "queue_full", message, retry_after_s=wait_s)
+            raise self._full(f"{self._admitted} requests are already queued")
 
-    def admit(self) -> Slot:
+    def admit(self, cost: Cost = _FREE) -> Slot:
         """Take a place in the queue; leaving the slot's `with` block gives it back.
+
+        Args:
+            cost: What the request will cost.
 
         Raises:
             ApiError: 503 while loading, 429 when the queue is full.
         """
         self.check_room()
+        if self._admitted and self._cost + cost.total > self._max_cost:
+            raise self._full(f"requests of {self._cost} tokens are already queued, this one has about {cost.total}")
         self._admitted += 1
-        return Slot(self, self._timeout_s)
+        self._cost += cost.total
+        self._metrics.visual_load.inc(cost.visual)
+        return Slot(self, self._timeout_s, cost)
 
-    def _release(self) -> None:
+    def _release(self, cost: Cost) -> None:
         self._admitted -= 1
+        self._cost -= cost.total
+        self._metrics.visual_load.dec(cost.visual)
 
-    def _submit(self, job: _Job) -> None:
+    def _full(self, why: str) -> ApiError:
+        wait_s = min(_LONGEST_RETRY_S, max(1, math.ceil(self._service_s * self._admitted / self._concurrency)))
+        return ApiError(429, "queue_full", f"{why}; try again in about {wait_s} s", retry_after_s=wait_s)
+
+    def _submit(self, job: Job) -> None:
         with self._wake:
             self._pending.append(job)
             self._metrics.waiting.set(len(self._pending))
             self._wake.notify()
 
-    def _cancel(self, job: _Job) -> None:
+    def _cancel(self, job: Job) -> None:
         job.cancelled.set()
         with self._wake:
             # Removed rather than skipped later: its images must not live on behind a long generation.
@@ -188,29 +207,36 @@ class EngineQueue:
                 # A rough figure; that two workers may overwrite each other's part of it does not matter.
                 self._service_s += _SMOOTHING * (time.monotonic() - began - self._service_s)
 
-    def _generate(self, engine: ChatEngine, job: _Job) -> None:
+    def _generate(self, engine: ChatEngine, job: Job) -> None:
         if job.cancelled.is_set():
             return
-        generation = job.generation = engine.stream(job.messages, job.images, job.params)
-        reason = "stop"
-        spoke = False
+        clock = PhaseClock(self._metrics, job.admitted_at, job.submitted_at)
+        generation = job.generation = engine.stream(job.messages, job.media, job.params)
+        # The engine has made tensors of them; the pixels need not live as long as the answer.
+        job.media = {}
+        reason: str | None = None
         try:
             for delta in generation:
                 if self._closed:
                     raise _stopping()
                 if job.cancelled.is_set():
                     break
-                if delta.text and not spoke:
-                    spoke = True
-                    self._metrics.first_token(time.monotonic() - job.admitted_at)
+                clock.piece(bool(delta.text))
                 reason = delta.finish_reason or reason
                 job.post(delta)
         finally:
             generation.close()
-        if job.cancelled.is_set():
-            reason = "abort"
-        self._metrics.finished(reason, time.monotonic() - job.admitted_at, generation.usage)
-        job.post(_End(generation.usage))
+        if reason is None and not job.cancelled.is_set():
+            # Clients wait for a reason.
+            job.post(_ended())
+        clock.finished("abort" if job.cancelled.is_set() else reason or "stop", generation.usage)
+        job.post(End(generation.usage))
+
+
+def _ended() -> Delta:
+    from nvila.inference.engine import Delta
+
+    return Delta("", "stop")
 
 
 def _stopping() -> ApiError:
@@ -220,8 +246,9 @@ def _stopping() -> ApiError:
 class Slot:
     """A place in the queue, good for any number of generations one after another."""
 
-    def __init__(self, queue: EngineQueue, timeout_s: float) -> None:
+    def __init__(self, queue: EngineQueue, timeout_s: float, cost: Cost) -> None:
         self._queue = queue
+        self._cost = cost
         self._admitted_at = time.monotonic()
         self._deadline = self._admitted_at + timeout_s
         self._streams: list[Stream] = []
@@ -234,74 +261,20 @@ class Slot:
     ) -> None:
         for stream in self._streams:
             stream.cancel()
-        self._queue._release()
+        self._queue._release(self._cost)
 
-    def submit(self, messages: Sequence[Message], images: Mapping[str, Image], params: SamplingParams) -> Stream:
+    def submit(self, messages: Sequence[Message], media: Mapping[str, Medium], params: SamplingParams) -> Stream:
         """Queue one generation and return its events."""
-        job = _Job(
+        job = Job(
             messages=messages,
-            images=images,
+            media=media,
             params=params,
             admitted_at=self._admitted_at,
             deadline=self._deadline,
+            submitted_at=time.monotonic(),
             loop=asyncio.get_running_loop(),
         )
-        stream = Stream(self._queue, job)
+        stream = Stream(job, self._queue._cancel)
         self._streams.append(stream)
         self._queue._submit(job)
         return stream
-
-
-class Stream:
-    """The pieces of one answer, as an asynchronous iterator."""
-
-    def __init__(self, queue: EngineQueue, job: _Job) -> None:
-        self._queue = queue
-        self._job = job
-        self._first: Delta | _End | None = None
-        self._done = False
-        self._usage: Usage | None = None
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts; known once the iteration has ended."""
-        assert self._usage is not None, "read before the answer was complete"
-        return self._usage
-
-    async def opened(self) -> None:
-        """Wait until the engine has produced something, so that a refusal can still become an HTTP status.
-
-        Raises:
-            ApiError: The engine refused the request, or its time ran out.
-        """
-        if self._first is None:
-            self._first = await self._next()
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        await self.opened()
-        event = self._first
-        while event is not None and not isinstance(event, _End):
-            yield event
-            event = await self._next()
-        if event is not None:
-            self._usage = event.usage
-        self._done = True
-
-    def cancel(self) -> None:
-        """Stop the generation; harmless when it has ended."""
-        if not self._done:
-            self._queue._cancel(self._job)
-
-    async def _next(self) -> Delta | _End:
-        try:
-            async with asyncio.timeout(max(0.0, self._job.deadline - time.monotonic())):
-                event = await self._job.events.get()
-        except TimeoutError as e:
-            self.cancel()
-            raise ApiError(
-                504, "timeout", "the answer took longer than this server allows; ask for fewer tokens"
-            ) from e
-        if isinstance(event, ApiError):
-            self._done = True
-            raise event
-        return event

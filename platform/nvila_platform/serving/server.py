@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import ipaddress
 import logging
 import socket
 import sys
@@ -21,6 +22,7 @@ from nvila.errors import ConfigError, NvilaError, ResourceError
 from nvila_platform.launch.outcome import leave_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import Limits
+from nvila_platform.serving.options import ServerOptions, add_arguments, options_of
 from nvila_platform.settings import Settings
 from nvila_platform.telemetry import configure_logging
 
@@ -48,6 +50,7 @@ def serve(
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
     limits: Limits | None = None,
+    options: ServerOptions | None = None,
     grace_s: float = DEFAULT_GRACE_S,
     port_file: Path | None = None,
     on_ready: Callable[[], None] | None = None,
@@ -60,20 +63,25 @@ def serve(
         host: Address to listen on; the default is reachable from this machine only.
         port: Port to listen on; 0 takes a free one.
         limits: What a request may cost.
+        options: Who may ask, where media may come from, how the server ends.
         grace_s: How long running answers may take after the signal.
         port_file: Gets the port as text once it is bound.
         on_ready: Called once requests are answered.
 
     Raises:
         ResourceError: The port is taken.
-        ConfigError: The host is not an address of this machine.
+        ConfigError: The host is not an address of this machine, or an option cannot be used.
         NvilaError: The model cannot be loaded.
     """
     with bind(host, port) as listener:
         bound = listener.getsockname()[1]
         if port_file is not None:
             port_file.write_text(str(bound), encoding="ascii")
-        service, server = _build(identity, limits or Limits(), listener, grace_s)
+        options = options or ServerOptions()
+        service, server = _build(identity, limits or Limits(), options, listener, grace_s)
+        if not options.access.closed and not _is_loopback(listener):
+            logger.warning("anybody who reaches %s:%d may ask; --api-keys or --trusted-header closes it", host, bound)
+        service.decoder.warm_up()
         failures: list[Exception] = []
         loader = threading.Thread(
             target=_load, args=(load, on_ready, service, server, failures), name="load", daemon=True
@@ -83,7 +91,7 @@ def serve(
         try:
             server.run()
         finally:
-            service.queue.close()
+            service.close()
     if failures:
         raise failures[0]
 
@@ -140,6 +148,7 @@ def main(argv: Sequence[str] | None = None, *, load: Callable[[Path], ChatEngine
             host=args.host,
             port=args.port,
             limits=limits,
+            options=options_of(args),
             grace_s=args.grace,
             port_file=args.port_file,
         )
@@ -166,11 +175,12 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds for running answers on SIGTERM")
     parser.add_argument("--log-format", choices=("auto", "text", "json"), help="default: NVILA_LOG_FORMAT, then auto")
     parser.add_argument("--port-file", type=Path, help="file that gets the bound port")
+    add_arguments(parser)
     return parser
 
 
 def _build(
-    identity: ModelIdentity, limits: Limits, listener: socket.socket, grace_s: float
+    identity: ModelIdentity, limits: Limits, options: ServerOptions, listener: socket.socket, grace_s: float
 ) -> tuple[ChatService, NvilaServer]:
     # The SDK builds on a class that the web framework has deprecated; nothing a reader of our log could act on.
     warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
@@ -181,11 +191,19 @@ def _build(
         sys.argv = ours
     from prometheus_client import REGISTRY
 
+    from nvila_platform.serving.fetching import MediaDoor
+    from nvila_platform.serving.media_store import open_media_store
     from nvila_platform.serving.metrics import ServingMetrics
     from nvila_platform.serving.service import ChatService
 
-    service = ChatService(identity, limits, ServingMetrics(identity, REGISTRY))
-    return service, NvilaServer(service, listener, grace_s)
+    door = MediaDoor(options.hosts, timeout_s=limits.fetch_timeout_s) if options.hosts.hosts else None
+    store = open_media_store(options.media_store, Settings.load()) if options.media_store else None
+    service = ChatService(identity, limits, ServingMetrics(identity, REGISTRY), door=door, store=store)
+    return service, NvilaServer(service, listener, grace_s, options)
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _load(
@@ -196,7 +214,9 @@ def _load(
     failures: list[Exception],
 ) -> None:
     try:
-        service.queue.start(load())
+        from prometheus_client import REGISTRY
+
+        service.start(load(), REGISTRY)
         if on_ready is not None:
             on_ready()
     except Exception as e:

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nvila.data.records import Message, Part, Role
+from nvila_platform.serving.content import ChatMessage, TextPart, media_sources
+from nvila_platform.serving.cost import Cost, estimate
+from nvila_platform.serving.decoder_pool import DecoderPool
+from nvila_platform.serving.engine_metrics import register_engine
 from nvila_platform.serving.errors import ApiError
-from nvila_platform.serving.media import load_image
-from nvila_platform.serving.queue import EngineQueue, Slot, Stream
-from nvila_platform.serving.schema import ChatRequest, ImagePart, TextPart
+from nvila_platform.serving.media import MediaIntake
+from nvila_platform.serving.queue import EngineQueue, Slot
+from nvila_platform.serving.stream import Completion, Stream
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from prometheus_client import CollectorRegistry
 
-    from nvila.inference.engine import TokenLogprob, Usage
+    from nvila_platform.serving.engine import ChatEngine
+    from nvila_platform.serving.fetching import MediaDoor
     from nvila_platform.serving.identity import ModelIdentity
     from nvila_platform.serving.limits import Limits
+    from nvila_platform.serving.media import Medium
+    from nvila_platform.serving.media_store import MediaStore
     from nvila_platform.serving.metrics import ServingMetrics
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """A finished answer."""
-
-    text: str
-    finish_reason: str
-    usage: Usage
-    logprobs: Sequence[TokenLogprob] = ()
+    from nvila_platform.serving.schema import GenerationRequest
 
 
 class ChatService:
@@ -39,78 +37,125 @@ class ChatService:
         identity: Which model it is.
         limits: What a request may cost.
         metrics: Where it reports.
+        door: Fetches media from other hosts; None refuses them.
+        store: Holds media that requests name; None refuses them.
     """
 
-    def __init__(self, identity: ModelIdentity, limits: Limits, metrics: ServingMetrics) -> None:
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        limits: Limits,
+        metrics: ServingMetrics,
+        *,
+        door: MediaDoor | None = None,
+        store: MediaStore | None = None,
+    ) -> None:
         self.identity = identity
         self.limits = limits
         self.metrics = metrics
+        self.decoder = DecoderPool(limits)
+        self._intake = MediaIntake(limits, self.decoder, door=door, store=store)
         self.queue = EngineQueue(
             capacity=limits.max_requests,
+            max_cost=limits.max_cost_tokens,
             timeout_s=limits.request_timeout_s,
             metrics=metrics,
             concurrency=limits.max_running,
         )
 
-    async def open(self, slot: Slot, request: ChatRequest) -> Stream:
-        """Decode the request's images and return its answer's stream once the engine has begun.
+    def start(self, engine: ChatEngine, registry: CollectorRegistry) -> None:
+        """Begin to serve with `engine`."""
+        register_engine(self.identity.name, engine, registry)
+        self.queue.start(engine)
+
+    def close(self) -> None:
+        """End what still runs."""
+        self.queue.close()
+        self.decoder.close()
+
+    def cost(self, request: GenerationRequest, conversations: Sequence[Sequence[ChatMessage]]) -> Cost:
+        """Estimate what a request costs, before any of its media is read.
 
         Raises:
-            ApiError: The request cannot be served.
+            ApiError: It asks for more than a request may.
         """
-        longest = self.queue.engine.max_length
+        longest, limits = self.queue.engine.max_length, self.limits
         if request.token_limit is not None and request.token_limit > longest:
             message = f"{request.token_limit} tokens were asked for, this model's longest sequence has {longest}"
             raise ApiError(400, "max_tokens_too_large", message, param="max_tokens")
-        # Decoding a large image takes long enough to hold up every other request's tokens.
-        messages, images = await asyncio.to_thread(read_conversation, request, self.limits)
-        stream = slot.submit(messages, images, request.sampling())
-        await stream.opened()
-        return stream
+        answers = request.n * len(conversations)
+        if answers > limits.max_choices:
+            message = f"{answers} answers were asked for, one request gets at most {limits.max_choices}"
+            raise ApiError(400, "too_many_choices", message, param="n")
+        messages = [message for conversation in conversations for message in conversation]
+        sources = media_sources(messages, self.queue.rates.num_frames)
+        self._intake.check(sources)
+        texts = (part.text for message in messages for part in message.content if isinstance(part, TextPart))
+        return estimate(self.queue.rates, texts, sources, answers=answers, limit=request.token_limit)
 
-    async def answer(self, slot: Slot, request: ChatRequest) -> Completion:
-        """Return the whole answer.
+    async def submit(self, slot: Slot, request: GenerationRequest, messages: Sequence[ChatMessage]) -> list[Stream]:
+        """Load a conversation's media and queue all answers that are asked for.
+
+        Raises:
+            ApiError: A medium cannot be used.
+        """
+        conversation, media = await read_conversation(messages, self._intake, self.queue.rates.num_frames, self.metrics)
+        return [slot.submit(conversation, media, request.sampling(choice)) for choice in range(request.n)]
+
+    async def answer(self, slot: Slot, request: GenerationRequest, messages: Sequence[ChatMessage]) -> list[Completion]:
+        """Return all answers to one conversation, whole.
 
         Raises:
             ApiError: The request cannot be served.
         """
-        stream = await self.open(slot, request)
-        texts, reason = [], "stop"
-        logprobs: list[TokenLogprob] = []
-        async for delta in stream:
-            texts.append(delta.text)
-            logprobs += delta.logprobs
-            reason = delta.finish_reason or reason
-        return Completion(text="".join(texts), finish_reason=reason, usage=stream.usage, logprobs=logprobs)
+        streams = await self.submit(slot, request, messages)
+        if len(streams) == 1:
+            return [await streams[0].collected()]
+        return await asyncio.gather(*(stream.collected() for stream in streams))
 
 
-def read_conversation(request: ChatRequest, limits: Limits) -> tuple[list[Message], dict[str, Image]]:
-    """Turn a request into the engine's messages and images; an image sent twice is decoded once.
+async def read_conversation(
+    messages: Sequence[ChatMessage], intake: MediaIntake, num_frames: int, metrics: ServingMetrics | None = None
+) -> tuple[list[Message], dict[str, Medium]]:
+    """Turn a request's messages into the engine's; a medium sent twice is loaded once.
+
+    Args:
+        messages: The conversation.
+        intake: Loads its media.
+        num_frames: Frames of a video for which the request names no number.
+        metrics: Told how long the media took.
 
     Raises:
-        ApiError: There are too many images, or one cannot be used.
+        ApiError: A medium cannot be used.
     """
-    total = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
-    if total > limits.max_images:
-        message = f"the request holds {total} images, at most {limits.max_images} are allowed"
-        raise ApiError(400, "too_many_images", message, param="messages")
-    keys: dict[str, str] = {}
-    images: dict[str, Image] = {}
-    messages = []
-    for turn, sent in enumerate(request.messages):
-        parts = []
-        for position, part in enumerate(sent.content):
-            if isinstance(part, TextPart):
-                parts.append(Part(type="text", value=part.text))
-                continue
-            url = part.image_url.url
-            if url not in keys:
-                key = f"image-{len(keys)}"
-                images[key] = load_image(url, limits, param=f"messages[{turn}].content[{position}].image_url.url")
-                keys[url] = key
-            parts.append(Part(type="image", value=keys[url]))
-        messages.append(Message(role=_role(sent.role), content=tuple(parts)))
-    return messages, images
+    sources = media_sources(messages, num_frames)
+    media: dict[str, Medium] = {}
+    keys: list[str] = []
+    if sources:
+        began = time.monotonic()
+        loaded = await intake.load(sources)
+        if metrics is not None:
+            metrics.media(time.monotonic() - began, loaded.encoded_bytes)
+        known: dict[int, str] = {}
+        for medium in loaded.media:
+            keys.append(known.setdefault(id(medium), f"medium-{len(known)}"))
+            media[keys[-1]] = medium
+    parts = iter(
+        [
+            Part(type="image" if source.kind == "image" else "video", value=key)
+            for source, key in zip(sources, keys, strict=True)
+        ]
+    )
+    return [
+        Message(
+            role=_role(sent.role),
+            content=tuple(
+                Part(type="text", value=part.text) if isinstance(part, TextPart) else next(parts)
+                for part in sent.content
+            ),
+        )
+        for sent in messages
+    ], media
 
 
 def _role(sent: str) -> Role:

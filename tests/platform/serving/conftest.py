@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
 from PIL import Image
 
 from nvila_platform.serving import RunningServer, start_server
+
+if TYPE_CHECKING:
+    from nvila.configuration import NVILAConfig
 
 HERE = Path(__file__).parent
 VERSION = "7"
@@ -78,3 +81,54 @@ def server(tmp_path_factory: pytest.TempPathFactory, start_words: StartWords) ->
 def http(server: RunningServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.base_url, trust_env=False, timeout=20.0) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a real model with weights of chance: whole prompts, tiles and tokens, in a few milliseconds."""
+    import torch
+
+    from nvila.assembly import build_model, build_processor, save_model
+    from nvila.data.tokenizers import build_word_tokenizer
+    from nvila.training.config import ModelConfig
+
+    torch.set_num_threads(1)
+    torch.manual_seed(11)
+    tokenizer = build_word_tokenizer(["what color is the shape ?", 'blue red circle { } : " a'], model_max_length=512)
+    config = ModelConfig(
+        vision={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        language={
+            "model_type": "qwen2",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.2,
+        },
+        projector="mlp_downsample_2x2_fix",
+        select_layer=-2,
+        max_length=512,
+    )
+    path = tmp_path_factory.mktemp("tiny-model")
+    model = build_model(config, tokenizer).eval()
+    save_model(model, build_processor(cast("NVILAConfig", model.config), tokenizer), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_model: Path) -> Any:
+    from nvila.assembly import load_model
+
+    return load_model(tiny_model)[1]

@@ -127,4 +127,4 @@ def test_health_and_metadata(http: httpx.Client) -> None:
     assert http.get("/v2/models/words/ready").json() == {"name": "words", "ready": True}
     assert http.get("/v1/models/words").json() == {"name": "words", "ready": True}
     metadata = http.get("/v2/models/words").json()
-    assert [tensor["name"] for tensor in metadata["inputs"]] == ["prompt", "image"]
+    assert [tensor["name"] for tensor in metadata["inputs"]] == ["prompt", "image", "video"]

@@ -161,7 +161,7 @@ def test_request_id_and_lineage_come_back(http: httpx.Client) -> None:
         (b"", {}, 400, "invalid_json"),
         (b"[]", {}, 400, "invalid_request"),
         (b"{}", {"content-type": "text/plain"}, 415, "unsupported_media_type"),
-        (json.dumps(body("hi", n=2)).encode(), {}, 400, "unsupported_parameter"),
+        (json.dumps(body("hi", n=9)).encode(), {}, 400, "too_many_choices"),
         (json.dumps(body("hi", tools=[{"type": "function"}])).encode(), {}, 400, "unsupported_parameter"),
         (json.dumps(body("hi", max_tokens=100_000)).encode(), {}, 400, "max_tokens_too_large"),
         (json.dumps(body("hi") | {"model": "gpt"}).encode(), {}, 404, "model_not_found"),
@@ -177,7 +177,7 @@ def test_request_id_and_lineage_come_back(http: httpx.Client) -> None:
         "empty",
         "list",
         "text-plain",
-        "n-2",
+        "n-9",
         "tools",
         "max-tokens",
         "model",
@@ -204,7 +204,7 @@ def test_every_error_has_the_openai_shape(
     [
         ("GET", CHAT, 405, "method_not_allowed"),
         ("GET", "/nowhere", 404, "not_found"),
-        ("POST", "/openai/v1/completions", 404, "not_found"),
+        ("GET", "/openai/v1/completions", 405, "method_not_allowed"),
     ],
 )
 def test_unknown_routes_have_the_openai_shape_too(
@@ -273,7 +273,7 @@ def test_metrics_are_prometheus_text_with_the_models_numbers(http: httpx.Client,
     part = {"type": "image_url", "image_url": {"url": png_url}}
     message = {"role": "user", "content": [part, {"type": "text", "text": "a b c"}]}
     http.post(CHAT, json={"model": "words", "messages": [message]}).raise_for_status()
-    http.post(CHAT, json=body("hi", n=3))
+    http.post(CHAT, json=body("hi", tools=[{}]))
     text = http.get("/metrics").text
     assert {name: metric(http, f"nvila:{name}") - before[name] for name in names} == {
         "prompt_tokens_total": 19,

@@ -15,7 +15,8 @@ from nvila.data.records import vqa_sample
 from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.metrics import ServingMetrics
-from nvila_platform.serving.queue import EngineQueue, Slot, Stream
+from nvila_platform.serving.queue import EngineQueue, Slot
+from nvila_platform.serving.stream import Stream
 
 
 class Bench:

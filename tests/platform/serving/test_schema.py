@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
+from nvila.data.records import Message
 from nvila.errors import ConfigError, DataError, InfrastructureError
 from nvila.inference.sampling import SamplingParams
+from nvila_platform.serving.decoder_pool import DecoderPool
 from nvila_platform.serving.errors import ApiError, as_api_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import Limits
-from nvila_platform.serving.schema import parse_chat
+from nvila_platform.serving.media import MediaIntake, Medium
+from nvila_platform.serving.schema import ChatRequest, parse_chat, parse_completion
 from nvila_platform.serving.service import read_conversation
 
 ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def conversation(request: ChatRequest, limits: Limits | None = None) -> tuple[list[Message], dict[str, Medium]]:
+    limits = limits or Limits(decode_workers=1)
+    pool = DecoderPool(limits)
+    try:
+        return asyncio.run(read_conversation(request.messages, MediaIntake(limits, pool), 8))
+    finally:
+        pool.close()
 
 
 def refusal(body: Any) -> ApiError:
@@ -26,7 +39,7 @@ def refusal(body: Any) -> ApiError:
 
 
 def test_plain_text_content_is_one_text_part() -> None:
-    messages, images = read_conversation(parse_chat(ASK), Limits())
+    messages, images = conversation(parse_chat(ASK))
     assert [(part.type, part.value) for part in messages[0].content] == [("text", "hi")]
     assert images == {}
 
@@ -77,23 +90,23 @@ def test_developer_is_system_and_an_earlier_answer_may_carry_nulls() -> None:
             {"role": "user", "content": [{"type": "text", "text": "q2"}]},
         ]
     }
-    messages, _ = read_conversation(parse_chat(body), Limits())
+    messages, _ = conversation(parse_chat(body))
     assert [message.role for message in messages] == ["system", "user", "assistant", "user"]
 
 
 def test_the_same_image_twice_is_decoded_once(png_url: str) -> None:
     part = {"type": "image_url", "image_url": {"url": png_url, "detail": "low"}}
     request = parse_chat(ASK | {"messages": [{"role": "user", "content": [part, part]}]})
-    messages, images = read_conversation(request, Limits())
+    messages, images = conversation(request)
     assert len(images) == 1
-    assert [part.value for part in messages[0].content] == ["image-0", "image-0"]
+    assert [part.value for part in messages[0].content] == ["medium-0", "medium-0"]
 
 
 def test_too_many_images_are_refused(png_url: str) -> None:
     part = {"type": "image_url", "image_url": {"url": png_url}}
     request = parse_chat(ASK | {"messages": [{"role": "user", "content": [part] * 3}]})
     with pytest.raises(ApiError, match="at most 2") as caught:
-        read_conversation(request, Limits(max_images=2))
+        conversation(request, Limits(max_images=2))
     assert caught.value.code == "too_many_images"
 
 
@@ -129,7 +142,6 @@ def test_fields_that_ask_for_nothing_are_tolerated(field: dict[str, Any]) -> Non
         {"audio": {"voice": "x"}},
         {"store": True},
         {"reasoning_effort": "high"},
-        {"n": 2},
     ],
     ids=lambda field: "-".join(field),
 )
@@ -176,6 +188,7 @@ def test_unsupported_fields_are_refused_by_name(field: dict[str, Any]) -> None:
             "tool_calls",
         ),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "invalid_parameter", None, "last message"),
+        ({"n": 0}, "invalid_parameter", "n", "greater"),
         ({"max_tokens": 0}, "invalid_parameter", "max_tokens", "greater"),
         ({"max_tokens": "9"}, "invalid_parameter", "max_tokens", "integer"),
         ({"max_tokens": True}, "invalid_parameter", "max_tokens", "integer"),
@@ -243,3 +256,45 @@ def test_identities_that_break_urls_or_headers_are_refused(fields: dict[str, str
 def test_limits_must_be_positive() -> None:
     with pytest.raises(ConfigError, match="max_requests"):
         Limits(max_requests=0)
+
+
+def test_every_answer_draws_for_itself_and_a_seed_fixes_them_all() -> None:
+    request = parse_chat(ASK | {"n": 3, "seed": 2**63 - 2})
+    assert [request.sampling(choice).seed for choice in range(3)] == [2**63 - 2, 2**63 - 1, -(2**63)]
+    assert parse_chat(ASK | {"n": 3}).sampling(2).seed is None
+
+
+def test_videos_and_lists_of_frames_are_parts_of_a_message(png_url: str) -> None:
+    parts = [{"type": "video", "video": [png_url] * 3, "fps": 2.0}, {"type": "text", "text": "what moves?"}]
+    messages, media = conversation(parse_chat(ASK | {"messages": [{"role": "user", "content": parts}]}))
+    assert [part.type for part in messages[0].content] == ["video", "text"]
+    (video,) = media.values()
+    assert getattr(video, "timestamps", None) == (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param"),
+    [
+        ({}, "missing_parameter", "prompt"),
+        ({"prompt": []}, "invalid_parameter", "prompt"),
+        ({"prompt": [[1, 2]]}, "invalid_parameter", "prompt[0]"),
+        ({"prompt": "x", "echo": True}, "unsupported_parameter", "echo"),
+        ({"prompt": "x", "suffix": "y"}, "unsupported_parameter", "suffix"),
+        ({"prompt": "x", "best_of": 2}, "unsupported_parameter", "best_of"),
+        ({"prompt": "x", "logprobs": 9}, "invalid_parameter", "logprobs"),
+        ({"prompt": "x", "messages": []}, "unknown_parameter", "messages"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_text_completions_are_checked_likewise(change: dict[str, Any], code: str, param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_completion({"model": "m"} | change)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
+
+
+def test_each_prompt_of_a_text_completion_is_a_turn_of_its_own() -> None:
+    request = parse_completion({"model": "m", "prompt": ["a", "b"], "logprobs": 2})
+    assert [chat[0].content for chat in request.chats()] == [
+        parse_chat(ASK | {"messages": [{"role": "user", "content": text}]}).messages[0].content for text in "ab"
+    ]
+    assert request.sampling().logprobs == 2

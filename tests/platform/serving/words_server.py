@@ -22,7 +22,7 @@ from nvila.errors import CheckpointError, DataError
 from nvila.inference.engine import Delta, SamplingParams, Usage
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from nvila_platform.serving.media import Medium
 
 VISUAL_TOKENS = 16
 PAUSE_S = 0.05
@@ -83,7 +83,7 @@ class WordsEngine:
         return cls()
 
     def stream(
-        self, messages: Sequence[Message], images: Mapping[str, Image], params: SamplingParams
+        self, messages: Sequence[Message], images: Mapping[str, Medium], params: SamplingParams
     ) -> WordsGeneration:
         text = messages[-1].text
         self.asked.append(text)
@@ -91,7 +91,7 @@ class WordsEngine:
             raise DataError("the prompt has 9000 tokens, the model takes 4096", "shorten it")
         if text == "crash":
             raise RuntimeError("secret /etc/path")
-        keys = [part.value for message in messages for part in message.content if part.type == "image"]
+        keys = [part.value for message in messages for part in message.content if part.type != "text"]
         command, _, rest = text.partition(" ")
         if command in ("count", "slow"):
             words = [str(number) for number in range(int(rest))]
@@ -100,13 +100,18 @@ class WordsEngine:
         elif text == "roles":
             words = [message.role for message in messages]
         else:
-            words = [f"{images[key].width}x{images[key].height}" for key in keys] + text.split()
+            words = [_described(images[key]) for key in keys] + text.split()
         prompt = sum(len(message.text.split()) for message in messages) + VISUAL_TOKENS * len(keys)
         usage = Usage(prompt_tokens=prompt, visual_tokens=VISUAL_TOKENS * len(keys), completion_tokens=0)
         pause_s = PAUSE_S if command == "slow" else 0.0
         generation = WordsGeneration(words, params, usage, pause_s, crash=text == "crash later")
         self.generations.append(generation)
         return generation
+
+
+def _described(medium: Medium) -> str:
+    frames = getattr(medium, "frames", None)
+    return f"{medium.size[0]}x{medium.size[1]}" + ("" if frames is None else f"x{len(frames)}")
 
 
 if __name__ == "__main__":
