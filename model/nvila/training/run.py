@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nvila.assembly import build_model, build_processor, load_model, save_model
 from nvila.configuration import NVILAConfig
@@ -205,7 +205,7 @@ def trained_parts(model: NVILAForConditionalGeneration, stage: StageConfig) -> l
     return groups
 
 
-def recompute_activations(model: NVILAForConditionalGeneration) -> None:
+def recompute_activations(model: PreTrainedModel) -> None:
     """Have tower and decoder keep the inputs of their layers only, and compute the rest again in the backward pass."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
