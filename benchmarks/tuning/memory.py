@@ -2,7 +2,7 @@
 
 Every measured cell is a process of its own that runs `nvila.tuning.run.tune` on pages of handwritten digits. Counted
 bytes are those of live tensors; resident bytes are the highest RSS after the first step, over the RSS of a process that
-has loaded its libraries and no model.
+has loaded its libraries and no model. The time of a step is the median of those whose tensors are not counted.
 
 python benchmarks/tuning/memory.py              # ten cells, three repeats of the two that the ratio is made of
 python benchmarks/tuning/memory.py --quick      # the small model, once
@@ -39,13 +39,16 @@ SHAPES = {
     "nine tiles": BatchShape(rows=1, row=1257, tiles=9, supervised=60),
 }
 GIB = 2**30
+# Tensors of the first nine steps are counted, which takes time; those behind them are timed.
+_STEPS, _TIMED_STEPS = 5, 14
 
 
 def main() -> int:
     """Measure, print, write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the small model, once")
-    parser.add_argument("--cell", nargs=3, metavar=("SIZE", "METHOD", "FOLDER"), help=argparse.SUPPRESS)
+    cell = ("SIZE", "METHOD", "FOLDER", "STEPS")
+    parser.add_argument("--cell", nargs=4, metavar=cell, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.cell:
@@ -63,7 +66,8 @@ def main() -> int:
                 for method in METHODS:
                     if repeat and (size != sizes[-1] or method not in ("full+full", "ln+qlora")):
                         continue
-                    cells.append(run_cell(size, method, Path(folder)) | {"repeat": repeat})
+                    steps = _STEPS if repeat else _TIMED_STEPS
+                    cells.append(run_cell(size, method, Path(folder), steps) | {"repeat": repeat})
                     print(cells[-1])
     path = write_result(
         "tuning-memory-quick" if args.quick else "tuning-memory",
@@ -112,6 +116,8 @@ def claims(counted: dict[str, dict[str, TracedStep]], cells: list[dict[str, Any]
     live = [a["measured"] / b["measured"] for a, b in zip(own["full+full"], own["ln+qlora"], strict=True)]
     resident = [a["resident"] / b["resident"] for a, b in zip(own["full+full"], own["ln+qlora"], strict=True)]
     errors = [abs(cell["planned"] / cell["measured"] - 1) for cell in cells if cell["repeat"] == 0]
+    timed = [cell for cell in cells if cell["seconds"] is not None]
+    late = [cell["planned_seconds"] / cell["seconds"] - 1 for cell in timed]
     return [
         *found,
         claim(
@@ -139,6 +145,15 @@ def claims(counted: dict[str, dict[str, TracedStep]], cells: list[dict[str, Any]
             max(errors) <= 0.15,
             "share of the measured peak",
         ),
+        claim(
+            "planner-time-error",
+            f"planned time of a step over the measured one, less 1, over {len(late)} cells of method and size",
+            late,
+            "reported",
+            True,
+            "an estimate from operations and the speed of one matrix product; "
+            + ", ".join(f"{one['size']} {one['method']} {error:+.2f}" for one, error in zip(timed, late, strict=True)),
+        ),
     ]
 
 
@@ -157,9 +172,9 @@ def plain(step: TracedStep) -> dict[str, float]:
     return {name: round(getattr(step, name) / GIB, 3) for name in names}
 
 
-def run_cell(size: str, method: str, folder: Path) -> dict[str, Any]:
+def run_cell(size: str, method: str, folder: Path, steps: int) -> dict[str, Any]:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--cell", size, method, str(folder)]
+    command = [sys.executable, __file__, "--cell", size, method, str(folder), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -184,7 +199,7 @@ class HighWater:
         """Nothing to do."""
 
 
-def measure(size: str, name: str, folder: str) -> dict[str, Any]:
+def measure(size: str, name: str, folder: str, steps: str) -> dict[str, Any]:
     """Plan a run and do it."""
     from nvila.data.mixtures import Registry
     from nvila.processing import NVILAProcessor
@@ -192,7 +207,7 @@ def measure(size: str, name: str, folder: str) -> dict[str, Any]:
     from nvila.tuning.applying import import_peft
     from nvila.tuning.config import TuneConfig
     from nvila.tuning.data import open_tune_data
-    from nvila.tuning.planner import Planner
+    from nvila.tuning.planner import Planner, device_speed
     from nvila.tuning.run import tune
 
     base = Path(folder) / size
@@ -210,10 +225,11 @@ def measure(size: str, name: str, folder: str) -> dict[str, Any]:
         batch_tokens=tokens,
         micro_batch_tokens=tokens,
         max_length=data.max_length,
-        steps=5,
+        steps=int(steps),
     )
-    planner = Planner(config=config, data=data, tune=settings, available=2**60, operations_per_second=1e9)
-    planned = planner.option(method).step.peak
+    speed = device_speed("cpu", "fp32")
+    planner = Planner(config=config, data=data, tune=settings, available=2**60, operations_per_second=speed)
+    planned = planner.option(method)
     import_peft()
     before = resident("VmRSS")
     with tempfile.TemporaryDirectory() as out:
@@ -222,8 +238,10 @@ def measure(size: str, name: str, folder: str) -> dict[str, Any]:
     return {
         "size": size,
         "method": name,
-        "planned": planned,
+        "planned": planned.step.peak,
         "measured": tuned.peak_bytes,
+        "planned_seconds": planned.seconds,
+        "seconds": tuned.step_seconds,
         "resident": resident("VmHWM") - before,
     }
 

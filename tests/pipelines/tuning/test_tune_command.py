@@ -176,3 +176,21 @@ def test_merge_leaves_a_plain_model(nvila: Nvila, base: Path, pictures: Path) ->
     folder = Path(done.last_json["path"])
     assert not (folder / "nvila_adapter.json").exists()
     load_model(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_processes_sweep_and_tune_together(nvila: Nvila, base: Path, pictures: Path) -> None:
+    found = {}
+    for processes in (1, 2):
+        words = ("--lr-ratio", "auto", "--dropout", 0, "--processes", processes)
+        done = nvila("tune", base, pictures, *QUICK, *words, "--workspace", f"workspace-{processes}", "--json")
+        assert done.code == 0, done.err
+        found[processes] = done.last_json
+    one, two = found[1], found[2]
+    assert [trial["loss"] for trial in two["ratios"]] == pytest.approx([t["loss"] for t in one["ratios"]], rel=1e-3)
+    assert [look["loss"] for look in two["losses"]] == pytest.approx([t["loss"] for t in one["losses"]], rel=1e-3)
+    assert two["model"] == "models:/nvila-tuned/1"
+    # Each of the two had a part of the batch.
+    assert two["memory"]["predicted"] < one["memory"]["predicted"]
+    assert "--lr-ratio auto" in done.err
