@@ -164,7 +164,7 @@ def test_what_only_an_outage_stopped_is_tried_again_as_often_as_the_profile_says
 def test_parameters_are_checked_before_anything_is_done(
     task: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked = check_run("fast", ["train.precision=bf16"], {"seed": 7, "gate.min_accuracy": None}, "nvila lifecycle/1")
+    checked = check_run("fast", ["train.precision=bf16"], {"seed": "7", "gate.min_accuracy": ""}, "nvila lifecycle/1")
     found = Recipe.from_json(checked.recipe)
     assert (found.seed, found.train.precision, checked.run_id) == (7, "bf16", "nvila-lifecycle-1")
     assert (
@@ -172,7 +172,7 @@ def test_parameters_are_checked_before_anything_is_done(
         == check_run("fast", ["train.precision=bf16", "seed=8"], {}, "x").recipe
     )
     error_file = tmp_path / "error.json"
-    for fields, says in (({"gate.min_accuracy": 1.5}, "gate.min_accuracy"), ({"seed": "many"}, "seed")):
+    for fields, says in (({"gate.min_accuracy": "1.5"}, "gate.min_accuracy"), ({"seed": "many"}, "seed")):
         error_file.unlink(missing_ok=True)
         monkeypatch.setenv("NVILA_ERROR_FILE", str(error_file))
         with pytest.raises(SystemExit) as stopped:

@@ -1,7 +1,7 @@
 """Kubeflow component: check."""
 
 # Annotations are read at definition time, so they must not be postponed in this file.
-from typing import List, NamedTuple, Optional  # noqa: UP035  # kfp reads these forms
+from typing import List, NamedTuple  # noqa: UP035  # kfp reads these forms
 
 from kfp import dsl
 
@@ -14,8 +14,8 @@ def check(
     job: str,
     run_id: str = "",
     overrides: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
-    seed: Optional[int] = None,  # noqa: UP045
-    min_accuracy: Optional[float] = None,  # noqa: UP045
+    seed: str = "",
+    min_accuracy: str = "",
     register_as: str = "",
 ) -> NamedTuple("Checked", [("recipe", str), ("run_id", str)]):  # type: ignore[valid-type]  # the form that kfp reads
     """Check every parameter of the run before anything is worked on, and resolve the recipe.
@@ -25,8 +25,8 @@ def check(
         job: Name that Kubeflow gave the run.
         run_id: Name of the run; empty takes Kubeflow's.
         overrides: Fields of the recipe to change, such as train.precision=bf16.
-        seed: Seed of everything that is drawn.
-        min_accuracy: Accuracy that the gate asks for.
+        seed: Seed of everything that is drawn; empty leaves the recipe's.
+        min_accuracy: Accuracy that the gate asks for; empty leaves the recipe's.
         register_as: Name in the model registry.
 
     Returns:
@@ -34,5 +34,5 @@ def check(
     """
     from nvila_pipelines.steps.check import check_run
 
-    fields = {"seed": seed, "gate.min_accuracy": min_accuracy, "register.name": register_as or None}
+    fields = {"seed": seed, "gate.min_accuracy": min_accuracy, "register.name": register_as}
     return check_run(recipe, overrides, fields, run_id or job)

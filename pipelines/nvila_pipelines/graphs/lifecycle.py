@@ -1,7 +1,7 @@
 """The whole lifecycle as one Kubeflow pipeline."""
 
 # Annotations are read at definition time, so they must not be postponed in this file.
-from typing import Any, List, Optional  # noqa: UP035  # kfp reads these forms
+from typing import Any, List  # noqa: UP035  # kfp reads these forms
 
 from kfp import dsl
 
@@ -29,8 +29,8 @@ def build(profile: Profile) -> Any:
     def lifecycle(
         recipe: str = "quickstart",
         overrides: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
-        seed: Optional[int] = None,  # noqa: UP045
-        min_accuracy: Optional[float] = None,  # noqa: UP045
+        seed: str = "",
+        min_accuracy: str = "",
         register_as: str = "",
         run_id: str = "",
     ) -> None:

@@ -1,7 +1,7 @@
 """Training alone: data, curation, all stages, and the scores of the result."""
 
 # Annotations are read at definition time, so they must not be postponed in this file.
-from typing import Any, List, Optional  # noqa: UP035  # kfp reads these forms
+from typing import Any, List  # noqa: UP035  # kfp reads these forms
 
 from kfp import dsl
 
@@ -22,7 +22,7 @@ def build(profile: Profile) -> Any:
     def train(
         recipe: str = "quickstart",
         overrides: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
-        seed: Optional[int] = None,  # noqa: UP045
+        seed: str = "",
         run_id: str = "",
     ) -> None:
         """Train the model of a recipe.

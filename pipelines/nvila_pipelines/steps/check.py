@@ -20,19 +20,19 @@ class Checked(NamedTuple):
     run_id: str
 
 
-def check_run(recipe: str, overrides: Sequence[str], fields: Mapping[str, object], run_id: str) -> Checked:
+def check_run(recipe: str, overrides: Sequence[str], fields: Mapping[str, str], run_id: str) -> Checked:
     """Resolve a recipe and name the run.
 
     Args:
         recipe: Name, or a resolved recipe as JSON.
         overrides: `dotted.key=value` words.
-        fields: Values by dotted key; None leaves the recipe's.
+        fields: Values by dotted key; an empty one leaves the recipe's.
         run_id: Name of the run.
 
     Raises:
         SystemExit: A parameter is wrong; the typed error was left for the parent process.
     """
-    words = [*overrides, *(f"{name}={value}" for name, value in fields.items() if value is not None)]
+    words = [*overrides, *(f"{name}={value}" for name, value in fields.items() if value)]
     name = _UNSAFE.sub("-", run_id).strip("-.")
     found = run_task("check", name, lambda _: _resolve(recipe, words, name))
     return Checked(found.to_json(), name)
