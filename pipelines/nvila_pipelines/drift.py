@@ -47,7 +47,7 @@ def _features(record: Record) -> Values:
     if record.sample is None:
         raise DataError(f"{record.where}: {record.problem}")
     images = [_image(record, key) for key in record.sample.images]
-    return request_features(record.sample.question, images) | answer_features(record.sample.answer)
+    return request_features(record.sample.question, images) | answer_features(len(record.sample.answer))
 
 
 def _image(record: Record, key: str) -> Image.Image:

@@ -42,9 +42,13 @@ def request_features(prompt: str, images: Sequence[Image.Image]) -> Values:
     return found
 
 
-def answer_features(answer: str) -> Values:
-    """Describe what goes out."""
-    return {"answer_letters": [float(len(answer))]}
+def answer_features(letters: int) -> Values:
+    """Describe what goes out.
+
+    Args:
+        letters: Length of the answer.
+    """
+    return {"answer_letters": [float(letters)]}
 
 
 def image_features(image: Image.Image) -> dict[str, float]:

@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 
 from nvila.errors import NvilaError
 from nvila_platform.serving.auth import Gatekeeper
+from nvila_platform.serving.drift import drift_router
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.guard import Guard
 from nvila_platform.serving.lifecycle import Drain, health_router
@@ -116,6 +117,8 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         super()._register_endpoints(app)
         app.include_router(build_router(self._service))
         app.include_router(health_router(self._service))
+        if self._service.traffic is not None:
+            app.include_router(drift_router(self._service.traffic.watch))
         if self._options.production:
             # Neither a page nor a description of what could be tried.
             app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != app.openapi_url]

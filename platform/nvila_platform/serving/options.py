@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nvila.errors import ConfigError
+from nvila_platform.drift.reference import Reference
 from nvila_platform.serving.addresses import HostRules, rules
 from nvila_platform.serving.auth import AccessRules
+
+DRIFT_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,8 @@ class ServerOptions:
         media_store: Folder or `s3://bucket/prefix` that `store:PATH` is looked up in; empty for none.
         production: No playground, and nobody is let in without a key or a proxy's word.
         drain_s: Seconds between the stop signal, when readiness drops, and the closing of the port.
+        drift: What traffic is compared with; None watches nothing.
+        drift_share: Share of the requests that are looked at.
 
     Raises:
         ConfigError: They do not go together.
@@ -32,6 +37,8 @@ class ServerOptions:
     media_store: str = ""
     production: bool = False
     drain_s: float = 0.0
+    drift: Reference | None = None
+    drift_share: float = DRIFT_SHARE
 
     def __post_init__(self) -> None:
         if self.production and not self.access.closed:
@@ -56,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--media-store", default="", metavar="URI", help="folder or s3:// prefix behind store:PATH")
     group.add_argument("--production", action="store_true", help="no playground; keys or a trusted header needed")
+    group.add_argument("--drift", type=Path, metavar="FILE", help="watch for drift from this: nvila drift reference")
+    group.add_argument(
+        "--drift-share", type=float, default=DRIFT_SHARE, metavar="N", help="share of requests (default: %(default)s)"
+    )
     group.add_argument("--drain", type=float, default=0.0, metavar="SECONDS", help="serve on, not ready, after SIGTERM")
 
 
@@ -71,4 +82,6 @@ def options_of(args: argparse.Namespace) -> ServerOptions:
         media_store=args.media_store,
         production=args.production,
         drain_s=args.drain,
+        drift=Reference.read(args.drift) if args.drift is not None else None,
+        drift_share=args.drift_share,
     )

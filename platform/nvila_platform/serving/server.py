@@ -191,6 +191,8 @@ def _build(
         sys.argv = ours
     from prometheus_client import REGISTRY
 
+    from nvila_platform.drift.watch import DriftWatch
+    from nvila_platform.serving.drift import TrafficWatch, register_drift
     from nvila_platform.serving.fetching import MediaDoor
     from nvila_platform.serving.media_store import open_media_store
     from nvila_platform.serving.metrics import ServingMetrics
@@ -198,7 +200,13 @@ def _build(
 
     door = MediaDoor(options.hosts, timeout_s=limits.fetch_timeout_s) if options.hosts.hosts else None
     store = open_media_store(options.media_store, Settings.load()) if options.media_store else None
-    service = ChatService(identity, limits, ServingMetrics(identity, REGISTRY), door=door, store=store)
+    metrics = ServingMetrics(identity, REGISTRY)
+    traffic = None
+    if options.drift is not None:
+        watch = DriftWatch(options.drift, share=options.drift_share)
+        register_drift(identity.name, watch, REGISTRY)
+        traffic = TrafficWatch(watch)
+    service = ChatService(identity, limits, metrics, door=door, store=store, traffic=traffic)
     return service, NvilaServer(service, listener, grace_s, options)
 
 

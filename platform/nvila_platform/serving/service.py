@@ -20,6 +20,7 @@ from nvila_platform.serving.stream import Completion, Stream
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from nvila_platform.serving.drift import TrafficWatch
     from nvila_platform.serving.engine import ChatEngine
     from nvila_platform.serving.fetching import MediaDoor
     from nvila_platform.serving.identity import ModelIdentity
@@ -39,6 +40,7 @@ class ChatService:
         metrics: Where it reports.
         door: Fetches media from other hosts; None refuses them.
         store: Holds media that requests name; None refuses them.
+        traffic: Watches requests for drift; None watches nothing.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class ChatService:
         *,
         door: MediaDoor | None = None,
         store: MediaStore | None = None,
+        traffic: TrafficWatch | None = None,
     ) -> None:
+        self.traffic = traffic
         self.identity = identity
         self.limits = limits
         self.metrics = metrics
@@ -100,7 +104,10 @@ class ChatService:
             ApiError: A medium cannot be used.
         """
         conversation, media = await read_conversation(messages, self._intake, self.queue.rates.num_frames, self.metrics)
-        return [slot.submit(conversation, media, request.sampling(choice)) for choice in range(request.n)]
+        streams = [slot.submit(conversation, media, request.sampling(choice)) for choice in range(request.n)]
+        if self.traffic is not None:
+            await self.traffic.see(conversation, media, streams)
+        return streams
 
     async def answer(self, slot: Slot, request: GenerationRequest, messages: Sequence[ChatMessage]) -> list[Completion]:
         """Return all answers to one conversation, whole.

@@ -65,9 +65,14 @@ class Stream:
     Args:
         job: The generation.
         cancel: Stops it.
+
+    Attributes:
+        on_end: Called with the number of letters when the answer is complete.
     """
 
     def __init__(self, job: Job, cancel: Callable[[Job], None]) -> None:
+        self.on_end: Callable[[int], None] | None = None
+        self._letters = 0
         self._job = job
         self._cancel = cancel
         self._first: Delta | End | None = None
@@ -108,6 +113,10 @@ class Stream:
         if isinstance(event, End):
             self._usage = event.usage
             self._done = True
+            if self.on_end is not None:
+                self.on_end(self._letters)
+        elif event is not None:
+            self._letters += len(event.text)
         return event
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
