@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -141,7 +142,7 @@ def test_containers_are_locked_down(render: Render, values: dict[str, Any]) -> N
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert spec["automountServiceAccountToken"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
-        assert all(volume.keys() <= {"name", "emptyDir"} for volume in spec.get("volumes", []))
+        assert all(volume.keys() <= {"name", "emptyDir", "secret", "configMap"} for volume in spec.get("volumes", []))
         for container in spec["containers"]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -235,7 +236,74 @@ def test_every_flag_of_the_chart_is_one_of_the_command(render: Render) -> None:
     assert done.returncode == 0, done.stderr
     flags = {word for word in container_of(render(CHART))["args"] if word.startswith("--")}
     assert flags == {"--model-dir", "--host", "--port", "--name"}
+    for row in ("closed", "behind-a-proxy", "media", "drift"):
+        flags |= {word for word in container_of(render(CHART, MATRIX[row]))["args"] if word.startswith("--")}
+    assert len(flags) == 13
     assert all(re.search(rf"{flag}\b", done.stdout) for flag in flags), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments"),
+    [
+        ("closed", ["--api-keys", "/etc/nvila/access/keys", "--rate-limit", "60", "--production"]),
+        ("behind-a-proxy", ["--trusted-header", "x-forwarded-user", "--production"]),
+        (
+            "media",
+            [
+                "--media-host",
+                "images.example.com",
+                "--media-network",
+                "10.1.0.0/16",
+                "--media-store",
+                "s3://nvila/media",
+            ],
+        ),
+        ("drift", ["--drift", "/etc/nvila/drift/drift.json", "--drift-share", "0.5"]),
+    ],
+)
+def test_values_become_arguments_that_the_server_takes(render: Render, row: str, arguments: list[str]) -> None:
+    from nvila_platform.serving.options import add_arguments, options_of
+
+    container = container_of(render(CHART, MATRIX[row]))
+    assert container["args"][9:] == arguments
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    # Files are of the pod; that they are read is the server's own test.
+    parsed.drift = None
+    if parsed.api_keys is None:
+        options_of(parsed)
+    assert parsed.production is (row in {"closed", "behind-a-proxy"})
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "name", "path"),
+    [
+        ("closed", "secret", "nvila-api-keys", "/etc/nvila/access"),
+        ("drift", "configMap", "nvila-drift", "/etc/nvila/drift"),
+    ],
+)
+def test_files_of_the_user_are_mounted_where_the_server_reads_them(
+    render: Render, row: str, kind: str, name: str, path: str
+) -> None:
+    runtime = next(d for d in render(CHART, MATRIX[row]) if d["kind"] == "ServingRuntime")
+    (volume,) = (one for one in runtime["spec"]["volumes"] if kind in one)
+    assert volume[kind].get("secretName", volume[kind].get("name")) == name
+    mounts = {one["name"]: one for one in runtime["spec"]["containers"][0]["volumeMounts"]}
+    assert (mounts[volume["name"]]["mountPath"], mounts[volume["name"]]["readOnly"]) == (path, True)
+
+
+def test_a_route_leads_from_the_gateway_to_the_service_that_kserve_makes(render: Render) -> None:
+    gateway = {"name": "public", "namespace": "envoy-gateway-system"}
+    values = {"route": {"enabled": True, "parentRefs": [gateway], "hostnames": ["eyes.example.com"]}}
+    documents = render(CHART, values, extra=("--api-versions", "gateway.networking.k8s.io/v1"))
+    service = next(d for d in documents if d["kind"] == "InferenceService")
+    (route,) = (d["spec"] for d in documents if d["kind"] == "HTTPRoute")
+    assert route["parentRefs"] == [gateway]
+    assert route["hostnames"] == ["eyes.example.com"]
+    (rule,) = route["rules"]
+    assert rule["backendRefs"] == [{"name": f"{service['metadata']['name']}-predictor", "port": 80}]
+    assert rule["timeouts"] == {"request": "0s"}
 
 
 @pytest.mark.parametrize(

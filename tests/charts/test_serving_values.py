@@ -62,6 +62,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "own-selector-label": ({"commonLabels": {"app.kubernetes.io/name": "x"}}, "/commonLabels/app.kubernetes.io~1name"),
     "budget-of-zero": ({"podDisruptionBudget": {"maxUnavailable": 0}}, "at '/podDisruptionBudget/maxUnavailable'"),
+    "production-without-keys": (
+        {"playground": {"enabled": False}},
+        "playground.enabled off is production, which lets nobody in without a key: set access.existingSecret",
+    ),
+    "rate-of-nobody": ({"access": {"requestsPerMinute": 5}}, "access.requestsPerMinute counts callers"),
+    "networks-without-hosts": ({"media": {"networks": ["10.0.0.0/8"]}}, "media.networks are where media.hosts may be"),
+    "media-by-http": ({"media": {"hosts": ["http://images.example.com"]}}, "at '/media/hosts/0'"),
+    "media-store-elsewhere": ({"media": {"store": "gs://bucket"}}, "at '/media/store'"),
+    "share-of-nothing": ({"drift": {"share": 0}}, "at '/drift/share'"),
+    "route-without-gateway": ({"route": {"enabled": True}}, "route.enabled needs the API gateway.networking.k8s.io/v1"),
     "name-too-long": ({"fullnameOverride": "e" * 49}, "has 49 characters, at most 48 fit"),
 }
 
@@ -78,6 +88,11 @@ def test_keda_without_its_api_is_refused_with_the_way_out(helm: Helm) -> None:
     done = helm.template(CHART, values)
     assert "autoscaling.class keda needs the API keda.sh/v1alpha1, which this cluster does not have" in done.stderr
     assert helm.template(CHART, values, extra=("--api-versions", "keda.sh/v1alpha1")).returncode == 0
+
+
+def test_a_route_without_a_gateway_is_refused_with_the_way_out(helm: Helm) -> None:
+    done = helm.template(CHART, {"route": {"enabled": True}}, extra=("--api-versions", "gateway.networking.k8s.io/v1"))
+    assert "route.enabled needs a gateway to hang on: set route.parentRefs" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -128,3 +128,52 @@ Security context of a pod.
 seccompProfile:
   type: RuntimeDefault
 {{- end }}
+
+{{/*
+Arguments of the server that come of values, as a YAML list.
+*/}}
+{{- define "nvila-serving.serverArgs" -}}
+{{- $closed := or .Values.access.existingSecret .Values.access.trustedHeader }}
+{{- if and (not .Values.playground.enabled) (not $closed) }}
+{{- fail "playground.enabled off is production, which lets nobody in without a key: set access.existingSecret or access.trustedHeader" }}
+{{- end }}
+{{- if and .Values.access.requestsPerMinute (not $closed) }}
+{{- fail "access.requestsPerMinute counts callers: set access.existingSecret or access.trustedHeader, which tell them apart" }}
+{{- end }}
+{{- if and .Values.media.networks (not .Values.media.hosts) }}
+{{- fail "media.networks are where media.hosts may be: name the hosts too" }}
+{{- end }}
+{{- if .Values.access.existingSecret }}
+- --api-keys
+- {{ printf "/etc/nvila/access/%s" .Values.access.secretKey | quote }}
+{{- end }}
+{{- with .Values.access.trustedHeader }}
+- --trusted-header
+- {{ . | quote }}
+{{- end }}
+{{- with .Values.access.requestsPerMinute }}
+- --rate-limit
+- {{ . | quote }}
+{{- end }}
+{{- if not .Values.playground.enabled }}
+- --production
+{{- end }}
+{{- range .Values.media.hosts }}
+- --media-host
+- {{ . | quote }}
+{{- end }}
+{{- range .Values.media.networks }}
+- --media-network
+- {{ . | quote }}
+{{- end }}
+{{- with .Values.media.store }}
+- --media-store
+- {{ . | quote }}
+{{- end }}
+{{- if .Values.drift.existingConfigMap }}
+- --drift
+- {{ printf "/etc/nvila/drift/%s" .Values.drift.configMapKey | quote }}
+- --drift-share
+- {{ .Values.drift.share | quote }}
+{{- end }}
+{{- end }}
