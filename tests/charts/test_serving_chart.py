@@ -395,6 +395,31 @@ def test_keda_scales_by_what_prometheus_sees(
     assert metric["external"]["target"] == {"type": "Value", "value": target}
 
 
+@pytest.mark.parametrize(
+    ("row", "query", "target", "window", "percent"),
+    [
+        ("keda-by-visual-load", 'avg(nvila:visual_load_tokens{namespace="models",', "8000", 60, 50),
+        (
+            "keda-by-latency",
+            "histogram_quantile(0.95, sum by (le) (rate(nvila:time_to_first_token_seconds_",
+            "0.5",
+            300,
+            20,
+        ),
+    ],
+)
+def test_keda_scales_by_other_measures_and_takes_pods_away_slowly(
+    render: Render, row: str, query: str, target: str, window: int, percent: int
+) -> None:
+    service = by_kind(render(CHART, MATRIX[row], extra=KEDA), "InferenceService")
+    scaling = service["spec"]["predictor"]["autoScaling"]
+    (metric,) = scaling["metrics"]
+    assert metric["external"]["metric"]["query"].startswith(query)
+    assert metric["external"]["target"] == {"type": "Value", "value": target}
+    policy = {"type": "Percent", "value": percent, "periodSeconds": 60}
+    assert scaling["behavior"] == {"scaleDown": {"stabilizationWindowSeconds": window, "policies": [policy]}}
+
+
 def test_model_and_its_credentials(render: Render) -> None:
     documents = render(CHART, MATRIX["s3"])
     model = by_kind(documents, "InferenceService")["spec"]["predictor"]["model"]
