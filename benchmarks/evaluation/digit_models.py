@@ -132,8 +132,8 @@ def score(model_folder: Path, answers: Path, task_names: Sequence[str]) -> dict[
         task = find_task(name)
         rows = open_rows(task, None)
         log = AnswerLog.open(answers, task, str(model_folder), {})
-        TaskRun(task=task, rows=rows, log=log, load=lambda: ModelAnswerer(model, processor)).run()
-        result = summarize(task, rows.name, score_all(task, rows, log), seed=0)
+        samples = TaskRun(task=task, rows=rows, log=log, load=lambda: ModelAnswerer(model, processor)).run()
+        result = summarize(task, rows.name, score_all(task, rows, log, samples=samples), seed=0)
         main = task.scorer.main
         found[name] = {
             "samples": result.outcome.total,

@@ -82,10 +82,10 @@ class Bench:
         """Ask with the runner, score, and return answers with their marks."""
         limit = limit or self.count
         log = AnswerLog.open(folder, self.task, "m", {})
-        TaskRun(
+        samples = TaskRun(
             task=self.task, rows=self.rows, log=log, load=lambda: self.answerer, batch_size=BATCH, limit=limit
         ).run()
-        return [(one.answer, one.marks) for one in score_all(self.task, self.rows, log, limit).scored]
+        return [(one.answer, one.marks) for one in score_all(self.task, self.rows, log, samples=samples).scored]
 
 
 def seconds(work: Callable[[], object]) -> float:

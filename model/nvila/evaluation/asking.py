@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _HEAD_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One piece of what is asked: a text, the bytes of an image, or a video as bytes, path or sampled frames."""
+    """One piece of what is asked: a text, bytes of an image, a video as bytes, path or frames; None when dropped."""
 
     kind: str
     value: Any
@@ -59,6 +59,12 @@ class Question:
     def prompt(self) -> str:
         """The texts, with a marker for every medium."""
         return "".join(piece.value if piece.kind == "text" else f"<{piece.kind}>" for piece in self.pieces)
+
+    def without_media(self) -> Question:
+        """Return it with its texts alone, which is enough to score it: media of a whole task would fill the memory."""
+        return replace(
+            self, pieces=tuple(piece if piece.kind == "text" else Piece(piece.kind, None) for piece in self.pieces)
+        )
 
 
 class Asker:

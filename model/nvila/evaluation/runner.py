@@ -7,7 +7,7 @@ asked together does not depend on how many processes there are, or on where a ru
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Protocol
@@ -104,19 +104,24 @@ class TaskRun:
     reporter: Reporter = SILENT
     _known: dict[str, Answer] = field(init=False, default_factory=dict)
 
-    def run(self) -> None:
-        """Answer this process's questions; what is answered already is left alone, what failed is tried again."""
+    def run(self) -> list[Question | Failure]:
+        """Answer this process's questions; what is answered already is left alone, what failed is tried again.
+
+        Returns:
+            This process's samples in the order of the data, without media.
+        """
         self._known = {digest: answer for digest, answer in self.log.answers().items() if answer.text is not None}
         total = _total(self.rows, self.limit)
         blocks = range(self.rank, -(-total // self.batch_size), self.world)
         own = sum(min(self.batch_size, total - block * self.batch_size) for block in blocks)
-        done = 0
+        samples: list[Question | Failure] = []
         for block in self._blocks():
             questions = [item for item in block if isinstance(item, Question)]
             if any(question.digest not in self._known for question in questions):
                 self._ask(questions)
-            done += len(block)
-            self.reporter.progress(self.task.name, done, own)
+            samples += [item.without_media() if isinstance(item, Question) else item for item in block]
+            self.reporter.progress(self.task.name, len(samples), own)
+        return samples
 
     def _blocks(self) -> Iterator[list[Question | Failure]]:
         def mine(index: int) -> bool:
@@ -155,14 +160,28 @@ class TaskRun:
         return [one if one.text is None else Answer(_cut(one.text, settings.stop)) for one in answers]
 
 
-def score_all(task: Task, rows: TaskRows, log: AnswerLog, limit: int | None = None) -> Outcome:
+def score_all(
+    task: Task,
+    rows: TaskRows,
+    log: AnswerLog,
+    limit: int | None = None,
+    *,
+    samples: Iterable[Question | Failure] | None = None,
+) -> Outcome:
     """Score all answers of a task.
 
     Samples that could not be read or asked are failures: they are counted apart, never as wrong answers.
+
+    Args:
+        task: The task.
+        rows: Its data.
+        log: The answers.
+        limit: Samples from the front of the data; None takes all.
+        samples: All samples, from a caller that has read them; None reads the data.
     """
     known = log.answers()
     scored, failures = [], []
-    for item in read_samples(task, rows, limit):
+    for item in read_samples(task, rows, limit) if samples is None else samples:
         if isinstance(item, Failure):
             failures.append(item)
             continue
@@ -170,7 +189,7 @@ def score_all(task: Task, rows: TaskRows, log: AnswerLog, limit: int | None = No
         if answer.text is None:
             failures.append(Failure(item.index, item.id, answer.problem or "no answer", answer.too_long))
         else:
-            scored.append(Scored(item, answer.text, task.scorer.score(answer.text, item.reference)))
+            scored.append(Scored(item.without_media(), answer.text, task.scorer.score(answer.text, item.reference)))
     return Outcome(scored, failures)
 
 

@@ -20,7 +20,9 @@ from nvila_pipelines.processes import run_watched
 from nvila_platform.artifacts import code_version, file_sha256, storage_errors, write_atomically
 
 if TYPE_CHECKING:
+    from nvila.evaluation.asking import Question
     from nvila.evaluation.results import TaskResult
+    from nvila.evaluation.runner import Failure
     from nvila.evaluation.task import Task
     from nvila_platform.settings import Settings
     from nvila_platform.telemetry import ProgressView
@@ -104,16 +106,18 @@ def evaluate(request: EvaluationRequest, settings: Settings, view: ProgressView)
         for other in open_log(request, task).others(task, request.model_digest):
             reporter.notice(f"answers to {task.name} version {other} are not used for version {task.version}")
     traffic: dict[str, Any] = {}
+    samples: dict[str, list[Question | Failure]] = {}
     if request.processes > 1:
         _launch(request, settings, view)
     else:
-        traffic = answer_tasks(request, work, settings, reporter)
+        samples, traffic = answer_tasks(request, work, settings, reporter)
     results = []
     unscored: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for task, rows in work:
         reporter.progress(f"score {task.name}", 0, 0)
-        outcome = score_all(task, rows, open_log(request, task), request.limit)
+        # Several processes have each read a share; then the data are read once more.
+        outcome = score_all(task, rows, open_log(request, task), request.limit, samples=samples.get(task.name))
         if outcome.too_long and len(work) > 1:
             skipped[task.name] = outcome.too_long
             continue

@@ -166,7 +166,7 @@ class _Work:
         log = AnswerLog.open(request.out / ANSWERS, data.task, self.model.digest, settings)
         # Costs first: a prompt that does not fit shows before all the others are asked.
         cost = measure_costs(self.answerer, self.probes, data.task.file.generation)
-        TaskRun(
+        samples = TaskRun(
             task=data.task,
             rows=data.rows,
             log=log,
@@ -175,7 +175,7 @@ class _Work:
             limit=request.limit,
             reporter=self.reporter,
         ).run()
-        outcome = score_all(data.task, data.rows, log, request.limit)
+        outcome = score_all(data.task, data.rows, log, samples=samples)
         check_failures(data.task, outcome, request.max_failed)
         main = data.task.scorer.main
         estimate = summarize(data.task, data.rows.name, outcome, seed=request.seed).estimates[main]

@@ -14,8 +14,9 @@ from nvila_pipelines.evaluation.request import ANSWERS, FIXTURES, EvaluationRequ
 if TYPE_CHECKING:
     from nvila.data.readers.locations import FileSystems
     from nvila.evaluation.answer_log import AnswerLog
+    from nvila.evaluation.asking import Question
     from nvila.evaluation.rows import TaskRows
-    from nvila.evaluation.runner import Answerer
+    from nvila.evaluation.runner import Answerer, Failure
     from nvila.evaluation.task import Task
     from nvila.modeling import NVILAForConditionalGeneration
     from nvila.processing import NVILAProcessor
@@ -67,11 +68,11 @@ def answer_tasks(
     *,
     rank: int = 0,
     world: int = 1,
-) -> dict[str, Any]:
+) -> tuple[dict[str, list[Question | Failure]], dict[str, Any]]:
     """Answer a process's share of all tasks; the model is loaded when there is something to answer.
 
     Returns:
-        What was sent to an endpoint; empty for a model here.
+        The samples of every task, without media; and what was sent to an endpoint, which is nothing for a model here.
 
     Raises:
         InfrastructureError: The endpoint is gone; the same command goes on.
@@ -82,8 +83,9 @@ def answer_tasks(
     def load() -> Answerer:
         return load_answerer(request, settings)
 
+    samples: dict[str, list[Question | Failure]] = {}
     for task, rows in work:
-        TaskRun(
+        samples[task.name] = TaskRun(
             task=task,
             rows=rows,
             log=open_log(request, task),
@@ -94,7 +96,7 @@ def answer_tasks(
             world=world,
             reporter=reporter,
         ).run()
-    return _traffic(load() if request.url else None, reporter)
+    return samples, _traffic(load() if request.url else None, reporter)
 
 
 def _traffic(answerer: Answerer | None, reporter: Reporter) -> dict[str, Any]:

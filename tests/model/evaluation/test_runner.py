@@ -39,8 +39,13 @@ def run(tmp_path: Path, write_rows: WriteRows) -> Run:
     def go(task: Task, answerer: Any, *, where: str = "answers", rows: Any = ROWS, **options: Any) -> Outcome:
         opened = open_rows(task, str(write_rows(*rows)))
         log = AnswerLog.open(tmp_path / where, task, "model", {})
-        TaskRun(task=task, rows=opened, log=log, load=lambda: answerer, batch_size=3, **options).run()
-        return score_all(task, opened, log, options.get("limit"))
+        run = TaskRun(task=task, rows=opened, log=log, load=lambda: answerer, batch_size=3, **options)
+        samples = run.run()
+        outcome = score_all(task, opened, log, options.get("limit"))
+        if run.world == 1:
+            # What was read while asking is what reading again gives.
+            assert score_all(task, opened, log, samples=samples) == outcome
+        return outcome
 
     return go
 
