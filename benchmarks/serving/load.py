@@ -67,7 +67,7 @@ def main() -> int:
 
 def _server(model: Path, *, one: bool = False) -> Any:
     running = ("--max-running", "1", "--max-requests", "64") if one else ("--max-running", str(_CLIENTS))
-    return start_server(model, NAME, env=_ONE_THREAD, args=running)
+    return start_server(model, NAME, env=_ONE_THREAD, args=running, timeout_s=400.0)
 
 
 def _round(

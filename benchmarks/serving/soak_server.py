@@ -52,7 +52,7 @@ def main() -> int:
         scratch.mkdir()
         build(model, small=True)
         env = {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
-        with start_server(model, NAME, env=env, args=("--max-requests", "16")) as server:
+        with start_server(model, NAME, env=env, args=("--max-requests", "16"), timeout_s=400.0) as server:
             done = asyncio.run(_soak(server, seconds))
             left = len(list(scratch.iterdir()))
     samples = done["samples"]

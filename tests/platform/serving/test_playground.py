@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Path) -> Iterator[RunningServer]:
-    with start_server(tiny_model, "tiny", version="3", digest="sha256:cafe") as running:
+    with start_server(tiny_model, "tiny", version="3", digest="sha256:cafe", timeout_s=300.0) as running:
         yield running
 
 
