@@ -10,6 +10,7 @@ from nvila.errors import ArtifactError
 from nvila_platform.store import ArtifactStore
 
 EXTERNAL = ""
+REGISTERED = "registered"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,8 @@ class Lineage:
     def _lines(self, name: str, depth: int) -> Iterator[str]:
         label = f"{name}: " if name else ""
         made_by = self.step or "external"
-        yield f"{'  ' * depth}{label}{made_by} {self.digest[:12]} {self.code_version}".rstrip()
+        digest = self.digest if self.step == REGISTERED else self.digest[:12]
+        yield f"{'  ' * depth}{label}{made_by} {digest} {self.code_version}".rstrip()
         for child_name, child in self.inputs.items():
             yield from child._lines(child_name, depth + 1)
 
@@ -80,6 +82,53 @@ def trace(store: ArtifactStore, digest: str) -> Lineage:
             f"no artifact with digest {digest} in the store", "check the digest and the workspace or NVILA_STORE_URI"
         )
     return node
+
+
+def verify_lineage(store: ArtifactStore, root: Lineage) -> dict[str, str]:
+    """Read every file of every artifact in a lineage and compare it with its digest.
+
+    Returns:
+        By digest: `sound`, `outside` for what is not in the store, or what is wrong with it.
+    """
+    found: dict[str, str] = {}
+    for node in root.walk():
+        if node.digest in found or node.step == REGISTERED:
+            continue
+        ref = store.find(node.digest)
+        if ref is None:
+            found[node.digest] = "outside"
+            continue
+        try:
+            store.fetch(ref)
+            found[node.digest] = "sound"
+        except ArtifactError as e:
+            found[node.digest] = e.message
+    return found
+
+
+def trace_version(store: ArtifactStore, version: str, digest: str, others: Mapping[str, str]) -> Lineage:
+    """Return the lineage of a registered version: its model and what else its tags name, such as the gate's verdict.
+
+    Args:
+        store: Where the manifests are.
+        version: Address of the version.
+        digest: Digest of its model.
+        others: More digests by name; those that the store lacks show as external.
+
+    Raises:
+        ArtifactError: The store has no such model.
+    """
+    inputs = {"model": trace(store, digest)}
+    inputs |= {name: _trace(store, value, above=frozenset()) for name, value in sorted(others.items())}
+    return Lineage(
+        step=REGISTERED,
+        digest=version,
+        code_version="",
+        finished_at="",
+        config={},
+        metrics={},
+        inputs=inputs,
+    )
 
 
 def _trace(store: ArtifactStore, digest: str, above: frozenset[str]) -> Lineage:

@@ -205,13 +205,16 @@ def _uploaded(body: bytes, request: BaseHTTPRequestHandler) -> list[Any]:
     )
     parts = message.get_payload()
     assert isinstance(parts, list)
-    content = parts[0].get_payload(decode=True)
+    first = parts[0]
+    assert not isinstance(first, str)
+    content = first.get_payload(decode=True)
+    assert isinstance(content, bytes)
     return list(yaml.safe_load_all(content))
 
 
 def _check_spec(documents: list[Any]) -> Any:
     """Parse as the API server does: into the message that KFP defines."""
-    from google.protobuf import json_format
+    from google.protobuf import json_format  # type: ignore[import-untyped]  # without stubs here
     from kfp.pipeline_spec import pipeline_spec_pb2
 
     try:
