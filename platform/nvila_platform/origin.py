@@ -7,7 +7,8 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -139,30 +140,31 @@ def find_origin(settings: Settings, asked: str) -> Origin:
 
 
 def ask_endpoint(url: str) -> Served:
-    """Ask a server of ours what it serves.
+    """Ask a server of ours what it serves; that needs no key.
 
     Raises:
-        InfrastructureError: It does not answer.
+        InfrastructureError: It does not answer, or is not ready.
         ConfigError: It is no server of ours, or does not know the digest of its model.
     """
-    address = f"{url.rstrip('/')}/openai/v1/models"
+    address = f"{url.rstrip('/')}/health"
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - the caller's own endpoint
-            headers, body = answer.headers, json.load(answer)
+            said = json.load(answer)
+        served = Served(url=url, name=said["model"], version=said["version"], digest=said["digest"])
     except urllib.error.HTTPError as e:
+        if e.code == HTTPStatus.SERVICE_UNAVAILABLE:
+            raise InfrastructureError(f"{address}: the model is not ready", "try again later") from e
         raise ConfigError(f"{address} answers {e.code}", "give the address of a server of `nvila serve`") from e
+    except (KeyError, TypeError) as e:
+        raise ConfigError(f"{address} is not of `nvila serve`", "give the address of one that is") from e
     except (OSError, ValueError) as e:
         reason = str(getattr(e, "reason", e)).partition("\n")[0]
-        raise InfrastructureError(
-            f"{address} does not answer: {reason}", "is it running, and reachable from here?"
-        ) from e
-    digest = headers.get("x-nvila-model-digest", "")
-    if not _DIGEST.fullmatch(digest):
-        what = f"serves a model of digest {digest!r}" if digest else "names no digest"
+        hint = "is it running, and reachable from here?"
+        raise InfrastructureError(f"{address} does not answer: {reason}", hint) from e
+    if not _DIGEST.fullmatch(served.digest):
         hint = "only what came out of the store has a lineage; serve it by its registry address"
-        raise ConfigError(f"{url} {what}", hint)
-    name = str(body["data"][0]["id"])
-    return Served(url=url, name=name, version=headers.get("x-nvila-model-version", ""), digest=_bare(digest))
+        raise ConfigError(f"{url} serves a model of digest {served.digest!r}", hint)
+    return replace(served, digest=_bare(served.digest))
 
 
 def verify_all(

@@ -50,6 +50,9 @@ _VARIABLES = {
     "watts_per_core": "NVILA_WATTS_PER_CORE",
     "currency": "NVILA_CURRENCY",
     "endpoint_api_key": "NVILA_ENDPOINT_API_KEY",
+    "kfp_endpoint": "NVILA_KFP_ENDPOINT",
+    "kfp_token": "NVILA_KFP_TOKEN",
+    "kfp_namespace": "NVILA_KFP_NAMESPACE",
 }
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
@@ -85,6 +88,9 @@ class Settings:
         watts_per_core: Power of a core at work.
         currency: Of all prices, as a code of three letters.
         endpoint_api_key: Key of an endpoint that is evaluated; never printed.
+        kfp_endpoint: Address of the API of Kubeflow Pipelines.
+        kfp_token: Its bearer token; never printed.
+        kfp_namespace: Namespace of runs, where Kubeflow serves several users.
     """
 
     workspace: Path
@@ -107,6 +113,9 @@ class Settings:
     watts_per_core: float | None = None
     currency: str = "USD"
     endpoint_api_key: str = field(default="", repr=False)
+    kfp_endpoint: str = ""
+    kfp_token: str = field(default="", repr=False)
+    kfp_namespace: str = ""
 
     @classmethod
     def load(cls, workspace: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -149,6 +158,9 @@ class Settings:
             watts_per_core=_number("watts_per_core", values),
             currency=_currency(values),
             endpoint_api_key=values["endpoint_api_key"],
+            kfp_endpoint=values["kfp_endpoint"].rstrip("/"),
+            kfp_token=values["kfp_token"],
+            kfp_namespace=values["kfp_namespace"],
         )
 
     def to_env(self) -> dict[str, str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from nvila.errors import ConfigError
-from nvila_platform.artifacts import write_atomically
 from nvila_platform.drift.features import FEATURES, Values
 
 BINS = 10
@@ -53,6 +52,8 @@ class Reference:
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
+        from nvila_platform.artifacts import write_atomically
+
         record = {"schema": SCHEMA, "data": self.data, "samples": self.samples}
         record["features"] = {name: asdict(bins) for name, bins in self.features.items()}
         path.parent.mkdir(parents=True, exist_ok=True)

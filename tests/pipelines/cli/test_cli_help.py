@@ -32,6 +32,7 @@ VERBS = [
     "lineage",
     "serve",
     "drift",
+    "pipeline",
     "store",
     "ui",
     "doctor",

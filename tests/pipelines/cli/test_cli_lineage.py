@@ -64,11 +64,10 @@ def endpoint() -> Iterator[Callable[..., str]]:
     def start(digest: str, version: str = "1", name: str = "eyes", status: int = 200) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = json.dumps({"data": [{"id": name}]}).encode()
-                self.send_response(status if self.path == "/openai/v1/models" else 404)
-                self.send_header("x-nvila-model-version", version)
-                if digest:
-                    self.send_header("x-nvila-model-digest", digest)
+                body = json.dumps(
+                    {"model": name, "version": version, **({"digest": digest} if digest else {})}
+                ).encode()
+                self.send_response(status if self.path == "/health" else 404)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -200,7 +199,7 @@ def test_a_refused_or_lost_verdict_is_told(nvila: Callable[..., Any], workspace:
         (".", 2, ". is no artifact: it has no manifest"),
         ("models:/nobody@champion", 2, "no model 'nobody' is registered"),
         ("e" * 64, 1, f"no artifact with digest {'e' * 64} in the store"),
-        ("http://127.0.0.1:9", 75, "http://127.0.0.1:9/openai/v1/models does not answer"),
+        ("http://127.0.0.1:9", 75, "http://127.0.0.1:9/health does not answer"),
     ],
 )
 def test_what_cannot_be_found_is_one_line(nvila: Callable[..., Any], asked: str, code: int, said: str) -> None:
@@ -211,16 +210,17 @@ def test_what_cannot_be_found_is_one_line(nvila: Callable[..., Any], asked: str,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "code", "said"),
     [
-        (("unknown",), "serves a model of digest 'unknown'"),
-        (("",), "names no digest"),
-        (("a" * 64, "1", "eyes", 401), "answers 401"),
+        (("unknown",), 2, "serves a model of digest 'unknown'"),
+        (("",), 2, "is not of `nvila serve`"),
+        (("a" * 64, "1", "eyes", 404), 2, "answers 404"),
+        (("a" * 64, "1", "eyes", 503), 75, "the model is not ready"),
     ],
 )
 def test_an_endpoint_without_lineage_is_named(
-    nvila: Callable[..., Any], endpoint: Any, arguments: tuple[Any, ...], said: str
+    nvila: Callable[..., Any], endpoint: Any, arguments: tuple[Any, ...], code: int, said: str
 ) -> None:
     done = nvila("lineage", endpoint(*arguments))
-    assert done.code == 2
+    assert done.code == code
     assert said in done.err
