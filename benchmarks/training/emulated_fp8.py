@@ -12,7 +12,7 @@ the worst single seed is reported beside it.
 Trainings are the same to the bit every time on one machine, so `--keep FILE` notes every finished one and goes on from
 there when the program is started again.
 
-python benchmarks/training/emulated_fp8.py              # six seeds, a minute for each of 30 trainings on a busy core
+python benchmarks/training/emulated_fp8.py              # six seeds, three of the controls; 24 trainings of ten seconds on a quiet core
 python benchmarks/training/emulated_fp8.py --settings   # other groups and formats, three seeds; another result file
 python benchmarks/training/emulated_fp8.py --longer     # the last stage with four times its steps, three seeds
 python benchmarks/training/emulated_fp8.py --quick      # one seed
@@ -63,6 +63,7 @@ ROWS = 16
 LAST_STEPS = 20
 LENGTHS = {"recipe": [], "longer": ["train.stages.instruct.steps=240"]}
 LENGTH_WORDS = {"recipe": "the recipe as it is", "longer": "with four times the steps of its last stage"}
+CONTROL_SEEDS = 3
 # Student's t for the 95% interval of a mean, by the number of seeds.
 STUDENT_T = {3: 4.303, 6: 2.571}
 FP8 = {
@@ -211,7 +212,7 @@ def measure(
     """Train bf16 and every variant from every seed and take the two losses of each."""
     runs = [Run(seed=seed, losses={}) for seed in seeds]
     for name in ("bf16", *names):
-        for run in runs:
+        for run in runs[: CONTROL_SEEDS if name in CONTROLS else None]:
             seed = run["seed"]
             losses = kept.get(seed, name)
             if losses is None:
@@ -263,7 +264,7 @@ def claims(length: str, name: str, words: str, runs: Sequence[Run]) -> list[Clai
         ("training", f"training loss, mean of the last {LAST_STEPS} steps"),
         ("held_out", "held-out loss"),
     ):
-        pairs = [(run["losses"]["bf16"][kind], run["losses"][name][kind]) for run in runs]
+        pairs = [(run["losses"]["bf16"][kind], run["losses"][name][kind]) for run in runs if name in run["losses"]]
         ratios = [found / bf16 for bf16, found in pairs]
         mean, (low, high) = fmean(ratios), interval(ratios)
         worst = max(ratios, key=lambda ratio: abs(ratio - 1))
