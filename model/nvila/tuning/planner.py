@@ -71,8 +71,8 @@ class Option:
             "activations": self.step.activations,
         }
         largest = max(kinds, key=kinds.__getitem__)
-        over = (self.step.peak - self.available) / GIB
-        return f"{over:.1f} GiB too much, {kinds[largest] / GIB:.1f} GiB are {largest}"
+        over = self.step.peak - self.available
+        return f"{size_text(over)} too much, {size_text(kinds[largest])} are {largest}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""

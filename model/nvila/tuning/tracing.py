@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from nvila.losses import WHOLE_LOGITS, head_cross_entropy, token_nll
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.training.config import Attention, PrecisionConfig
+from nvila.training.run import recompute_activations
 from nvila.tuning.applying import apply_method
 from nvila.tuning.measuring import LiveTensors
 from nvila.tuning.methods import TuneMethod
@@ -100,7 +101,7 @@ def trace_step(
     held = [*weights.values(), *moments, *wide]
     _use_attention(model, attention)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
         model.enable_input_require_grads()
     model.train()
     gc.collect()

@@ -105,7 +105,7 @@ def test_recommended_methods_are_picked_first() -> None:
     assert pick(both[:2]) is both[1]
     assert pick(both[:1]) is both[0]
     assert pick([option("ln+lora", 11, 1.0)]) is None
-    assert "weights" in option("ln+lora", 11, 1.0).why
+    assert option("ln+lora", 10 + 2**21, 1.0).why == "2.0 MiB too much, 2.0 MiB are weights"
 
 
 def test_frozen_parts_cost_less_time(saved_model: Path) -> None:

@@ -26,7 +26,7 @@ def test_a_plan_that_cannot_fit_says_what_is_missing(nvila: Nvila, base: Path, p
     done = nvila("plan", base, pictures, "--memory", "1KiB", "--method", "ln+qlora")
     assert done.code == 1
     assert "nothing fits into" in done.err
-    assert "GiB too much" in done.out
+    assert "MiB too much" in done.out
     tune = nvila("tune", base, pictures, "--memory", "1KiB")
     assert tune.code == 1
     assert "even with the smallest batches" in tune.err
