@@ -89,6 +89,7 @@ def test_every_verb_takes_the_common_options(verb: str) -> None:
         "inspect": ["m"],
         "lineage": ["r"],
         "store": ["gc"],
+        "pipeline": ["list"],
         "plan": ["m", "d"],
         "tune": ["m", "d"],
     }.get(verb, [])
