@@ -27,6 +27,7 @@ import yaml
 
 from nvila.training.observer import StageStart, StepRecord
 from nvila_platform import cost
+from nvila_platform.drift.reference import build_reference
 from nvila_platform.energy import Gpus
 from nvila_platform.serving.client import RunningServer, start_server
 from nvila_platform.settings import Settings
@@ -223,9 +224,11 @@ def test_every_query_of_every_dashboard_returns_data(
     (rules,) = (document["spec"] for document in documents if document["kind"] == "PrometheusRule")
     content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "what is it?"}]
     # An estimate of energy is made only where nothing was measured.
+    build_reference([{"images": [1.0], "brightness": [0.5]}] * 20, "evaluation").write(tmp_path / "drift.json")
+    drift = ("--drift", str(tmp_path / "drift.json"), "--drift-share", "1")
     asked = [(where, query) for where, query in queries() if "energy_joules_estimated" not in query]
     with (
-        start_server(model_dir, "eyes", version="3", digest="sha256:" + "a" * 64) as server,
+        start_server(model_dir, "eyes", version="3", digest="sha256:" + "a" * 64, args=drift) as server,
         training(Settings.load(environ={})) as (scrape, step),
         others() as foreign,
         prometheus(

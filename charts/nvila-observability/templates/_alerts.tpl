@@ -53,6 +53,14 @@ Alert rules. Each has a runbook of its name in docs/runbooks.
       {{- include "nvila-observability.alert" (dict "root" . "name" "NvilaTrainingWaitsForData" "severity" "warning"
         "summary" "Training {{ $labels.trainjob }} waits for data in stage {{ $labels.stage }}."
         "description" "{{ $value | humanizePercentage }} of the time goes into waiting.") | nindent 6 }}
+- name: nvila-drift.alerts
+  rules:
+    - alert: NvilaTrafficDrifted
+      expr: max by (namespace, model_name, feature) (nvila:drift_psi{ {{- $in -}} }) > {{ $at.driftIndex }}
+      for: 1h
+      {{- include "nvila-observability.alert" (dict "root" . "name" "NvilaTrafficDrifted" "severity" "info"
+        "summary" "Traffic of {{ $labels.model_name }} is not what the model was evaluated on: {{ $labels.feature }}."
+        "description" "Its population stability index is {{ $value | printf \"%.2f\" }}.") | nindent 6 }}
 - name: nvila-platform.alerts
   rules:
     - alert: NvilaTrackingFails
