@@ -67,7 +67,9 @@ golden: setup ## Accept what the code says now as tests/golden (review the diff)
 	@$(BIN)/pytest --update-golden $(ARGS)
 
 bench: setup ## Run the quick benchmarks and regenerate docs/benchmarks.md
-	@for program in benchmarks/*/*.py; do echo "== $$program"; $(BIN)/python "$$program" --quick || exit 1; done
+	@for program in benchmarks/*/*.py; do echo "== $$program"; \
+		case "$$program" in *_gpu.py) command -v nvidia-smi > /dev/null || { echo "skipped: no GPU"; continue; };; esac; \
+		$(BIN)/python "$$program" --quick || exit 1; done
 	@$(BIN)/python scripts/check_docs.py --write
 
 kind: charts ## Install the platform on a kind cluster of this machine (docs/install.md)

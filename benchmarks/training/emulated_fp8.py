@@ -12,7 +12,7 @@ the worst single seed is reported beside it.
 Trainings are the same to the bit every time on one machine, so `--keep FILE` notes every finished one and goes on from
 there when the program is started again.
 
-python benchmarks/training/emulated_fp8.py              # six seeds, three of the controls: 24 trainings of ten seconds
+python benchmarks/training/emulated_fp8.py              # six seeds, three of the controls
 python benchmarks/training/emulated_fp8.py --settings   # other groups and formats, three seeds; another result file
 python benchmarks/training/emulated_fp8.py --longer     # the last stage with four times its steps, three seeds
 python benchmarks/training/emulated_fp8.py --quick      # one seed
