@@ -136,6 +136,10 @@ install_nvila() {
     for namespace in "$NAMESPACE" "$PIPELINES"; do
         secret "$namespace" nvila-s3 --from-literal=access-key=nvila --from-literal=secret-key="$s3_key"
     done
+    # As KServe's storage initializer reads it.
+    secret "$NAMESPACE" nvila-storage --from-literal=AWS_ACCESS_KEY_ID=nvila --from-literal=AWS_SECRET_ACCESS_KEY="$s3_key"
+    kube -n "$NAMESPACE" annotate --overwrite secret nvila-storage serving.kserve.io/s3-usehttps=0 \
+        serving.kserve.io/s3-endpoint="nvila-platform-s3.$NAMESPACE:9000" serving.kserve.io/s3-region=us-east-1
     secret "$NAMESPACE" nvila-postgres \
         --from-literal=password="$(password PASSWORD)"
     chart nvila charts/nvila --namespace "$NAMESPACE" --values charts/nvila/values-laptop.yaml \
@@ -159,6 +163,7 @@ up) up ;;
 e2e)
     up
     say "running the tiny lifecycle"
+    export KUBECONFIG=${KUBECONFIG:-$HOME/.kube/config}
     run "$PYTHON" -m pytest --cluster -p no:cacheprovider tests/cluster
     ;;
 down) run kind delete cluster --name "$CLUSTER" ;;

@@ -42,6 +42,7 @@ class Placement(_Strict):
     """What one task asks for.
 
     Args:
+        image: Container image instead of the graph's own, from a registry that the cluster reaches.
         cpu: Cores, such as `8`.
         memory: Memory, such as `64Gi`.
         gpus: GPUs of the task's pod.
@@ -49,12 +50,16 @@ class Placement(_Strict):
         node_selector: Labels that the node must have.
         tolerations: Taints that it may have, such as those of spot nodes.
         secrets: Secrets whose keys become variables: `{s3: {access-key: NVILA_S3_ACCESS_KEY}}`.
+        config_maps: The same of config maps: `{nvila-platform-settings: {NVILA_STORE_URI: NVILA_STORE_URI}}`.
         env: Plain variables, such as NVILA_STORE_URI.
         shm_gib: Size of /dev/shm, which torch's data loaders use.
         timeout_s: Longest time of the task.
         retries: How often a task that failed for a passing reason (exit code 75) tries again.
     """
 
+    image: Annotated[str, Field(pattern=r"^[^\s@:]+(:[0-9]+/[^\s@:]+)?(:[^\s@:/]+|@sha256:[0-9a-f]{64})$")] | None = (
+        None
+    )
     cpu: Quantity | None = None
     memory: Quantity | None = None
     gpus: Annotated[int, Field(ge=0)] = 0
@@ -62,6 +67,7 @@ class Placement(_Strict):
     node_selector: dict[str, str] = {}
     tolerations: tuple[Toleration, ...] = ()
     secrets: dict[str, dict[str, str]] = {}
+    config_maps: dict[str, dict[str, str]] = {}
     env: dict[str, str] = {}
     shm_gib: Annotated[float, Field(gt=0)] | None = None
     timeout_s: Annotated[int, Field(gt=0)] | None = None
@@ -84,6 +90,8 @@ class Profile(_Strict):
     def place(self, task: PipelineTask, name: str) -> PipelineTask:
         """Put a task of a graph where the profile says, and return it."""
         placement = self.of(name)
+        if placement.image is not None:
+            task.set_container_image(placement.image)
         if placement.cpu is not None:
             task.set_cpu_request(placement.cpu).set_cpu_limit(placement.cpu)
         if placement.memory is not None:
@@ -127,6 +135,7 @@ def _on_kubernetes(task: PipelineTask, placement: Placement) -> None:
         "labels": placement.node_selector,
         "tolerations": placement.tolerations,
         "secrets": placement.secrets,
+        "config_maps": placement.config_maps,
         "shm": placement.shm_gib,
         "timeout": placement.timeout_s,
     }
@@ -140,6 +149,8 @@ def _on_kubernetes(task: PipelineTask, placement: Placement) -> None:
         kubernetes.add_toleration(task, key=one.key, operator=one.operator, value=one.value, effect=one.effect)
     for secret, keys in placement.secrets.items():
         kubernetes.use_secret_as_env(task, secret, dict(keys))
+    for config_map, keys in placement.config_maps.items():
+        kubernetes.use_config_map_as_env(task, config_map, dict(keys))
     if placement.shm_gib is not None:
         size = f"{int(placement.shm_gib * 1024)}Mi"
         kubernetes.empty_dir_mount(task, volume_name=_SHM, mount_path="/dev/shm", medium="Memory", size_limit=size)  # noqa: S108  # where torch looks for it
