@@ -170,3 +170,10 @@ def test_the_end_is_recorded_whatever_happens(name: str) -> None:
     assert set(tasks) == {handler, "finish"}
     assert tasks["finish"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     assert "enableCache" not in tasks["finish"].get("cachingOptions", {})
+
+
+@pytest.mark.parametrize("name", ["lifecycle", "train"])
+def test_the_name_of_a_run_never_comes_from_a_cache(name: str) -> None:
+    tasks = _steps(yaml.safe_load(shipped(name).read_text(encoding="utf-8")))
+    assert "enableCache" not in tasks["check"].get("cachingOptions", {})
+    assert tasks["train"]["cachingOptions"]["enableCache"]

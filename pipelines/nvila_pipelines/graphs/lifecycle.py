@@ -59,6 +59,8 @@ def build(profile: Profile) -> Any:
                 ),
                 "check",
             )
+            # It names the run; a name from the cache would give this run the cached results of another.
+            checked.set_caching_options(False)
             common = {"recipe": checked.outputs["recipe"], "run_id": checked.outputs["run_id"]}
             source = place(data(**common), "data").outputs["result"]
             selection = place(curate(**common, data=source), "curate").outputs["result"]

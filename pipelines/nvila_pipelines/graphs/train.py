@@ -37,6 +37,8 @@ def build(profile: Profile) -> Any:
         ending = place(finish(run_id=run_id, job=job), "finish").set_caching_options(False)
         with dsl.ExitHandler(ending, name="every step"):
             checked = place(check(recipe=recipe, job=job, run_id=run_id, overrides=overrides, seed=seed), "check")
+            # It names the run; a name from the cache would give this run the cached results of another.
+            checked.set_caching_options(False)
             common = {"recipe": checked.outputs["recipe"], "run_id": checked.outputs["run_id"]}
             source = place(data(**common), "data").outputs["result"]
             selection = place(curate(**common, data=source), "curate").outputs["result"]
