@@ -14,6 +14,8 @@ from PIL import Image
 from nvila_platform.serving import RunningServer, start_server
 from nvila_platform.serving.playground import policy
 
+# Starting a browser and a model takes minutes on a crowded machine.
+pytestmark = pytest.mark.timeout(600)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 

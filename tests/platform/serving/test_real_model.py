@@ -18,6 +18,8 @@ from PIL import Image
 
 from nvila_platform.serving import RunningServer, start_server
 
+# A real model and both SDKs: seconds to start on a free machine, minutes on a crowded one.
+pytestmark = pytest.mark.timeout(600)
 QUESTION = "what color is the shape ?"
 
 
