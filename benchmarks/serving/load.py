@@ -150,6 +150,7 @@ async def _open_loop(server: RunningServer, rate: float, seconds: float, tokens:
 
 def _claims(rounds: list[dict[str, dict[str, float]]], loads: list[dict[str, float]]) -> list[Any]:
     added = [one["server"]["first_p50_ms"] - one["engine"]["first_p50_ms"] for one in rounds]
+    whole = [one["server"]["total_p50_ms"] - one["engine"]["total_p50_ms"] for one in rounds]
     share = [one["server"]["tokens_per_s"] / one["engine"]["tokens_per_s"] for one in rounds]
     over = [one["server"]["tokens_per_s"] / one["one_at_a_time"]["tokens_per_s"] for one in rounds]
     peak = max(load["goodput_per_s"] for load in loads)
@@ -162,8 +163,17 @@ def _claims(rounds: list[dict[str, dict[str, float]]], loads: list[dict[str, flo
             "ms that the server adds to the p50 of the time to the first token at 16 streams",
             added,
             "under 5",
-            median(added) < _GOAL_FIRST_MS,
-            f"{how}; clients share two cores with the server",
+            # A median that the repeats do not agree on is none.
+            max(added) < _GOAL_FIRST_MS,
+            f"{how}; clients share two cores with the server; met only if every repeat is under the goal",
+        ),
+        claim(
+            "request-added",
+            "ms that the server adds to the p50 of a whole answer at 16 streams",
+            whole,
+            "under 5",
+            max(whole) < _GOAL_FIRST_MS,
+            "as above; answers share steps, so a request's time follows from which others it meets",
         ),
         claim(
             "throughput-kept",
