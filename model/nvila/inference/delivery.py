@@ -7,15 +7,19 @@ Shape suffixes: V vocabulary.
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Sequence, Set
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nvila.errors import DeadlineError
+from nvila.errors import DeadlineError, NvilaError
 from nvila.inference.choosing import choose_all
 from nvila.inference.request import Delta, FinishReason, Request
 from nvila.inference.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 class Delivery:
@@ -51,7 +55,10 @@ class Delivery:
 
     def fail(self, request: Request, error: Exception, *, spoiled: bool = False) -> None:
         """End a request with an error; `spoiled` erases the keys and values that it wrote."""
-        request.outbox.append(error)
+        if not isinstance(error, NvilaError):
+            # As text: a log record with the traceback itself would keep its frames, see below.
+            logger.error("request %d failed:\n%s", request.number, "".join(traceback.format_exception(error)))
+        request.outbox.append(_without_frames(error))
         self.end(request, spoiled=spoiled)
 
     def end(self, request: Request, *, spoiled: bool = False) -> None:
@@ -85,3 +92,16 @@ class Delivery:
         request.logprobs.clear()
         if reason is not None:
             self.end(request)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Drop the tracebacks of an error and of those behind it.
+
+    Their frames lead to the caller that happened to run the step. While somebody keeps the error, that caller's streams
+    would live on, and a forgotten one would go on holding its blocks.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+    return error

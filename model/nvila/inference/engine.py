@@ -223,9 +223,12 @@ class Engine:
                     self._state.wait()
                 if request.outbox:
                     event = request.outbox.popleft()
-                    if isinstance(event, Exception):
+                    if isinstance(event, Delta):
+                        return event
+                    try:
                         raise event
-                    return event
+                    finally:
+                        del event  # this frame and the error would keep each other
                 if request.done:
                     raise StopIteration
                 self._stepping = True

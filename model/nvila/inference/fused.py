@@ -2,7 +2,7 @@
 
 Per layer it makes two products fewer than the module (queries, keys and values together; gate and up together), one
 operation of each norm, and none of what `transformers` does around a layer. With `int8` the weights are stored as
-8-bit integers with one scale for every output, and multiplied without being widened first.
+8-bit integers with one scale for every output, and multiplied without being widened first; the head stays wide.
 
 It holds copies of the language model's weights.
 
@@ -24,6 +24,8 @@ from nvila.inference.attention import BlockBatch
 from nvila.modeling import NVILAForConditionalGeneration
 
 FAMILIES = ("llama", "qwen2")
+# With more tokens than this, widening the weights costs less than the packed product loses.
+_MOST_PACKED = 16
 
 
 class _Wide:
@@ -46,7 +48,11 @@ class _Int8:
         self._bias = bias_O
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        out = torch._weight_int8pack_mm(x_TI, self._weight, self._scale)
+        if len(x_TI) > _MOST_PACKED:
+            # Whole numbers up to 127 are exact in every type, so this is the same product.
+            out = F.linear(x_TI, self._weight.to(x_TI.dtype)) * self._scale
+        else:
+            out = torch._weight_int8pack_mm(x_TI, self._weight, self._scale)
         return out if self._bias is None else out + self._bias
 
 
@@ -87,7 +93,8 @@ class FusedDecoder:
         self._eps = float(config.rms_norm_eps)
         self._rotary = decoder.rotary_emb
         self._norm = decoder.norm.weight.detach()
-        self._head = product(model.lm_head.weight.detach(), None)
+        # The head stays wide: the likeliest token is decided here, by differences smaller than 8 bits can tell.
+        self._head = _Wide(model.lm_head.weight.detach(), None)
         self._layers = [_fused(layer, product) for layer in decoder.layers]
 
     def __call__(self, embeds_TH: Tensor, batch: BlockBatch, rows_R: Tensor) -> Tensor:

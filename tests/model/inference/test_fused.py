@@ -16,7 +16,7 @@ from nvila.inference.attention import BlockBatch, Span
 from nvila.inference.blocks import BlockPool
 from nvila.inference.decoders import TransformersDecoder, cache_shape
 from nvila.inference.engine import Engine, SamplingParams
-from nvila.inference.fused import FusedDecoder
+from nvila.inference.fused import _MOST_PACKED, FusedDecoder, _Int8
 from nvila.modeling import NVILAForConditionalGeneration
 
 Pictures = dict[str, Image.Image]
@@ -89,6 +89,16 @@ def test_eight_bit_weights_are_near(model: NVILAForConditionalGeneration) -> Non
     wide, rounded = logits(model, FusedDecoder(model)), logits(model, FusedDecoder(model, int8=True))
     error = (wide - rounded).norm() / wide.norm()
     assert 0 < error < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tokens_take_another_way_to_the_same_eight_bit_product(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    product = _Int8(torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype))
+    x = torch.randn(_MOST_PACKED + 1, 64).to(dtype)
+    packed = torch.cat([product(x[:9]), product(x[9:])])
+    rounding = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.02}
+    torch.testing.assert_close(product(x), packed, **rounding)
 
 
 def test_models_of_another_kind_are_refused(fresh_model: NVILAForConditionalGeneration) -> None:

@@ -240,6 +240,27 @@ def test_a_forgotten_stream_frees_its_memory(build_engine: Build, ask: Ask, pict
     assert_empty(engine)
 
 
+def test_the_error_of_another_does_not_keep_a_forgotten_stream(
+    build_engine: Build, ask: Ask, pictures: Pictures
+) -> None:
+    engine = build_engine(blocks=200)
+    marker = engine.processor.tokenizer.convert_tokens_to_ids("stop")
+    hook = engine.model.model.language_model.register_forward_pre_hook(poison(marker, "raises"), with_kwargs=True)
+    bad = engine.stream(ask(text="stop stop"), pictures, GREEDY)
+
+    def ask_and_forget() -> None:
+        forgotten = engine.stream(ask("a"), pictures, SamplingParams(max_tokens=60))
+        next(forgotten)  # runs the step in which the other one fails
+
+    try:
+        ask_and_forget()
+        assert_empty(engine)
+        with pytest.raises(RuntimeError, match="poisoned"):
+            list(bad)
+    finally:
+        hook.remove()
+
+
 def poison(marker: int, how: str) -> Callable[..., Any]:
     """Make a hook that raises, or makes NaN, wherever the embedding of a token occurs."""
 
