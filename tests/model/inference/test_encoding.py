@@ -99,10 +99,11 @@ def test_a_video_given_up_leaves_no_tiles_behind(
         next(running)
         next(running)
         assert seen == [4, 4]
-        assert engine._encoder.busy
+        held = engine._encoder.busy
         video.close()
         list(running)
         assert seen == [4, 4]
+    assert held
     assert not engine._encoder.busy
     assert engine.stats().media_bytes == 0
 
@@ -111,7 +112,7 @@ def test_a_later_piece_that_fails_is_the_fault_of_its_video_alone(
     parts: tuple[NVILAForConditionalGeneration, NVILAProcessor], film: Video, ask: Ask, pictures: Pictures
 ) -> None:
     engine = Engine(*parts, EngineConfig(encode_tiles=40))
-    media = {"film": film, "a": pictures["a"]}
+    media: dict[str, Image.Image | Video] = {"film": film, "a": pictures["a"]}
     # The second call has the rest of the film and the picture; tried alone, only the film fails again.
     with watching(engine, fail_at=3) as seen, watching(engine, fail_at=2):
         video, picture = engine.stream(FILM, media, GREEDY), engine.stream(ask("a"), media, GREEDY)
@@ -128,7 +129,7 @@ def test_tiles_of_known_pictures_are_not_cut_again(
 ) -> None:
     engine = build_engine(blocks=200)
     cut: list[tuple[int, int]] = []
-    real = engine.processor.image_processor.tile_levels
+    real: Callable[..., torch.Tensor] = engine.processor.image_processor.tile_levels
 
     def count(image: Image.Image, plan: Any) -> torch.Tensor:
         cut.append(image.size)
