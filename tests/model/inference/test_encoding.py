@@ -99,12 +99,12 @@ def test_a_video_given_up_leaves_no_tiles_behind(
         next(running)
         next(running)
         assert seen == [4, 4]
-        assert engine._encoder.busy
+        held = engine._encoder.busy
         video.close()
         list(running)
         assert seen == [4, 4]
-    busy: bool = engine._encoder.busy
-    assert not busy
+    assert held
+    assert not engine._encoder.busy
     assert engine.stats().media_bytes == 0
 
 
@@ -129,12 +129,11 @@ def test_tiles_of_known_pictures_are_not_cut_again(
 ) -> None:
     engine = build_engine(blocks=200)
     cut: list[tuple[int, int]] = []
-    real = engine.processor.image_processor.tile_levels
+    real: Callable[..., torch.Tensor] = engine.processor.image_processor.tile_levels
 
     def count(image: Image.Image, plan: Any) -> torch.Tensor:
         cut.append(image.size)
-        tiles: torch.Tensor = real(image, plan)
-        return tiles
+        return real(image, plan)
 
     monkeypatch.setattr(engine.processor.image_processor, "tile_levels", count)
     list(engine.stream(ask("a"), pictures, GREEDY))

@@ -97,8 +97,8 @@ def test_many_tokens_take_another_way_to_the_same_eight_bit_product(dtype: torch
     product = _Int8(torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype))
     x = torch.randn(_MOST_PACKED + 1, 64).to(dtype)
     packed = torch.cat([product(x[:9]), product(x[9:])])
-    absolute, relative = (1e-4, 1e-4) if dtype == torch.float32 else (0.1, 0.02)
-    torch.testing.assert_close(product(x), packed, atol=absolute, rtol=relative)
+    atol, rtol = (1e-4, 1e-4) if dtype == torch.float32 else (0.1, 0.02)
+    torch.testing.assert_close(product(x), packed, atol=atol, rtol=rtol)
 
 
 def test_models_of_another_kind_are_refused(fresh_model: NVILAForConditionalGeneration) -> None:
