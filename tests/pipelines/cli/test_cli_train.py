@@ -112,3 +112,12 @@ def test_fp8_of_a_backend_that_is_not_here_is_refused(nvila: Nvila) -> None:
 def test_the_command_that_trains_the_stage_before_is_named(nvila: Nvila) -> None:
     done = nvila("train", "nvila-8b-tiny", "--stage", "language")
     assert "fix: nvila train nvila-8b-tiny --stage vision" in done.err
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "fast"])
+def test_recipes_of_short_rows_have_a_plan_too(nvila: Callable[..., Any], recipe: str) -> None:
+    done = nvila("train", recipe, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    stages = done.last_json["stages"]
+    assert [stage["name"] for stage in stages] == ["base", "align", "vision", "language", "instruct"]
+    assert all(16 < stage["positions_per_sample"] <= 128 for stage in stages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from nvila.errors import ConfigError
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from nvila.modeling import NVILAForConditionalGeneration
 
 
+_USUAL_TEXT, _LEAST_TEXT = 120, 8
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssumedSample:
     """What a sample of a stage is taken to be.
@@ -36,15 +39,15 @@ class AssumedSample:
         samples: Samples of the data; None when unknown.
         images: Width and height of each image.
         videos: Number of videos.
-        text_tokens: Positions that are no visual tokens.
-        answer_tokens: Those of them that are learned.
+        text_tokens: Positions that are no visual tokens; None: 120, or as many as a stage of short rows has room for.
+        answer_tokens: Those of them that are learned; None: half of them.
     """
 
     samples: int | None = None
     images: tuple[tuple[int, int], ...] = ((640, 480),)
     videos: int = 0
-    text_tokens: int = 120
-    answer_tokens: int = 60
+    text_tokens: int | None = None
+    answer_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +170,17 @@ def _plan_stage(
 ) -> StagePlan:
     model = cast("NVILAConfig", meta.config)
     sizes = part_sizes(meta, stage, config.precision.fp8.min_features if config.precision.name == "fp8" else 0)
-    sample = sample_size(
-        model,
-        stage,
-        images=assumed.images,
-        videos=assumed.videos,
-        text_tokens=assumed.text_tokens,
-        answer_tokens=assumed.answer_tokens,
+    visual = sample_size(model, stage, images=assumed.images, videos=assumed.videos, text_tokens=0, answer_tokens=0)
+    room = (stage.max_length or config.model.max_length) - visual.positions
+    text = assumed.text_tokens or max(_LEAST_TEXT, min(_USUAL_TEXT, room // stage.samples_per_image))
+    sample = replace(
+        visual,
+        positions=visual.positions + text,
+        supervised=text // 2 if assumed.answer_tokens is None else assumed.answer_tokens,
     )
-    batch = _batch(config.model, stage, meta, sample, _row(sample, stage, assumed), hardware.gpus)
+    # The media once, the text of every sample.
+    row = sample.positions + (stage.samples_per_image - 1) * text
+    batch = _batch(config.model, stage, meta, sample, row, hardware.gpus)
     _check_sample(stage, config.model, sample)
     # A row may hold several samples about one image; they share its tokens.
     samples = batch.units * stage.samples_per_image
@@ -199,7 +204,7 @@ def _plan_stage(
         samples_per_step=samples,
         positions_per_sample=sample.positions,
         tiles_per_sample=sample.tiles,
-        positions_per_step=batch.units * _row(sample, stage, assumed),
+        positions_per_step=batch.units * row,
         samples_per_gpu=batch.at_once * stage.samples_per_image,
         steps=steps,
         operations_per_step=operations,
@@ -208,11 +213,6 @@ def _plan_stage(
         cost=None if hours is None or price is None else hours * price,
         memory=memory_plans(config, stage, model, sizes, share, gpus=hardware.gpus, memory=hardware.bytes),
     )
-
-
-def _row(sample: SampleSize, stage: StageConfig, assumed: AssumedSample) -> int:
-    """Positions of a row: the media once, the text of every sample."""
-    return sample.positions + (stage.samples_per_image - 1) * assumed.text_tokens
 
 
 def _batch(
