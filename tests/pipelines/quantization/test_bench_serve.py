@@ -23,7 +23,8 @@ def test_every_way_is_measured_against_generate(nvila: Callable[..., Any], model
         assert 0 < way["low"] <= way["ratio"] <= way["high"]
         assert 0 < way["first_token_ms"][0] <= way["first_token_ms"][1]
         # An untrained model may say nothing that is text: then its answer is a single piece.
-        assert way["between_ms"] is None or 0 < way["between_ms"][0] <= way["between_ms"][1]
+        # Two pieces may come at once: the last word, and what was held back for stop strings.
+        assert way["between_ms"] is None or 0 <= way["between_ms"][0] <= way["between_ms"][1]
     assert ways[BASELINE]["between_ms"] is not None
     # The caches are the engine's; questions of easy-VQA about one picture stand together.
     assert ways[BASELINE]["media_known"] is ways[BASELINE]["prompt_known"] is None
