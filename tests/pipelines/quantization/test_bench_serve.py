@@ -26,9 +26,9 @@ def test_every_way_is_measured_against_generate(nvila: Callable[..., Any], model
         # Two pieces may come at once: the last word, and what was held back for stop strings.
         assert way["between_ms"] is None or 0 <= way["between_ms"][0] <= way["between_ms"][1]
     assert ways[BASELINE]["between_ms"] is not None
-    # The caches are the engine's; questions of easy-VQA about one picture stand together.
+    # The caches are the engine's; whether prompts as short as these share a whole block is chance.
     assert ways[BASELINE]["media_known"] is ways[BASELINE]["prompt_known"] is None
-    assert 0 < ways["engine, one at a time"]["prompt_known"] < 1
+    assert 0 <= ways["engine, one at a time"]["prompt_known"] < 1
     assert 0 <= ways["engine, one at a time"]["media_known"] < 1
 
 
