@@ -7,6 +7,7 @@ import io
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -137,8 +138,14 @@ class EndpointAnswerer:
         self.endpoint, self.traffic = endpoint, traffic or Traffic()
         self._client = _client(endpoint.url, api_key, timeout_s)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint")
+        # Its connections would otherwise be left to the garbage collector, which complains about each.
+        self._ended = weakref.finalize(self, _end, self._client, self._pool)
         self._retries, self._pause = retries, pause
         self._jitter = random.Random(0)
+
+    def close(self) -> None:
+        """Close the connections; happens by itself when the object is forgotten."""
+        self._ended()
 
     def answer(self, questions: Sequence[Question], settings: GenerationSettings) -> list[Answer]:
         """Ask all questions and return answers, or what went wrong, in their order.
@@ -210,6 +217,11 @@ class EndpointAnswerer:
                 f"{self.endpoint.url} changed its model from {known[:12]} to {digest[:12]} while it was evaluated",
                 "run it again when the rollout is over",
             )
+
+
+def _end(client: OpenAI, pool: ThreadPoolExecutor) -> None:
+    pool.shutdown(wait=False)
+    client.close()
 
 
 def _client(base_url: str, api_key: str, timeout_s: float) -> OpenAI:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -230,3 +231,18 @@ def test_services_that_cannot_be_asked(service: Service) -> None:
     other.close()
     with pytest.raises(InfrastructureError, match="nothing answers"):
         find_endpoint(other.url, None)
+
+
+@pytest.mark.parametrize("how", ["closed", "forgotten"])
+def test_connections_are_closed_when_nobody_asks_any_more(
+    service: Service, answerer: Callable[..., EndpointAnswerer], how: str
+) -> None:
+    asking = answerer()
+    asking.answer([question("a")], SETTINGS)
+    client = asking._client
+    assert not client.is_closed()
+    if how == "closed":
+        asking.close()
+    del asking
+    gc.collect()
+    assert client.is_closed()
