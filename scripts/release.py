@@ -132,7 +132,11 @@ def _charts(root: Path, made: Path, version: str) -> None:
 
 
 def _settle(archive: Path, time: int) -> None:
-    """Write an archive again with one time for all of its files, where helm writes now."""
+    """Write an archive again with one time for all of its files, where helm writes now, and in one order.
+
+    Helm takes the parts of a chart in the order of a map, which is another one each time. `Chart.yaml` stays in front:
+    readers look for it there.
+    """
     with tarfile.open(archive) as packed:
         members = [(member, packed.extractfile(member)) for member in packed.getmembers()]
         contents = [(member, file.read() if file else b"") for member, file in members]
@@ -141,9 +145,14 @@ def _settle(archive: Path, time: int) -> None:
         gzip.GzipFile("", "wb", mtime=time, fileobj=raw) as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.GNU_FORMAT) as packed,
     ):
-        for member, content in contents:
+        for member, content in sorted(contents, key=_place):
             member.mtime = time
             packed.addfile(member, io.BytesIO(content))
+
+
+def _place(entry: tuple[tarfile.TarInfo, bytes]) -> tuple[bool, str]:
+    name = entry[0].name
+    return not name.endswith("/Chart.yaml"), name
 
 
 def _pipelines(root: Path, made: Path) -> None:
