@@ -75,9 +75,10 @@ class ChatService:
 
     def start(self, served: Served, registry: CollectorRegistry) -> None:
         """Begin to serve."""
-        register_engines(self.identity.name, lambda: self.queue.served.engine, served.engine, registry)
         self.version = served.version
         self.queue.start(served)
+        # Behind the start: whoever registers is read at once.
+        register_engines(self.identity.name, lambda: self.queue.served.engine, served.engine, registry)
 
     def replace(self, served: Served, on_free: Callable[[], None] | None = None) -> None:
         """Answer new requests with another version; see `EngineQueue.replace`."""
