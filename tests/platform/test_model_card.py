@@ -114,7 +114,7 @@ def test_a_version_carries_licence_signature_and_description(
     assert tags["nvila.base_models"] == "google/siglip, Qwen/Qwen2.5"
     assert version_warning(tags) == licence_warning("cc-by-nc-4.0")
     assert json.loads(json.loads(tags["nvila.signature"])["outputs"])[0]["name"] == "text"
-    assert "| easy-vqa | 0.9800 |" in client.get_model_version("nvila", "1").description
+    assert "| easy-vqa | 0.9800 |" in str(client.get_model_version("nvila", "1").description)
     assert run_tags(tracked, run_id)["nvila.run_url"] == "https://kubeflow/1"
 
     from mlflow.models import Model

@@ -40,8 +40,9 @@ def run(context: StepContext) -> dict[str, float]:
     from nvila_platform.artifacts import read_manifest
     from nvila_platform.lineage import trace
     from nvila_platform.model_card import licence_warning, make_card
+    from nvila_platform.pipeline_runs import RUN_TAG, URL_TAG
     from nvila_platform.registration import register_model
-    from nvila_platform.registry import set_alias
+    from nvila_platform.registry import run_tags, set_alias
     from nvila_platform.store import open_store
 
     verdict = read_verdict(context.inputs["verdict"])
@@ -52,6 +53,9 @@ def run(context: StepContext) -> dict[str, float]:
     tags = {GATE_TAG: context.refs["verdict"].digest, "nvila.code_version": lineage.code_version}
     tags |= gate_tags(verdict)
     tags |= {f"nvila.lineage.{node.step}": node.digest for node in lineage.walk() if node.step}
+    if context.tracking_run is not None:
+        known = run_tags(context.settings, context.tracking_run)
+        tags |= {name: known[name] for name in (RUN_TAG, URL_TAG) if name in known}
     manifest = read_manifest(context.inputs["model"])
     figures = manifest.metrics if manifest is not None else {}
     tags |= {f"nvila.quantization.{name}": f"{value:.6g}" for name, value in figures.items() if name in TAGGED}
