@@ -57,10 +57,11 @@ class SystemMetrics:
         try:
             monitors = _monitors()
             sample = 0
-            while not self._stop.is_set():
-                self._log(_measure(monitors), sample)
+            # The shortest run has one sample, too.
+            self._log(_measure(monitors), sample)
+            while not self._stop.wait(self._interval_s):
                 sample += 1
-                self._stop.wait(self._interval_s)
+                self._log(_measure(monitors), sample)
         except Exception as error:  # a driver that is odd is no reason to end a run
             logger.warning("the load of this machine is not measured: %s", one_line(error))
 

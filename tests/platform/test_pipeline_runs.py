@@ -42,7 +42,7 @@ def test_the_first_task_makes_the_parent_and_the_others_find_it(tracked: Setting
     made = client.get_run(first)
     assert made.info.run_name == "nightly-1"
     assert made.data.tags.items() >= {RUN_TAG: "nightly-1", "nvila.kfp_run_id": "7"}.items()
-    assert mlflow_backend.artifact_location(tracked) in str(made.info.artifact_uri)
+    assert str(mlflow_backend.artifact_location(tracked)) in str(made.info.artifact_uri)
 
 
 def test_a_nested_run_is_no_parent(tracked: Settings) -> None:
