@@ -49,6 +49,7 @@ def _share(name: str) -> None:
 
 
 _share("fake_kubernetes")
+_share("fake_trainer")
 
 
 def pytest_configure() -> None:

@@ -9,6 +9,7 @@ import json
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Cluster:
         self.namespace = namespace
         self.objects: dict[Place, dict[str, Document]] = {}
         self.logs: dict[str, PodLog] = {}
-        self.calls: set[Call] = set()
+        self.asked: Counter[Call] = Counter()
         self.troubles: list[Trouble] = []
         self.forbidden: set[Call] = set()
         self.groups: set[str] | None = None
@@ -73,6 +74,17 @@ class Cluster:
         self.closing = False
         self._history: list[tuple[int, str, Place, Document]] = []
         self._version = 0
+
+    @property
+    def calls(self) -> set[Call]:
+        """What was asked for so far."""
+        with self.changed:
+            return set(self.asked)
+
+    def calls_of(self, verb: str, resource: str) -> int:
+        """Return how often something was asked for."""
+        with self.changed:
+            return sum(times for call, times in self.asked.items() if (call.verb, call.resource) == (verb, resource))
 
     def put(self, group: str, resource: str, document: Document, namespace: str | None = None) -> Document:
         """Write an object as a controller does, and return it."""
@@ -95,6 +107,8 @@ class Cluster:
             if found is not None:
                 self._version += 1
                 self._record("DELETED", place, found)
+                if resource == "pods" and name in self.logs:
+                    self.logs[name].closed = True
             return found
 
     def get(self, group: str, resource: str, name: str, namespace: str | None = None) -> Document | None:
@@ -174,10 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         group, namespace, resource, name, sub = _address(parts.path)
         if verb == "get" and not name:
-            verb = "watch" if query.get("watch") == "true" else "list"
+            verb = "watch" if query.get("watch", "").lower() == "true" else "list"
         call = Call(verb, group, f"{resource}/{sub}" if sub else resource)
         with cluster.changed:
-            cluster.calls.add(call)
+            cluster.asked[call] += 1
         trouble = cluster.trouble(call)
         if trouble is not None and trouble.status:
             self._say(trouble.status, trouble.body)

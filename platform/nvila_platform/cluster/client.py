@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,18 @@ class ClusterClient:
             CapabilityError: The cluster has no TrainJobs, or this user may not create them.
             InfrastructureError: It cannot be reached.
         """
+        name, namespace, _, _ = self._address(manifest)
+        self.create(manifest)
+        return JobStatus(name=name, namespace=namespace, state="Created")
+
+    def create(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Create a job and return it as the cluster has it; raises what `submit` does."""
         name, namespace, group, version = self._address(manifest)
         with cluster_errors(f"job '{name}' in namespace '{namespace}'"):
-            self._api.create_namespaced_custom_object(
+            made = self._api.create_namespaced_custom_object(
                 group, version, namespace, _JOBS, dict(manifest), _request_timeout=_TIMEOUT_S
             )
-        return JobStatus(name=name, namespace=namespace, state="Created")
+        return dict(made)
 
     def status(self, manifest: Mapping[str, Any]) -> JobStatus:
         """Look at a job.
@@ -184,8 +191,8 @@ class ClusterClient:
             return str(waiting[-1].get("message", "")) if waiting else ""
         return ""
 
-    def log(self, manifest: Mapping[str, Any], pod: str, container: str, since: str | None) -> Iterator[str]:
-        """Yield the log lines of a pod as they come, each with its time, until the container ends.
+    def log(self, manifest: Mapping[str, Any], pod: str, container: str, since: str | None) -> PodLogStream:
+        """Open the log of a pod, which ends with its container.
 
         A stream that the server ends early looks the same as one whose container has ended; the caller knows better.
 
@@ -198,28 +205,24 @@ class ClusterClient:
         Raises:
             ConfigError: There is no such pod, or its container has not started.
             CapabilityError: This user may not read logs.
-            InfrastructureError: The connection broke.
+            InfrastructureError: The cluster cannot be reached.
         """
-        from kubernetes.watch.watch import iter_resp_lines
-
         _, namespace, _, _ = self._address(manifest)
+        what = f"the log of pod '{pod}' in namespace '{namespace}'"
         query = [("container", container), ("follow", "true"), ("timestamps", "true")]
         if since is not None:
             query.append(("sinceTime", since))
-        with cluster_errors(f"the log of pod '{pod}' in namespace '{namespace}'"):
+        with cluster_errors(what):
             # The client's own method does not know sinceTime.
             answer = self._core.api_client.call_api(
                 "/api/v1/namespaces/{namespace}/pods/{name}/log", "GET", {"namespace": namespace, "name": pod}, query,
                 auth_settings=["BearerToken"], _preload_content=False, _return_http_data_only=True,
                 _request_timeout=(_TIMEOUT_S, _SILENCE_S),
             )  # fmt: skip
-            try:
-                yield from iter_resp_lines(answer)
-            finally:
-                answer.close()
+        return PodLogStream(answer, what)
 
     def delete(self, manifest: Mapping[str, Any]) -> None:
-        """Delete a job and its pods.
+        """Delete a job; it is gone when its pods are, which end as SIGTERM lets them.
 
         Raises:
             ConfigError: There is none of this name.
@@ -237,6 +240,41 @@ class ClusterClient:
         group, version = manifest["apiVersion"].split("/")
         metadata = manifest["metadata"]
         return metadata["name"], metadata.get("namespace") or self._namespace, group, version
+
+
+class PodLogStream:
+    """Lines of a pod's log as they come.
+
+    Args:
+        answer: What the API server sends.
+        what: Said when it breaks.
+    """
+
+    def __init__(self, answer: Any, what: str) -> None:
+        self._answer = answer
+        self._what = what
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield lines with their line breaks; the last one lacks it where the stream ended inside of it.
+
+        Raises:
+            InfrastructureError: The connection broke.
+        """
+        rest = b""
+        try:
+            with cluster_errors(self._what):
+                for piece in self._answer.stream(amt=None):
+                    *lines, rest = (rest + piece).split(b"\n")
+                    yield from (f"{line.decode('utf-8', errors='replace')}\n" for line in lines)
+            if rest:
+                yield rest.decode("utf-8", errors="replace")
+        finally:
+            self._answer.close()
+
+    def stop(self) -> None:
+        """End the stream, from any thread; one that has ended already stays as it is."""
+        with suppress(ValueError, OSError):
+            self._answer.shutdown()
 
 
 def _context_namespace(config: Any) -> str:
