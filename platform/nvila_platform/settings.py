@@ -55,6 +55,8 @@ _VARIABLES = {
     "kfp_token": "NVILA_KFP_TOKEN",
     "kfp_namespace": "NVILA_KFP_NAMESPACE",
 }
+# What is told to another machine by reference only, never in a manifest.
+SECRET_VARIABLES = ("NVILA_S3_ACCESS_KEY", "NVILA_S3_SECRET_KEY", "NVILA_ENDPOINT_API_KEY", "NVILA_KFP_TOKEN")
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
 _LOOPBACK = "127.0.0.1"
