@@ -72,7 +72,7 @@ class Engine:
         self._media = MediaCache(config.media_cache_bytes)
         self._reader = PromptReader(processor, cast("NVILAConfig", model.config), self._media)
         self._encoder = MediaEncoder(model.model, self._media, config.encode_tiles)
-        self._runner = ModelRunner(model, build_decoder(model, config), self._pool)
+        self._runner = ModelRunner(model, build_decoder(model, config, self._pool), self._pool)
         self._delivery = Delivery(self._scheduler, processor.tokenizer, self.stop_ids)
         self._grammars = GrammarFactory(processor.tokenizer, self.stop_ids)
         self._numbers = itertools.count()

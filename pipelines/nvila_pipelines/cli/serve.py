@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SUMMARY = "serve a model over HTTP: OpenAI, KServe V1 and V2"
 DEFAULT_NAME = "nvila"
 DECODERS = ("auto", "transformers", "fused", "fused-int8")
+COMPILE = ("auto", "on", "off")
 _REGISTRY = "models:/"
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared, not bound
 _QUESTION = "what color is the shape?"
@@ -58,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-running", type=int, metavar="N", help="requests that share the model's steps")
     parser.add_argument("--kv-cache-gib", type=float, metavar="GIB", help="memory of keys and values")
     parser.add_argument("--decoder", choices=DECODERS, help="what runs the language model (default: auto)")
+    parser.add_argument(
+        "--compile", choices=COMPILE, help="compile decoding, on CUDA record graphs of it (default: auto)"
+    )
     parser.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest time for one answer")
     parser.add_argument("--grace", type=float, metavar="SECONDS", help="time for running answers after SIGTERM")
     add_server_arguments(parser)
@@ -80,6 +84,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         options=options_of(args),
         kv_cache_gib=args.kv_cache_gib,
         decoder=args.decoder,
+        compiled=args.compile,
         grace_s=args.grace,
         as_json=args.json,
     )
@@ -99,6 +104,7 @@ def serve_model(
     options: ServerOptions | None = None,
     kv_cache_gib: float | None = None,
     decoder: str | None = None,
+    compiled: str | None = None,
     grace_s: float | None = None,
     as_json: bool = False,
     quiet: bool = False,
@@ -117,6 +123,7 @@ def serve_model(
         options: Who may ask, where media may come from, how the server ends.
         kv_cache_gib: Memory of the engine's keys and values.
         decoder: What runs the language model.
+        compiled: Whether decoding is compiled: auto, on or off.
         grace_s: How long running answers may take after the signal.
         as_json: Say it as a JSON object.
         quiet: Say it on standard error, because standard output ends with something else.
@@ -126,7 +133,7 @@ def serve_model(
     from nvila_platform.serving.limits import Limits
     from nvila_platform.serving.server import DEFAULT_GRACE_S, engine_config, serve
 
-    config = engine_config(limits or Limits(), kv_cache_gib, decoder)
+    config = engine_config(limits or Limits(), kv_cache_gib, decoder, compiled)
     identity = ModelIdentity(
         name=name or source.name,
         version=version or source.version,
