@@ -53,6 +53,8 @@ _VARIABLES = {
     "kfp_endpoint": "NVILA_KFP_ENDPOINT",
     "kfp_token": "NVILA_KFP_TOKEN",
     "kfp_namespace": "NVILA_KFP_NAMESPACE",
+    "prometheus_url": "NVILA_PROMETHEUS_URL",
+    "prometheus_token": "NVILA_PROMETHEUS_TOKEN",
 }
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
@@ -91,6 +93,8 @@ class Settings:
         kfp_endpoint: Address of the API of Kubeflow Pipelines.
         kfp_token: Its bearer token; never printed.
         kfp_namespace: Namespace of runs, where Kubeflow serves several users.
+        prometheus_url: Address of the Prometheus that judges a deployment.
+        prometheus_token: Its bearer token; never printed.
     """
 
     workspace: Path
@@ -116,6 +120,8 @@ class Settings:
     kfp_endpoint: str = ""
     kfp_token: str = field(default="", repr=False)
     kfp_namespace: str = ""
+    prometheus_url: str = ""
+    prometheus_token: str = field(default="", repr=False)
 
     @classmethod
     def load(cls, workspace: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -161,6 +167,8 @@ class Settings:
             kfp_endpoint=values["kfp_endpoint"].rstrip("/"),
             kfp_token=values["kfp_token"],
             kfp_namespace=values["kfp_namespace"],
+            prometheus_url=values["prometheus_url"].rstrip("/"),
+            prometheus_token=values["prometheus_token"],
         )
 
     def to_env(self) -> dict[str, str]:
