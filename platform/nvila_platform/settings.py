@@ -53,9 +53,14 @@ _VARIABLES = {
     "kfp_endpoint": "NVILA_KFP_ENDPOINT",
     "kfp_token": "NVILA_KFP_TOKEN",
     "kfp_namespace": "NVILA_KFP_NAMESPACE",
+    "train_job": "NVILA_TRAIN_JOB",
+    "train_nodes": "NVILA_TRAIN_NODES",
+    "train_gpus": "NVILA_TRAIN_GPUS",
 }
 # What is told to another machine by reference only, never in a manifest.
 SECRET_VARIABLES = ("NVILA_S3_ACCESS_KEY", "NVILA_S3_SECRET_KEY", "NVILA_ENDPOINT_API_KEY", "NVILA_KFP_TOKEN")
+# About the process that starts training, and not about those that train.
+PLACEMENT_VARIABLES = ("NVILA_TRAIN_JOB", "NVILA_TRAIN_NODES", "NVILA_TRAIN_GPUS")
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
 _LOOPBACK = "127.0.0.1"
@@ -93,6 +98,9 @@ class Settings:
         kfp_endpoint: Address of the API of Kubeflow Pipelines.
         kfp_token: Its bearer token; never printed.
         kfp_namespace: Namespace of runs, where Kubeflow serves several users.
+        train_job: Nodes of a cluster that training runs on, as JSON; empty for processes of this machine.
+        train_nodes: How many nodes, instead of what `train_job` says.
+        train_gpus: GPUs of each node, with one process each, instead of what `train_job` or the recipe says.
     """
 
     workspace: Path
@@ -118,6 +126,9 @@ class Settings:
     kfp_endpoint: str = ""
     kfp_token: str = field(default="", repr=False)
     kfp_namespace: str = ""
+    train_job: str = ""
+    train_nodes: int | None = None
+    train_gpus: int | None = None
 
     @classmethod
     def load(cls, workspace: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -163,6 +174,9 @@ class Settings:
             kfp_endpoint=values["kfp_endpoint"].rstrip("/"),
             kfp_token=values["kfp_token"],
             kfp_namespace=values["kfp_namespace"],
+            train_job=values["train_job"],
+            train_nodes=_count("train_nodes", values),
+            train_gpus=_count("train_gpus", values),
         )
 
     def to_env(self) -> dict[str, str]:
@@ -234,6 +248,14 @@ def _number(name: str, values: Mapping[str, str]) -> float | None:
     if not math.isfinite(value) or value < 0:
         raise ConfigError(f"{_VARIABLES[name]}={text!r} is not a number of 0 or more", "write it as 2.5")
     return value
+
+
+def _count(name: str, values: Mapping[str, str]) -> int | None:
+    """Return a positive number; None when it is not set or 0, which a form writes for that."""
+    text = values[name]
+    if text and not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"{_VARIABLES[name]}={text!r} is not a whole number of 0 or more", "write it as 4")
+    return int(text or "0") or None
 
 
 def _metrics_address(text: str) -> str:
