@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from nvila.errors import CheckpointError
 from nvila.finite import check_weights
 from nvila.tuning.applying import ADAPTER, adapted_layers, apply_method, inject, lora_config, trained_names
-from nvila.tuning.four_bit import to_four_bit, widen_model
+from nvila.tuning.four_bit import KINDS, FourBitKind, kind_in, kind_on, to_four_bit, widen_model
 from nvila.tuning.methods import TuneMethod
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ LORA_FILE, TRAINED_FILE, PEFT_CONFIG = "adapter_model.safetensors", "trained.saf
 _PEFT_PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer."
 _VERSION = 1
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +47,13 @@ class AdapterRecord:
         method: How it was trained.
         base: Folder of the base when it was trained.
         base_digest: Digest of the base (`base_digest`).
+        four_bit: The 4-bit values that the base had; None for a wide base.
     """
 
     method: TuneMethod
     base: str
     base_digest: str
+    four_bit: FourBitKind | None = None
 
     @classmethod
     def read(cls, directory: Path) -> AdapterRecord:
@@ -60,9 +64,12 @@ class AdapterRecord:
         """
         try:
             raw = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-            return cls(
-                method=TuneMethod.from_dict(raw["method"]), base=raw["base"]["path"], base_digest=raw["base"]["digest"]
-            )
+            method, base = TuneMethod.from_dict(raw["method"]), raw["base"]
+            # Records of version 0.1 do not say it; they were all written without a GPU.
+            kind = base.get("four_bit", "int4" if method.language == "qlora" else None)
+            if kind not in (None, *KINDS):
+                raise ValueError(f"base.four_bit is {kind!r}, not one of {', '.join(KINDS)}")
+            return cls(method=method, base=base["path"], base_digest=base["digest"], four_bit=kind)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{directory / RECORD} cannot be read: {e}", "point at a saved adapter") from e
 
@@ -71,7 +78,7 @@ class AdapterRecord:
         raw = {
             "version": _VERSION,
             "method": self.method.to_dict(),
-            "base": {"path": self.base, "digest": self.base_digest},
+            "base": {"path": self.base, "digest": self.base_digest, "four_bit": self.four_bit},
         }
         (directory / RECORD).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
@@ -120,7 +127,7 @@ def save_adapter(
         model: A model that `apply_method` has prepared.
         processor: Its processor.
         directory: The folder, which must not exist.
-        record: What it belongs to.
+        record: What it belongs to; which 4-bit values the base has is seen in the model.
     """
     from safetensors.torch import save_file
 
@@ -135,7 +142,7 @@ def save_adapter(
     model.config.save_pretrained(partial)
     model.generation_config.save_pretrained(partial)
     processor.save_pretrained(partial)
-    record.write(partial)
+    replace(record, four_bit=kind_in(model)).write(partial)
     partial.rename(directory)
 
 
@@ -147,7 +154,8 @@ def load_adapter(
     Args:
         directory: The adapter.
         base: Folder of the base; None takes where it was at training.
-        four_bit: Keep the base's language model in 4 bits, or not; None does as the training did.
+        four_bit: Keep the base's language model in 4 bits, or not; None does as the training did, and keeps it wide
+            where this device's 4-bit values are others: wide ones are nearer to either.
         **options: For `nvila.assembly.load_model` of the base.
 
     Raises:
@@ -159,12 +167,19 @@ def load_adapter(
     record = AdapterRecord.read(directory)
     folder = checked_base(directory, record, base)
     model, _ = load_model(folder, **options)
-    if record.method.language == "qlora" if four_bit is None else four_bit:
+    if _held_in_four_bits(record, model.device) if four_bit is None else four_bit:
         to_four_bit(model)
     attach(model, directory, record.method)
     processor = NVILAProcessor.from_pretrained(directory)
     model.eval()
     return model, processor
+
+
+def _held_in_four_bits(record: AdapterRecord, device: torch.device) -> bool:
+    here = kind_on(device)
+    if record.four_bit not in (None, here):
+        logger.warning("trained over %s, this device has %s: the base is kept wide", record.four_bit, here)
+    return record.four_bit == here
 
 
 def load_beside(
@@ -193,7 +208,7 @@ def load_beside(
         record = AdapterRecord.read(directory)
         checked_base(directory, record, base, digest)
         own = sharing_copy(model, set(trained_names(model, record.method)))
-        if record.method.language == "qlora":
+        if _held_in_four_bits(record, own.device):
             to_four_bit(own)
         attach(own, directory, record.method)
         loaded[name] = (own.eval(), NVILAProcessor.from_pretrained(directory))

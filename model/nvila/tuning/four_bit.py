@@ -7,7 +7,7 @@ of all layers from the forward pass to the backward pass, and nothing would be s
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from nvila.quantization.quantize import INT4
 from nvila.quantization.saved import pack_nibbles, unpack_nibbles
 
 GROUP_SIZES = (128, 64, 32, 16)
+FourBitKind = Literal["nf4", "int4"]
+KINDS: tuple[FourBitKind, ...] = get_args(FourBitKind)
 
 
 class FourBitLinear(nn.Linear):
@@ -110,6 +112,21 @@ def check_four_bit(language: Any) -> None:
             )
 
 
+def kind_on(device: torch.device) -> FourBitKind:
+    """Return the 4-bit values that a device keeps: bitsandbytes' NF4 on a GPU, integers in groups elsewhere."""
+    return "nf4" if device.type == "cuda" else "int4"
+
+
+def kind_in(model: nn.Module) -> FourBitKind | None:
+    """Return the 4-bit values that a model holds; None if it holds none."""
+    for child in model.modules():
+        if isinstance(child, FourBitLinear):
+            return "int4"
+        if _is_nf4(child):
+            return "nf4"
+    return None
+
+
 def to_four_bit(model: NVILAForConditionalGeneration) -> int:
     """Keep the linear layers of the language model in 4 bits, in place; the head stays as it is.
 
@@ -125,7 +142,7 @@ def to_four_bit(model: NVILAForConditionalGeneration) -> int:
     names = [name for name, child in decoder.named_modules() if type(child) is nn.Linear]
     for name in names:
         layer = cast("nn.Linear", decoder.get_submodule(name))
-        made = _nf4_layer(layer) if layer.weight.device.type == "cuda" else four_bit_layer(layer)
+        made = _nf4_layer(layer) if kind_on(layer.weight.device) == "nf4" else four_bit_layer(layer)
         parent, _, own = name.rpartition(".")
         setattr(decoder.get_submodule(parent), own, made)
     return len(names)
@@ -160,12 +177,31 @@ def four_bit_layer(layer: nn.Linear) -> FourBitLinear:
 
 
 def widen_model(model: nn.Module) -> int:
-    """Put ordinary layers in the place of all `FourBitLinear`; returns how many there were."""
-    found = [(name, child) for name, child in model.named_modules() if isinstance(child, FourBitLinear)]
+    """Put ordinary layers in the place of all that hold 4 bits; returns how many there were."""
+    found = [
+        (name, child) for name, child in model.named_modules() if isinstance(child, FourBitLinear) or _is_nf4(child)
+    ]
     for name, child in found:
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, child.widened())
+        wide = child.widened() if isinstance(child, FourBitLinear) else _widened_nf4(child)
+        setattr(model.get_submodule(parent), own, wide)
     return len(found)
+
+
+def _is_nf4(module: nn.Module) -> bool:
+    # By name: bitsandbytes takes seconds to import, and is not there on most machines.
+    return type(module).__name__ == "Linear4bit"
+
+
+def _widened_nf4(layer: Any) -> nn.Linear:
+    from bitsandbytes.functional import dequantize_4bit
+
+    with torch.device("meta"):
+        wide = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    wide.weight = nn.Parameter(weight, requires_grad=False)
+    wide.bias = layer.bias
+    return wide
 
 
 def _nf4_layer(layer: nn.Linear) -> nn.Module:

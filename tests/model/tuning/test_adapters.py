@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from nvila.assembly import load_model, save_model
 from nvila.errors import CheckpointError
 from nvila.tuning.adapters import AdapterRecord, base_digest, load_adapter, merge, prepare, save_adapter
-from nvila.tuning.four_bit import FourBitLinear
+from nvila.tuning.four_bit import FourBitLinear, kind_in, widen_model
 from nvila.tuning.methods import parse_method
 
 if TYPE_CHECKING:
@@ -92,6 +93,50 @@ def test_an_adapter_stands_over_a_base_in_four_bits(
     wanted = logits(wide)
     # Nearer to the adapted model than the base is: the adapter speaks through the rounded weights.
     assert float((near - wanted).norm()) < float((far - wanted).norm())
+
+
+def test_over_other_four_bit_values_than_at_training_the_base_stays_wide(
+    saved_model: Path, processor: NVILAProcessor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(saved_model, processor, tmp_path / "adapter", "ln+qlora")
+    record = json.loads((tmp_path / "adapter" / "nvila_adapter.json").read_text())
+    assert record["base"]["four_bit"] == "int4"
+    assert kind_in(load_adapter(tmp_path / "adapter")[0]) == "int4"
+    assert not caplog.records
+
+    record["base"]["four_bit"] = "nf4"
+    (tmp_path / "adapter" / "nvila_adapter.json").write_text(json.dumps(record))
+    assert kind_in(load_adapter(tmp_path / "adapter")[0]) is None
+    assert "trained over nf4, this device has int4" in caplog.text
+    assert kind_in(load_adapter(tmp_path / "adapter", four_bit=True)[0]) == "int4"
+
+
+def test_unknown_four_bit_values_are_named(saved_model: Path, processor: NVILAProcessor, tmp_path: Path) -> None:
+    make(saved_model, processor, tmp_path / "adapter", "ln+qlora")
+    record = json.loads((tmp_path / "adapter" / "nvila_adapter.json").read_text())
+    del record["base"]["four_bit"]
+    (tmp_path / "adapter" / "nvila_adapter.json").write_text(json.dumps(record))
+    assert AdapterRecord.read(tmp_path / "adapter").four_bit == "int4"  # of before it was noted
+    record["base"]["four_bit"] = "fp4"
+    (tmp_path / "adapter" / "nvila_adapter.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"four_bit is 'fp4', not one of nf4, int4"):
+        load_model(tmp_path / "adapter")
+
+
+def test_layers_of_bitsandbytes_are_widened(saved_model: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is part of the extra tune-gpu")
+    wide, _ = load_model(saved_model)
+    model, _ = load_model(saved_model)
+    layer = cast("Any", model.model.language_model).layers[0].mlp.up_proj
+    held = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
+    held.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=held)
+    cast("Any", model.model.language_model).layers[0].mlp.up_proj = held.to("cpu")
+    rounded = logits(copy.deepcopy(model))  # a forward pass on a CPU packs the layer for itself
+    assert kind_in(model) == "nf4"
+    assert widen_model(model) == 1
+    assert kind_in(model) is None
+    # On a CPU bitsandbytes multiplies in bf16; what rounding to 4 bits does is many times as much.
+    assert float((logits(model) - rounded).norm()) < 0.2 * float((logits(wide) - rounded).norm())
 
 
 def test_another_base_is_refused_before_it_is_loaded(
