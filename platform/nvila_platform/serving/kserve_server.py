@@ -103,10 +103,11 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         self._listener = listener
         self._options = options
         self._updater: Updater | None = None
-        rejected = service.metrics.rejected
+        rejected = service.rejected
         # Built here: a key file that cannot be used is known before the model is loaded.
         limited = BodyLimit(app, service.limits, rejected)
-        self.config.app = Guard(Gatekeeper(limited, options.access, rejected), lambda: service.identity, rejected)
+        checked = Gatekeeper(limited, options.access, rejected)
+        self.config.app = Guard(checked, lambda: service.identity, rejected, service.tracing)
         self._drain = Drain(self._server, service, options.drain_s)
         self.config.host = listener.getsockname()[0]
         self.config.server_header = False
@@ -185,7 +186,7 @@ def add_error_handlers(app: FastAPI, service: ChatService) -> None:
     """Answer every error of `app` in the shape of the protocol it happened in."""
 
     def answer(request: Request, error: ApiError) -> Response:
-        service.metrics.rejected(error.code)
+        service.rejected(error.code)
         return JSONResponse(error.body_for(request.url.path), error.status, headers=error.headers)
 
     async def own(request: Request, error: Exception) -> Response:

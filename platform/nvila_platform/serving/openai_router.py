@@ -188,7 +188,7 @@ async def _stream(service: ChatService, streams: Sequence[Stream], made: _Events
         opening = made.opening()
         if opening:
             yield opening
-        async for text in events(streams, keep_alive_s, made.piece, made.last, service.metrics.rejected):
+        async for text in events(streams, keep_alive_s, made.piece, made.last, service.rejected):
             yield text
 
     # X-Accel-Buffering keeps proxies from collecting the stream into one piece.
