@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 
 from nvila.errors import NvilaError
 from nvila_platform.serving.auth import Gatekeeper
+from nvila_platform.serving.description import describe_bodies
 from nvila_platform.serving.drift import drift_router
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.guard import Guard
@@ -129,6 +130,7 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
             # Neither a page nor a description of what could be tried.
             app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != app.openapi_url]
         else:
+            describe_bodies(app)
             app.include_router(playground_router(self._service))
 
     def _add_exception_handlers(self, app: FastAPI) -> None:
