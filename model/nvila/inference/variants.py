@@ -95,7 +95,7 @@ class Variants:
                 runner=runner,
             )
 
-        self.base = make(model, processor, b"", ModelRunner(model, build_decoder(model, config), pool))
+        self.base = make(model, processor, b"", ModelRunner(model, build_decoder(model, config, pool), pool))
         self.adapters: dict[str, Variant] = {}
         words = processor.tokenizer.get_vocab()
         for name, (own, reads) in adapted.items():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "serve a model over HTTP: OpenAI, KServe V1 and V2"
 DECODERS = ("auto", "transformers", "fused", "fused-int8")
+COMPILE = ("auto", "on", "off")
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared, not bound
 _QUESTION = "what color is the shape?"
 
@@ -61,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-running", type=int, metavar="N", help="requests that share the model's steps")
     parser.add_argument("--kv-cache-gib", type=float, metavar="GIB", help="memory of keys and values")
     parser.add_argument("--decoder", choices=DECODERS, help="what runs the language model (default: auto)")
+    parser.add_argument(
+        "--compile", choices=COMPILE, help="compile decoding, on CUDA record graphs of it (default: auto)"
+    )
     parser.add_argument("--request-timeout", type=float, metavar="SECONDS", help="longest time for one answer")
     parser.add_argument("--grace", type=float, metavar="SECONDS", help="time for running answers after SIGTERM")
     add_server_arguments(parser)
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         updates=updates_of(args),
         kv_cache_gib=args.kv_cache_gib,
         decoder=args.decoder,
+        compiled=args.compile,
         grace_s=args.grace,
         as_json=args.json,
     )
@@ -106,6 +111,7 @@ def serve_model(
     updates: UpdateOptions | None = None,
     kv_cache_gib: float | None = None,
     decoder: str | None = None,
+    compiled: str | None = None,
     grace_s: float | None = None,
     as_json: bool = False,
     quiet: bool = False,
@@ -126,6 +132,7 @@ def serve_model(
         updates: When to look for another version of the model.
         kv_cache_gib: Memory of the engine's keys and values.
         decoder: What runs the language model.
+        compiled: Whether decoding is compiled: auto, on or off.
         grace_s: How long running answers may take after the signal.
         as_json: Say it as a JSON object.
         quiet: Say it on standard error, because standard output ends with something else.
@@ -134,7 +141,7 @@ def serve_model(
     from nvila_platform.serving.server import DEFAULT_GRACE_S, engine_config, serve
     from nvila_platform.serving.source import ModelSource, engine_loader, parse_adapters
 
-    config = engine_config(limits or Limits(), kv_cache_gib, decoder)
+    config = engine_config(limits or Limits(), kv_cache_gib, decoder, compiled)
     source = ModelSource(
         model,
         settings,

@@ -41,6 +41,7 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8080
 DEFAULT_GRACE_S = 30.0
 DECODERS = ("auto", "transformers", "fused", "fused-int8")
+COMPILE = ("auto", "on", "off")
 _BACKLOG = 128
 # The SDK reads the process's command line when it is imported; these are the arguments it gets instead of ours.
 _SDK_ARGV = ["nvila-serve", "--configure_logging=false", "--enable_grpc=false", "--enable_docs_url=false"]
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None, *, load: Load | None = None) -> int:
         limits = Limits(
             max_requests=args.max_requests, max_running=args.max_running, request_timeout_s=args.request_timeout
         )
-        config = engine_config(limits, args.kv_cache_gib, args.decoder)
+        config = engine_config(limits, args.kv_cache_gib, args.decoder, args.compile)
         source = ModelSource(
             args.model_dir,
             settings,
@@ -191,6 +192,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--max-running", type=int, default=defaults.max_running, help="in the engine at once")
     parser.add_argument("--kv-cache-gib", type=float, help="memory of keys and values (default: the engine's)")
     parser.add_argument("--decoder", choices=DECODERS, help="what runs the language model (default: auto)")
+    parser.add_argument(
+        "--compile", choices=COMPILE, help="compile decoding, on CUDA record graphs of it (default: auto)"
+    )
     parser.add_argument("--request-timeout", type=float, default=defaults.request_timeout_s, help="seconds a request")
     parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds for running answers on SIGTERM")
     parser.add_argument("--log-format", choices=("auto", "text", "json"), help="default: NVILA_LOG_FORMAT, then auto")
@@ -270,7 +274,9 @@ def _load(
         logger.info("model %s is ready", service.identity.name)
 
 
-def engine_config(limits: Limits, kv_cache_gib: float | None, decoder: str | None) -> Callable[[], EngineConfig]:
+def engine_config(
+    limits: Limits, kv_cache_gib: float | None, decoder: str | None, compiled: str | None = None
+) -> Callable[[], EngineConfig]:
     """Return what makes the engine's configuration; the engine, and torch with it, is imported only then.
 
     Raises:
@@ -283,7 +289,7 @@ def engine_config(limits: Limits, kv_cache_gib: float | None, decoder: str | Non
         from nvila.inference.config import EngineConfig
 
         given: dict[str, Any] = {"kv_cache_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30)}
-        given["decoder"] = decoder
+        given |= {"decoder": decoder, "compile": compiled}
         return EngineConfig(
             max_running=limits.max_running, **{name: value for name, value in given.items() if value is not None}
         )

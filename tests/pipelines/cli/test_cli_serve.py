@@ -21,7 +21,8 @@ from nvila.errors import ArtifactError, ConfigError
 from nvila_pipelines.cli import serve
 from nvila_pipelines.recipe import load_recipe
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
-from nvila_platform.registry import register_model, set_alias
+from nvila_platform.registration import register_model
+from nvila_platform.registry import set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, LocalStore
 

@@ -17,7 +17,8 @@ import pytest
 from tests.pipelines.cli.test_cli_serve import started
 
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
-from nvila_platform.registry import register_model, set_alias
+from nvila_platform.registration import register_model
+from nvila_platform.registry import set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, ArtifactStore, open_store
 
