@@ -54,7 +54,11 @@ _VARIABLES = {
     "kfp_endpoint": "NVILA_KFP_ENDPOINT",
     "kfp_token": "NVILA_KFP_TOKEN",
     "kfp_namespace": "NVILA_KFP_NAMESPACE",
+    "prometheus_url": "NVILA_PROMETHEUS_URL",
+    "prometheus_token": "NVILA_PROMETHEUS_TOKEN",
 }
+# What is told to another machine by reference only, never in a manifest.
+SECRET_VARIABLES = ("NVILA_S3_ACCESS_KEY", "NVILA_S3_SECRET_KEY", "NVILA_ENDPOINT_API_KEY", "NVILA_KFP_TOKEN")
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
 _LOOPBACK = "127.0.0.1"
@@ -94,6 +98,8 @@ class Settings:
         kfp_endpoint: Address of the API of Kubeflow Pipelines.
         kfp_token: Its bearer token; never printed.
         kfp_namespace: Namespace of runs, where Kubeflow serves several users.
+        prometheus_url: Address of the Prometheus that judges a deployment.
+        prometheus_token: Its bearer token; never printed.
     """
 
     workspace: Path
@@ -120,6 +126,8 @@ class Settings:
     kfp_endpoint: str = ""
     kfp_token: str = field(default="", repr=False)
     kfp_namespace: str = ""
+    prometheus_url: str = ""
+    prometheus_token: str = field(default="", repr=False)
 
     @classmethod
     def load(cls, workspace: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -167,6 +175,8 @@ class Settings:
             kfp_endpoint=values["kfp_endpoint"].rstrip("/"),
             kfp_token=values["kfp_token"],
             kfp_namespace=values["kfp_namespace"],
+            prometheus_url=values["prometheus_url"].rstrip("/"),
+            prometheus_token=values["prometheus_token"],
         )
 
     def to_env(self) -> dict[str, str]:

@@ -38,6 +38,8 @@ EVERY_VARIABLE = {
     "NVILA_WATTS_PER_CORE": "6",
     "NVILA_ENDPOINT_API_KEY": "key",
     "NVILA_CURRENCY": "eur",
+    "NVILA_PROMETHEUS_URL": "http://prometheus:9090",
+    "NVILA_PROMETHEUS_TOKEN": "token",
 }
 
 

@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -42,13 +42,14 @@ def publish(settings: Settings) -> ArtifactRef:
 
 
 @contextmanager
-def started(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+def started(
+    *words: str, cwd: Path, variables: Mapping[str, str] | None = None, errors: int | IO[str] = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
     """Run the command as a program; it is stopped with the block."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("NVILA_")}
+    env |= variables or {}
     command = [sys.executable, "-c", PROGRAM, *words]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=cwd, env=env
-    ) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=cwd, env=env) as child:
         try:
             yield child
         finally:

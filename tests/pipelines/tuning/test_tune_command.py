@@ -121,7 +121,8 @@ def test_one_broken_line_is_named_before_the_model_is_loaded(nvila: Nvila, base:
     file.write_text("\n".join(lines))
     done = nvila("tune", base, pictures, *QUICK, "--no-register")
     assert done.code == 1
-    assert "data.jsonl:5: broken JSON" in done.err
+    assert "data.jsonl:5: broken JSON: Expecting value at character 38" in done.err
+    assert "raise max_bad (of nvila tune: --max-bad)" in done.err
     allowed = nvila("tune", base, pictures, *QUICK, "--no-register", "--max-bad", "0.1", "--json")
     assert allowed.code == 0, allowed.err
     assert allowed.last_json["samples"]["set_aside"] == 1
