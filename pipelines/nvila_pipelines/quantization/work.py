@@ -28,6 +28,8 @@ EXPORT_FOLDER = "exports"
 SIZES_FILE = "sizes.json"
 # A name with a dot is scratch, no output.
 _MERGED = ".merged"
+# Finished blocks of a run that was interrupted; the folder is this request's own, and goes when the result is whole.
+STATES_FOLDER = "blocks"
 
 
 def quantize_folder(request: QuantizationRequest, settings: Settings, reporter: Reporter) -> ArtifactRef:
@@ -108,6 +110,7 @@ def metrics_of(report: QuantizationReport) -> dict[str, float]:
 
 def _work(request: QuantizationRequest, out: Path, reporter: Reporter) -> dict[str, float]:
     from nvila.checkpoints.documents import carry_documents
+    from nvila.quantization.resume import forget
     from nvila.quantization.run import quantize_in_parts
     from nvila.quantization.saved import restore_part
 
@@ -129,6 +132,7 @@ def _work(request: QuantizationRequest, out: Path, reporter: Reporter) -> dict[s
         reporter.progress(f"export {name}", 0, 1)
         metrics |= export_language(model, processor, name, out / EXPORT_FOLDER)
         reporter.progress(f"export {name}", 1, 1)
+    forget(out / STATES_FOLDER)
     return metrics
 
 
@@ -208,4 +212,5 @@ def measuring_of(request: QuantizationRequest, scratch: Path | None) -> Measurin
         alpha=request.alpha,
         speed=request.speed,
         scratch=scratch,
+        states=None if scratch is None else scratch / STATES_FOLDER,
     )
