@@ -5,6 +5,7 @@ The KServe SDK's own OpenAI module needs vLLM installed and flattens messages to
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from nvila.inference.engine import Delta, Usage
 
 PREFIX = "/openai/v1"
+_EMPTY = '"content":""'
 
 
 async def _until_sent() -> AsyncIterator[ExitStack]:
@@ -126,6 +128,7 @@ class _Events:
         self.envelope = _envelope(target, "chatcmpl" if isinstance(request, ChatRequest) else "cmpl")
         self._request = request
         self._prompts = prompts
+        self._frames: dict[int, tuple[str, str]] = {}
 
     def opening(self) -> str:
         """Return what is sent before any piece."""
@@ -152,6 +155,10 @@ class _ChatEvents(_Events):
         return "".join(self._event(ChunkChoice(index=number, delta=delta)) for number, delta in deltas)
 
     def piece(self, number: int, delta: Delta) -> str:
+        if delta.text and not (delta.finish_reason or self._request.logprobs):
+            # Nearly every piece; models of pydantic for each would hold up the step of the engine.
+            before, after = self._frame(number)
+            return f"{before}{json.dumps(delta.text, ensure_ascii=False)}{after}"
         text = ""
         if delta.text or delta.logprobs:
             reported = ChoiceLogprobs.of(delta.logprobs) if self._request.logprobs else None
@@ -163,6 +170,13 @@ class _ChatEvents(_Events):
     def last(self) -> str:
         usage = self.usage()
         return "" if usage is None else _event(ChatChunk(**self.envelope, choices=[], usage=usage))
+
+    def _frame(self, number: int) -> tuple[str, str]:
+        """Return what stands around the text of a piece."""
+        if number not in self._frames:
+            before, key, after = self._event(ChunkChoice(index=number, delta=ChunkDelta(content=""))).partition(_EMPTY)
+            self._frames[number] = before + key.removesuffix('""'), after
+        return self._frames[number]
 
     def _event(self, choice: ChunkChoice) -> str:
         return _event(ChatChunk(**self.envelope, choices=[choice]))
