@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -133,17 +134,31 @@ def crds() -> CrdSchemas:
     """Definitions of the custom resources that charts and manifests make."""
     if not CRDS.is_dir():
         pytest.skip(f"the custom resource definitions are not here: {CRDS}")
-    spec = importlib.util.spec_from_file_location(
-        "crd_validation", Path(__file__).parent / "charts" / "crd_validation.py"
-    )
+    schemas: CrdSchemas = _module(Path(__file__).parent / "charts" / "crd_validation.py").CrdSchemas(CRDS)
+    return schemas
+
+
+@pytest.fixture(scope="session")
+def api_server() -> ModuleType:
+    """The module of an API server in memory."""
+    return _module(Path(__file__).with_name("api_server.py"))
+
+
+@pytest.fixture(scope="session")
+def kserve_controller() -> ModuleType:
+    """The module of what answers to InferenceServices in it, and of a Prometheus."""
+    return _module(Path(__file__).with_name("kserve_controller.py"))
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Registered first: dataclasses look their own module up.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    schemas: CrdSchemas = module.CrdSchemas(CRDS)
-    return schemas
+    return module
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ EVERY_VARIABLE = {
     "NVILA_S3_SECRET_KEY": "hunter2",
     "NVILA_S3_SECURE": "false",
     "NVILA_LOG_FORMAT": "json",
+    "NVILA_SYSTEM_METRICS_S": "0",
     "NVILA_TRACK_TRAINING": "direct",
     "NVILA_METRICS_ADDRESS": "0.0.0.0:9400",
     "NVILA_CHECKPOINT_URI": "s3://models/checkpoints",
@@ -40,6 +41,8 @@ EVERY_VARIABLE = {
     "NVILA_WATTS_PER_CORE": "6",
     "NVILA_ENDPOINT_API_KEY": "key",
     "NVILA_CURRENCY": "eur",
+    "NVILA_PROMETHEUS_URL": "http://prometheus:9090",
+    "NVILA_PROMETHEUS_TOKEN": "token",
 }
 
 
@@ -54,6 +57,7 @@ def expected_defaults(home: Path) -> Settings:
         s3_secret_key="",
         s3_secure=True,
         log_format="auto",
+        system_metrics_s=10.0,
         track_training="events",
         metrics_address="",
         checkpoint_uri="",

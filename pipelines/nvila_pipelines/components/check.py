@@ -23,7 +23,7 @@ def check(
 
     Args:
         recipe: Name of a built-in recipe, or a resolved recipe as JSON.
-        job: Name that Kubeflow gave the run.
+        job: NAME/ID that Kubeflow gave the run.
         run_id: Name of the run; empty takes Kubeflow's.
         overrides: Fields of the recipe to change, such as train.precision=bf16.
         seed: Seed of everything that is drawn; empty leaves the recipe's.
@@ -37,4 +37,5 @@ def check(
     from nvila_pipelines.steps.check import check_run
 
     fields = {"seed": seed, "gate.min_accuracy": min_accuracy, "register.name": register_as}
-    return check_run(recipe, overrides, fields, run_id or job, size=size)
+    name, _, kfp_run = job.partition("/")
+    return check_run(recipe, overrides, fields, run_id or name, kfp_run, size)

@@ -55,7 +55,7 @@ def build(profile: Profile) -> Any:
             checked = place(
                 check(
                     recipe=recipe,
-                    job=job,
+                    job=f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}",
                     run_id=run_id,
                     overrides=overrides,
                     seed=seed,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from nvila.errors import ConfigError
 from nvila_pipelines.recipe import Recipe, changed_recipe, load_recipe
 from nvila_pipelines.steps.component import run_task
-from nvila_pipelines.training.nodes import check_nodes, parse_size
-from nvila_platform.settings import Settings
+from nvila_pipelines.training.nodes import check_nodes, sized
+from nvila_platform.settings import Settings, runner_pid
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -28,6 +27,7 @@ def check_run(
     overrides: Sequence[str],
     fields: Mapping[str, str],
     run_id: str,
+    kfp_run: str = "",
     size: str = "0x0",
 ) -> Checked:
     """Resolve a recipe and name the run.
@@ -37,6 +37,7 @@ def check_run(
         overrides: `dotted.key=value` words.
         fields: Values by dotted key; an empty one leaves the recipe's.
         run_id: Name of the run.
+        kfp_run: Id of the run in Kubeflow; its run in MLflow, which is made here, links to it.
         size: NODESxGPUS of the training job.
 
     Raises:
@@ -47,8 +48,12 @@ def check_run(
 
     def work(settings: Settings) -> Recipe:
         resolved = _resolve(recipe, words, name)
-        nodes, gpus = parse_size(size)
-        check_nodes(resolved, replace(settings, train_nodes=nodes, train_gpus=gpus))
+        check_nodes(resolved, sized(settings, size))
+        # On this machine the run that started the tasks tells MLflow itself.
+        if runner_pid() is None:
+            from nvila_platform.pipeline_runs import kubeflow_tags, parent_run
+
+            parent_run(settings, name, kubeflow_tags(settings, kfp_run))
         return resolved
 
     found = run_task("check", name, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nvila.errors import ConfigError
@@ -57,6 +58,12 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
     return numbers[0] or None, numbers[1] or None
 
 
+def sized(settings: Settings, size: str) -> Settings:
+    """Return settings with the nodes and GPUs of a run's parameters; see `parse_size`."""
+    nodes, gpus = parse_size(size)
+    return replace(settings, train_nodes=nodes or settings.train_nodes, train_gpus=gpus or settings.train_gpus)
+
+
 def check_nodes(recipe: Recipe, settings: Settings) -> int:
     """Check that the recipe's batches can be dealt to the nodes, and return the processes of each node.
 
@@ -96,7 +103,7 @@ def open_launcher(settings: Settings, work: str, say: Callable[[str], None]) -> 
         from nvila_platform.launch import LocalLauncher
 
         return LocalLauncher()
-    from nvila_platform.cluster.client import in_pod
+    from nvila_platform.cluster.connection import in_pod
     from nvila_platform.launch.train_job import TrainJobLauncher
 
     # In a pod standard error is what the Kubeflow UI shows; on a terminal it is where progress is drawn.

@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from nvila.errors import ConfigError
-from nvila_platform.cluster.errors import NoSuchApiError, NotThereError, cluster_errors, first_line
+from nvila_platform.cluster.connection import connect
+from nvila_platform.cluster.errors import NoSuchApiError, NotThereError, cluster_errors
 
-_DEFAULT_NAMESPACE = "default"
 _TIMEOUT_S = 20
 _JOBS = "trainjobs"
 _WATCH_MARGIN_S = 10
@@ -47,20 +45,11 @@ class ClusterClient:
     """
 
     def __init__(self) -> None:
-        from kubernetes import client, config
-        from kubernetes.config import ConfigException
+        from kubernetes import client
 
-        try:
-            try:
-                config.load_kube_config()
-                self._namespace = _context_namespace(config)
-            except ConfigException:
-                config.load_incluster_config()
-                self._namespace = _pod_namespace()
-        except ConfigException as e:
-            raise ConfigError(f"no cluster is known: {first_line(e)}", "set KUBECONFIG, or write ~/.kube/config") from e
-        self._api = client.CustomObjectsApi()
-        self._core = client.CoreV1Api()
+        api, self._namespace = connect()
+        self._api = client.CustomObjectsApi(api)
+        self._core = client.CoreV1Api(api)
 
     def submit(self, manifest: Mapping[str, Any]) -> JobStatus:
         """Create a job.
@@ -275,27 +264,3 @@ class PodLogStream:
         """End the stream, from any thread; one that has ended already stays as it is."""
         with suppress(ValueError, OSError):
             self._answer.shutdown()
-
-
-def in_pod() -> bool:
-    """Whether this process runs in a pod of a cluster."""
-    from kubernetes.config import incluster_config
-
-    return Path(incluster_config.SERVICE_TOKEN_FILENAME).is_file()
-
-
-def _context_namespace(config: Any) -> str:
-    """Return the namespace of the kubeconfig's current context."""
-    _, active = config.list_kube_config_contexts()
-    return str(active["context"].get("namespace") or _DEFAULT_NAMESPACE)
-
-
-def _pod_namespace() -> str:
-    """Return the namespace of the pod that this runs in, which its service account may use."""
-    from kubernetes.config import incluster_config
-
-    try:
-        found = Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace").read_text(encoding="utf-8")
-    except OSError:
-        return _DEFAULT_NAMESPACE
-    return found.strip() or _DEFAULT_NAMESPACE

@@ -205,7 +205,7 @@ def test_too_many_broken_media_end_the_run_also_over_restarts(open_feed: OpenFee
     (folder / "2.mp4").write_bytes(b"no film")
     take(open_feed(max_bad=0.08), 6)  # one of twenty
     (folder / "1.mp4").unlink()
-    with pytest.raises(DataError, match=r"2 of 20 samples .* more than max_bad 8\.0%.*bad-media-0"):
+    with pytest.raises(DataError, match=r"2 of 20 samples .* more than the 8\.0% of max_bad.*bad-media-0"):
         take(open_feed(max_bad=0.08), 6)
 
 
@@ -291,7 +291,7 @@ def test_samples_that_cannot_be_used_are_counted_and_named(open_feed: OpenFeed, 
     silent = json.loads(lines[2]) | {"id": "silent"}
     silent["conversations"][1]["value"] = ""
     (folder / "data.jsonl").write_text("\n".join([*lines, *map(json.dumps, (long, gone, silent)), "{"]) + "\n")
-    with pytest.raises(DataError, match=r"4 of 24 samples .* more than max_bad 1\.0%; first: data.jsonl:21"):
+    with pytest.raises(DataError, match=r"4 of 24 samples .* more than the 1\.0% of max_bad; first: data.jsonl:21"):
         open_feed()
     notices: list[str] = []
     feed = open_feed(max_bad=0.2, reporter=Notices(notices))

@@ -97,7 +97,7 @@ def test_a_shape_is_read(fields: Fields, says: list[str], write_lines: WriteLine
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ("{", "broken JSON: "),
+        ("{", "broken JSON: Expecting property name enclosed in double quotes at character 2"),
         ("", "the line is empty"),
         ("[1]", "a record must be an object, this is an array"),
         ("7", "a record must be an object, this is a number"),

@@ -129,7 +129,7 @@ def test_what_cannot_be_used_is_left_beside_the_model(run: Run, folder: Path, tm
     lines = (tmp_path / "out" / "quarantine" / "mix.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["id"] for line in lines] == [None, "b"]
     assert any("1 of 17 samples" in notice for notice in recorder.notices)
-    with pytest.raises(DataError, match=r"2 of 17 samples .* more than max_bad 10\.0%"):
+    with pytest.raises(DataError, match=r"2 of 17 samples .* more than the 10\.0% of max_bad"):
         run(tmp_path / "strict", str(folder), max_bad=0.1)
 
 

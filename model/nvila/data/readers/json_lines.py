@@ -38,10 +38,12 @@ class _Lines(Rows):
         if not line.strip():
             return Row(problem="the line is empty")
         try:
-            fields = json.loads(line)
+            fields = json.loads(line.rstrip())
         except RecursionError:
             return Row(problem="broken JSON: nested too deeply")
-        except ValueError as e:  # no JSON, or no UTF-8
+        except json.JSONDecodeError as e:
+            return Row(problem=f"broken JSON: {e.msg} at character {e.pos + 1}")
+        except ValueError as e:  # no UTF-8
             return Row(problem=f"broken JSON: {e}")
         if not isinstance(fields, dict):
             return Row(problem=f"a record must be an object, this is {kind_of(fields)}")
