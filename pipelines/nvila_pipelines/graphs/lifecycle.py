@@ -72,8 +72,8 @@ def build(profile: Profile) -> Any:
             selection = place(curate(**common, data=source), "curate").outputs["result"]
             wide = place(train(**common, size=size, data=source, selection=selection), "train").outputs["result"]
             small = place(quantize(**common, data=source, model=wide), "quantize").outputs["result"]
-            wide_scores = place(evaluate(**common, data=source, model=wide, form="wide"), "evaluate")
-            small_scores = place(evaluate(**common, data=source, model=small, form="quantized"), "evaluate")
+            wide_scores = place(evaluate(**common, data=source, model=wide), "evaluate")
+            small_scores = place(evaluate(**common, data=source, model=small), "evaluate")
             verdict = place(
                 gate(**common, wide=wide_scores.outputs["result"], quantized=small_scores.outputs["result"]), "gate"
             )

@@ -56,6 +56,6 @@ def build(profile: Profile) -> Any:
             source = place(data(**common), "data").outputs["result"]
             selection = place(curate(**common, data=source), "curate").outputs["result"]
             wide = place(train_stages(**common, size=size, data=source, selection=selection), "train").outputs["result"]
-            place(evaluate(**common, data=source, model=wide, form="wide"), "evaluate")
+            place(evaluate(**common, data=source, model=wide), "evaluate")
 
     return train

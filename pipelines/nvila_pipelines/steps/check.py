@@ -47,7 +47,9 @@ def check_run(
     name = _UNSAFE.sub("-", run_id).strip("-.")
 
     def work(settings: Settings) -> Recipe:
-        resolved = _resolve(recipe, words, name)
+        if not name:
+            raise ConfigError("the run has no name", "set the parameter run_id")
+        resolved = resolve_recipe(recipe, words)
         check_nodes(resolved, sized(settings, size))
         # On this machine the run that started the tasks tells MLflow itself.
         if runner_pid() is None:
@@ -60,9 +62,12 @@ def check_run(
     return Checked(found.to_json(), name)
 
 
-def _resolve(recipe: str, words: Sequence[str], name: str) -> Recipe:
-    if not name:
-        raise ConfigError("the run has no name", "set the parameter run_id")
+def resolve_recipe(recipe: str, words: Sequence[str]) -> Recipe:
+    """Return a recipe by its name, file or JSON form, with fields changed.
+
+    Raises:
+        ConfigError: There is no such recipe, or a field is wrong.
+    """
     if recipe.lstrip().startswith("{"):
         return changed_recipe(Recipe.from_json(recipe), words)
     return load_recipe(recipe, words)
