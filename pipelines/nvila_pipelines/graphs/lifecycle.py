@@ -55,13 +55,12 @@ def build(profile: Profile) -> Any:
             checked = place(
                 check(
                     recipe=recipe,
-                    job=job,
+                    job=f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}",
                     run_id=run_id,
                     overrides=overrides,
                     seed=seed,
                     min_accuracy=min_accuracy,
                     register_as=register_as,
-                    kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
                     size=size,
                 ),
                 "check",

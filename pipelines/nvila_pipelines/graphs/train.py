@@ -43,12 +43,11 @@ def build(profile: Profile) -> Any:
         with dsl.ExitHandler(ending, name="every step"):
             asked = check(
                 recipe=recipe,
-                job=job,
+                job=f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}",
                 run_id=run_id,
                 overrides=overrides,
                 seed=seed,
                 size=size,
-                kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
             )
             checked = place(asked, "check")
             # It names the run; a name from the cache would give this run the cached results of another.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from nvila.errors import ConfigError
 from nvila_pipelines.recipe import Recipe, changed_recipe, load_recipe
 from nvila_pipelines.steps.component import run_task
-from nvila_pipelines.training.nodes import check_nodes, parse_size
+from nvila_pipelines.training.nodes import check_nodes, sized
 from nvila_platform.settings import Settings, runner_pid
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -51,8 +50,7 @@ def check_run(
         if not name:
             raise ConfigError("the run has no name", "set the parameter run_id")
         resolved = resolve_recipe(recipe, words)
-        nodes, gpus = parse_size(size)
-        check_nodes(resolved, replace(settings, train_nodes=nodes, train_gpus=gpus))
+        check_nodes(resolved, sized(settings, size))
         # On this machine the run that started the tasks tells MLflow itself.
         if runner_pid() is None:
             from nvila_platform.pipeline_runs import kubeflow_tags, parent_run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nvila.errors import ConfigError
@@ -55,6 +56,12 @@ def parse_size(size: str) -> tuple[int | None, int | None]:
                 f"parameter {field}={number} is negative", "use 1 or more, or 0 for what the profile says"
             )
     return numbers[0] or None, numbers[1] or None
+
+
+def sized(settings: Settings, size: str) -> Settings:
+    """Return settings with the nodes and GPUs of a run's parameters; see `parse_size`."""
+    nodes, gpus = parse_size(size)
+    return replace(settings, train_nodes=nodes or settings.train_nodes, train_gpus=gpus or settings.train_gpus)
 
 
 def check_nodes(recipe: Recipe, settings: Settings) -> int:

@@ -248,4 +248,6 @@ def test_a_lost_node_is_named_and_the_same_command_goes_on_from_the_checkpoint(n
     lines = [json.loads(line) for line in (Path(done["path"]) / "metrics.jsonl").read_text().splitlines()]
     steps = Counter(line["step"] for line in lines if "step" in line)
     assert set(steps.values()) == {1}
-    assert "going on" in "".join(path.read_text() for path in nodes.workspace.glob("runs/*/events.jsonl"))
+    assert "stage base goes on from its checkpoint after step" in "".join(
+        path.read_text() for path in nodes.workspace.glob("runs/*/events.jsonl")
+    )
