@@ -32,7 +32,7 @@ ALL = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("__init__
 AROUND = {"check", "finish"}
 VERBS = {"tune_model", "quantize_model", "evaluate_model", "gate_model", "promote"}
 FILES = [path for path in ALL if path.stem not in AROUND | VERBS]
-OTHERS = {"recipe", "run_id", "result", "confusion", "metrics", "report"}
+OTHERS = {"recipe", "run_id", "result", "confusion", "size", "metrics", "report"}
 
 
 def parsed(path: Path) -> ast.Module:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from nvila.errors import ConfigError
 from nvila_pipelines.recipe import Recipe, changed_recipe, load_recipe
 from nvila_pipelines.steps.component import run_task
+from nvila_pipelines.training.nodes import check_nodes, parse_size
 from nvila_platform.settings import Settings, runner_pid
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -22,7 +24,12 @@ class Checked(NamedTuple):
 
 
 def check_run(
-    recipe: str, overrides: Sequence[str], fields: Mapping[str, str], run_id: str, kfp_run: str = ""
+    recipe: str,
+    overrides: Sequence[str],
+    fields: Mapping[str, str],
+    run_id: str,
+    kfp_run: str = "",
+    size: str = "0x0",
 ) -> Checked:
     """Resolve a recipe and name the run.
 
@@ -32,6 +39,7 @@ def check_run(
         fields: Values by dotted key; an empty one leaves the recipe's.
         run_id: Name of the run.
         kfp_run: Id of the run in Kubeflow; its run in MLflow, which is made here, links to it.
+        size: NODESxGPUS of the training job.
 
     Raises:
         SystemExit: A parameter is wrong; the typed error was left for the parent process.
@@ -43,6 +51,8 @@ def check_run(
         if not name:
             raise ConfigError("the run has no name", "set the parameter run_id")
         resolved = resolve_recipe(recipe, words)
+        nodes, gpus = parse_size(size)
+        check_nodes(resolved, replace(settings, train_nodes=nodes, train_gpus=gpus))
         # On this machine the run that started the tasks tells MLflow itself.
         if runner_pid() is None:
             from nvila_platform.pipeline_runs import kubeflow_tags, parent_run

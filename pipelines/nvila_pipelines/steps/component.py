@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import TRACKING_RUN_FILE, RunContext, run_step, step_config
 from nvila_pipelines.steps.table import step_spec
 from nvila_pipelines.tracked_data import datasets_of
+from nvila_pipelines.training.nodes import parse_size
 from nvila_platform.artifacts import read_manifest, write_atomically
 from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
@@ -58,6 +60,8 @@ def run_component(
     result: OutputArtifact,
     metrics: OutputArtifact,
     report: OutputArtifact,
+    *,
+    size: str = "0x0",
 ) -> Path:
     """Run a step inside a Kubeflow task and write the reference to its result.
 
@@ -69,6 +73,7 @@ def run_component(
         result: Output artifact that gets the reference.
         metrics: Output artifact that gets the step's numbers.
         report: Output artifact that gets what the UI shows of the step.
+        size: NODESxGPUS of the training job; 0 leaves what the task's settings say.
 
     Returns:
         The local directory of the result.
@@ -79,7 +84,9 @@ def run_component(
 
     def work(settings: Settings) -> tuple[ArtifactRef, Path]:
         refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
-        run = RunContext(run_id=run_id, settings=settings)
+        nodes, gpus = parse_size(size)
+        chosen = replace(settings, train_nodes=nodes or settings.train_nodes, train_gpus=gpus or settings.train_gpus)
+        run = RunContext(run_id=run_id, settings=chosen)
         found = Recipe.from_json(recipe)
         with _Tracked(step, found, refs, run):
             ref = run_step(step, found, refs, run)

@@ -29,6 +29,7 @@ from nvila_platform.serving.answers import (
     TextCompletion,
     TextLogprobs,
 )
+from nvila_platform.serving.description import body_of
 from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.guard import REQUEST_ID
 from nvila_platform.serving.identity import ModelIdentity
@@ -89,8 +90,9 @@ def build_router(service: ChatService) -> APIRouter:
         answered_by(identity)
         return JSONResponse(_card(service.version, identity).model_dump())
 
-    router.add_api_route("/chat/completions", chat, methods=["POST"], response_model=None)
-    router.add_api_route("/completions", completions, methods=["POST"], response_model=None)
+    post: dict[str, Any] = {"methods": ["POST"], "response_model": None}
+    router.add_api_route("/chat/completions", chat, **post, openapi_extra=body_of(ChatRequest))
+    router.add_api_route("/completions", completions, **post, openapi_extra=body_of(CompletionRequest))
     router.add_api_route("/models", models, methods=["GET"], response_model=None)
     router.add_api_route("/models/{model}", model, methods=["GET"], response_model=None)
     return router
@@ -188,7 +190,7 @@ async def _stream(service: ChatService, streams: Sequence[Stream], made: _Events
         opening = made.opening()
         if opening:
             yield opening
-        async for text in events(streams, keep_alive_s, made.piece, made.last, service.metrics.rejected):
+        async for text in events(streams, keep_alive_s, made.piece, made.last, service.rejected):
             yield text
 
     # X-Accel-Buffering keeps proxies from collecting the stream into one piece.

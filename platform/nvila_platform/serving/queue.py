@@ -26,6 +26,7 @@ from nvila_platform.serving.cost import Cost
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.phases import PhaseClock
 from nvila_platform.serving.stream import End, Job, Stream
+from nvila_platform.serving.tracing import TRACE
 
 if TYPE_CHECKING:
     from nvila.data.records import Message
@@ -230,7 +231,7 @@ class EngineQueue:
     def _generate(self, job: Job) -> None:
         if job.cancelled.is_set():
             return
-        clock = PhaseClock(self._metrics, job.admitted_at, job.submitted_at)
+        clock = PhaseClock(self._metrics, job.admitted_at, job.submitted_at, job.trace)
         generation = job.generation = job.target.engine.stream(job.messages, job.media, job.params)
         # The engine has made tensors of them; the pixels need not live as long as the answer.
         job.media = {}
@@ -295,6 +296,7 @@ class Slot:
             deadline=self._deadline,
             submitted_at=time.monotonic(),
             loop=asyncio.get_running_loop(),
+            trace=TRACE.get(),
         )
         stream = Stream(job, self._queue._cancel)
         self._streams.append(stream)

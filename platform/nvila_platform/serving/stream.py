@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nvila_platform.serving.engine import Generation
     from nvila_platform.serving.media import Medium
     from nvila_platform.serving.served import Target
+    from nvila_platform.serving.tracing import RequestTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Job:
     deadline: float
     submitted_at: float
     loop: asyncio.AbstractEventLoop
+    trace: RequestTrace | None = None
     events: asyncio.Queue[Delta | End | ApiError] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     generation: Generation | None = None
