@@ -50,7 +50,7 @@ _VERIFIES = "ours verifies every file's sha256, the peer does not"
 _NOTES = {
     "minio": _VERIFIES,
     "weed": f"{_VERIFIES}; weed's clients go past S3, and its download starts a process for each file",
-    "resent": "counted as sent when a request begins: at most six parts of 16 MiB were under way, whatever the size of "
+    "resent": "counted as sent when a request begins: at most six parts of 8 MiB were under way, whatever the size of "
     "the whole",
 }
 
