@@ -208,11 +208,14 @@ def test_a_part_that_is_off_leaves_nothing(render: Render, row: str, made: set[s
         assert {d["kind"] for d in documents} == {"ConfigMap"}
 
 
+DEPLOYING = ("inferenceservices", "servingruntimes", "leases", "httproutes")
+
+
 @pytest.mark.parametrize(
     ("row", "roles"),
     [
-        ("defaults", {"models": ("trainjobs", "inferenceservices")}),
-        ("pipelines-elsewhere", {"kubeflow-user": ("trainjobs",), "serving": ("inferenceservices",)}),
+        ("defaults", {"models": ("trainjobs", *DEPLOYING)}),
+        ("pipelines-elsewhere", {"kubeflow-user": ("trainjobs",), "serving": DEPLOYING}),
     ],
 )
 def test_pipelines_get_the_rights_they_need_where_they_need_them(
@@ -221,8 +224,8 @@ def test_pipelines_get_the_rights_they_need_where_they_need_them(
     documents = render(CHART, MATRIX[row])
     granted: dict[str, set[str]] = {}
     for document in (d for d in documents if d["kind"] == "Role"):
-        (rule,) = document["rules"]
-        granted.setdefault(document["metadata"]["namespace"], set()).update(rule["resources"])
+        for rule in document["rules"]:
+            granted.setdefault(document["metadata"]["namespace"], set()).update(rule["resources"])
     assert granted == {namespace: set(resources) for namespace, resources in roles.items()}
     account = "default-editor" if row == "pipelines-elsewhere" else "pipeline-runner"
     namespace = "kubeflow-user" if row == "pipelines-elsewhere" else "models"
