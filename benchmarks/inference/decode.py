@@ -106,7 +106,7 @@ def _logits(model: NVILAForConditionalGeneration, name: DecoderName, ids: Tensor
     """Return logits of every position of a text."""
     pool = BlockPool(cache_shape(model), 2**28, 16)
     batch = BlockBatch(pool, [Span(list(range(1, 1 + pool.blocks_for(len(ids)))), 0, len(ids))])
-    decoder = build_decoder(model, EngineConfig(decoder=name))
+    decoder = build_decoder(model, EngineConfig(decoder=name), pool)
     return decoder(model.get_input_embeddings()(ids), batch, torch.arange(len(ids))).float()
 
 

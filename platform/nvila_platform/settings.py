@@ -38,6 +38,7 @@ _VARIABLES = {
     "s3_secret_key": "NVILA_S3_SECRET_KEY",
     "s3_secure": "NVILA_S3_SECURE",
     "log_format": "NVILA_LOG_FORMAT",
+    "system_metrics_s": "NVILA_SYSTEM_METRICS_S",
     "track_training": "NVILA_TRACK_TRAINING",
     # Not NVILA_METRICS_PORT: Kubernetes injects a variable of that name for a Service named nvila-metrics.
     "metrics_address": "NVILA_METRICS_ADDRESS",
@@ -56,9 +57,12 @@ _VARIABLES = {
     "prometheus_url": "NVILA_PROMETHEUS_URL",
     "prometheus_token": "NVILA_PROMETHEUS_TOKEN",
 }
+# What is told to another machine by reference only, never in a manifest.
+SECRET_VARIABLES = ("NVILA_S3_ACCESS_KEY", "NVILA_S3_SECRET_KEY", "NVILA_ENDPOINT_API_KEY", "NVILA_KFP_TOKEN")
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
 _LOOPBACK = "127.0.0.1"
+_SYSTEM_METRICS_S = 10.0
 _LAST_PORT = 65535
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _SQLITE = "sqlite:///"
@@ -78,6 +82,7 @@ class Settings:
         s3_secret_key: Its secret; never printed.
         s3_secure: Whether to reach the S3 service over TLS.
         log_format: How logs and progress are written when nobody overrides it.
+        system_metrics_s: Seconds between two measurements of the machine's load for MLflow; 0 takes none.
         track_training: Who tells MLflow about the steps of training: whoever follows the run's events, or the training
             process itself, in a run nested under the one that MLFLOW_RUN_ID names.
         metrics_address: `host:port` that a training process offers `/metrics` on; empty offers none.
@@ -106,6 +111,7 @@ class Settings:
     s3_secret_key: str = field(default="", repr=False)
     s3_secure: bool = True
     log_format: LogFormat = "auto"
+    system_metrics_s: float = _SYSTEM_METRICS_S
     track_training: TrackTraining = "events"
     metrics_address: str = ""
     checkpoint_uri: str = ""
@@ -142,6 +148,7 @@ class Settings:
         _warn_about_misspelled(env)
         values = {name: env.get(variable, "").strip() for name, variable in _VARIABLES.items()}
         home = _absolute(str(workspace) if workspace is not None else values["workspace"] or "nvila-workspace")
+        interval = _number("system_metrics_s", values)
         endpoint, secure = _endpoint(values["s3_endpoint"], values["s3_secure"])
         return cls(
             workspace=home,
@@ -153,6 +160,7 @@ class Settings:
             s3_secret_key=values["s3_secret_key"],
             s3_secure=secure,
             log_format=cast("LogFormat", _choice("log_format", values, _LOG_FORMATS)),
+            system_metrics_s=_SYSTEM_METRICS_S if interval is None else interval,
             track_training=cast("TrackTraining", _choice("track_training", values, _TRACK_TRAINING)),
             metrics_address=_metrics_address(values["metrics_address"]),
             checkpoint_uri=_store_uri(values["checkpoint_uri"]),

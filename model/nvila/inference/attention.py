@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,15 @@ class _Group:
     mask: Tensor
 
 
+class StepBatch(Protocol):
+    """Where the tokens of a step stand, and how they attend."""
+
+    positions_T: Tensor  # noqa: N815 - a shape suffix
+
+    def attend(self, layer: int, query_TQD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scaling: float) -> Tensor:
+        """See `BlockBatch.attend`."""
+
+
 class BlockBatch:
     """What a step's attention reads and writes.
 
@@ -79,6 +88,7 @@ class BlockBatch:
 
     def __init__(self, pool: BlockPool, spans: Sequence[Span]) -> None:
         self._pool = pool
+        self.spans = spans
         device = pool.keys[0].device
         self.positions_T = torch.tensor([at for span in spans for at in range(span.start, span.end)], device=device)
         self._slots_T = torch.tensor([slot for span in spans for slot in _slots(span, pool.block_size)], device=device)
@@ -111,8 +121,10 @@ class BlockBatch:
         for chunk in self._chunks:
             out_TQD[chunk.tokens] = _attend_chunk(chunk, query_TQD[chunk.tokens], keys_SKD, values_SKD, scaling)
         for group in self._groups:
-            out = _attend_group(group, query_TQD[group.tokens], keys_SKD, values_SKD, scaling, self._pool.block_size)
-            out_TQD[group.tokens] = out
+            query_BQD = query_TQD[group.tokens]
+            out_TQD[group.tokens] = attend_padded(
+                query_BQD, group.blocks, group.mask, keys_SKD, values_SKD, scaling, self._pool.block_size
+            )
         return out_TQD
 
     def _chunk(self, at: int, span: Span) -> _Chunk:
@@ -162,21 +174,38 @@ def _attend_chunk(chunk: _Chunk, query_TQD: Tensor, keys_SKD: Tensor, values_SKD
     return out[0].transpose(0, 1)
 
 
-def _attend_group(
-    group: _Group, query_BQD: Tensor, keys_SKD: Tensor, values_SKD: Tensor, scaling: float, block_size: int
+def attend_padded(
+    query_BQD: Tensor,
+    tables: Tensor,
+    mask: Tensor,
+    keys_SKD: Tensor,
+    values_SKD: Tensor,
+    scaling: float,
+    block_size: int,
 ) -> Tensor:
+    """Attend with one query of each request, over block tables that are padded to one length.
+
+    Args:
+        query_BQD: Queries.
+        tables: Blocks of every request (B, blocks), padded with block 0.
+        mask: Which positions are the request's own (B, 1, 1, L).
+        keys_SKD: Keys of the pool.
+        values_SKD: Values of the pool.
+        scaling: Factor of the products.
+        block_size: Positions of a block.
+    """
     rows, heads, width = query_BQD.shape
     kv_heads = keys_SKD.shape[1]
 
     def gathered(pool_SKD: Tensor) -> Tensor:
-        blocks = pool_SKD.view(-1, block_size * kv_heads * width).index_select(0, group.blocks.flatten())
+        blocks = pool_SKD.view(-1, block_size * kv_heads * width).index_select(0, tables.flatten())
         return blocks.view(rows, -1, kv_heads, width).transpose(1, 2)
 
     out = scaled_dot_product_attention(
         query_BQD.view(rows, kv_heads, -1, width),
         gathered(keys_SKD),
         gathered(values_SKD),
-        attn_mask=group.mask,
+        attn_mask=mask,
         scale=scaling,
     )
     return out.reshape(rows, heads, width)
@@ -206,7 +235,7 @@ def block_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    block_batch: BlockBatch,
+    block_batch: StepBatch,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -237,4 +266,4 @@ def attending_blocks(config: PreTrainedConfig) -> Iterator[None]:
         config._attn_implementation = before
 
 
-__all__ = ["BlockBatch", "Span", "attending_blocks", "block_attention"]
+__all__ = ["BlockBatch", "Span", "StepBatch", "attend_padded", "attending_blocks", "block_attention"]

@@ -9,6 +9,7 @@ from nvila.errors import ConfigError
 
 Shed = Literal["newest", "oldest"]
 DecoderName = Literal["auto", "transformers", "fused", "fused-int8"]
+Compile = Literal["auto", "on", "off"]
 _GIB = 2**30
 
 
@@ -28,6 +29,8 @@ class EngineConfig:
         prefix_reuse: Whether prompts that begin alike share their keys and values.
         decoder: What runs the language model, see `nvila.inference.decoders`; `auto` is `transformers`, which takes
             every model.
+        compile: Whether decoding is compiled (CPU) or recorded as CUDA graphs, before the first request. `auto` does it
+            where it was measured to help: not on a CPU; on CUDA it is timed at the start and kept if it is faster.
     """
 
     kv_cache_bytes: int = _GIB // 2
@@ -40,6 +43,7 @@ class EngineConfig:
     encode_tiles: int = 32
     prefix_reuse: bool = True
     decoder: DecoderName = "auto"
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -49,3 +53,5 @@ class EngineConfig:
                 raise ConfigError(f"{field.name} is {value}", f"use {least} or more")
         if self.shed not in ("newest", "oldest"):
             raise ConfigError(f"shed is '{self.shed}'", "use newest or oldest")
+        if self.compile not in ("auto", "on", "off"):
+            raise ConfigError(f"compile is '{self.compile}'", "use auto, on or off")

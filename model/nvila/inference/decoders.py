@@ -10,10 +10,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from nvila.inference.attention import BlockBatch, attending_blocks
-from nvila.inference.blocks import CacheShape
+from nvila.errors import CapabilityError
+from nvila.inference.attention import BlockBatch, StepBatch, attending_blocks
+from nvila.inference.blocks import BlockPool, CacheShape
 from nvila.inference.config import EngineConfig
 from nvila.inference.fused import FusedDecoder
+from nvila.inference.graphs import GraphedDecoder
 from nvila.modeling import NVILAForConditionalGeneration
 
 
@@ -30,6 +32,13 @@ class Decoder(Protocol):
         """
 
 
+class StepDecoder(Protocol):
+    """A decoder that asks nothing of the batch but to attend, so that its steps can be recorded."""
+
+    def __call__(self, embeds_TH: Tensor, batch: StepBatch, rows_R: Tensor) -> Tensor:
+        """See `Decoder`."""
+
+
 class TransformersDecoder:
     """The model's own forward, for every decoder that lets its attention be replaced; quantized ones included.
 
@@ -40,7 +49,7 @@ class TransformersDecoder:
     def __init__(self, model: NVILAForConditionalGeneration) -> None:
         self._model = model
 
-    def __call__(self, embeds_TH: Tensor, batch: BlockBatch, rows_R: Tensor) -> Tensor:
+    def __call__(self, embeds_TH: Tensor, batch: StepBatch, rows_R: Tensor) -> Tensor:
         """See `Decoder`."""
         with attending_blocks(self._model.model.language_model.config):
             out = self._model(
@@ -66,8 +75,35 @@ def cache_shape(model: NVILAForConditionalGeneration) -> CacheShape:
     )
 
 
-def build_decoder(model: NVILAForConditionalGeneration, config: EngineConfig) -> Decoder:
-    """Return the decoder that the configuration asks for."""
+def build_decoder(model: NVILAForConditionalGeneration, config: EngineConfig, pool: BlockPool) -> Decoder:
+    """Return the decoder that the configuration asks for, compiled or recorded if it says so.
+
+    Args:
+        model: The model.
+        config: Which decoder, and whether it is compiled.
+        pool: Keys and values of all requests; recorded steps read them where they lie.
+
+    Raises:
+        CapabilityError: The decoder does not know the model, or cannot be compiled on its device.
+    """
+    decoder: TransformersDecoder | FusedDecoder = TransformersDecoder(model)
     if config.decoder in ("fused", "fused-int8"):
-        return FusedDecoder(model, int8=config.decoder == "fused-int8")
-    return TransformersDecoder(model)
+        decoder = FusedDecoder(model, int8=config.decoder == "fused-int8")
+    if config.compile == "off":
+        return decoder
+    if model.device.type == "cuda":
+        return GraphedDecoder.build(
+            decoder,
+            pool,
+            hidden=model.config.text_config.hidden_size,
+            rows=config.max_running,
+            unless_slower=config.compile == "auto",
+        )
+    if config.compile == "on":
+        if not isinstance(decoder, FusedDecoder):
+            raise CapabilityError(
+                f"decoder '{config.decoder}' is not compiled on {model.device.type}",
+                "choose decoder fused or fused-int8, or compile auto",
+            )
+        decoder.compile(config.max_running)
+    return decoder

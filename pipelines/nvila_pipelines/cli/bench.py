@@ -10,7 +10,7 @@ from nvila_pipelines.cli.options import prepare_workspace, whole_number
 from nvila_pipelines.cli.output import emit, emit_json
 from nvila_pipelines.cli.parser import WORDS
 from nvila_pipelines.cli.quantize import SCHEMES, add_data_arguments, chosen_device, data_spec, make_request
-from nvila_pipelines.cli.serve import DECODERS, find_model
+from nvila_pipelines.cli.serve import COMPILE, DECODERS, find_model
 from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Speeds are measured in turns, with the wide model or with generate; a ratio stan
 # Options of one subject; with the other one they would be ignored.
 _OWN = {
     "quantize": ("vision", "language", "group_size", "samples", "eval_samples"),
-    "serve": ("requests", "max_tokens", "streams", "decoder"),
+    "serve": ("requests", "max_tokens", "streams", "decoder", "compile"),
 }
 
 
@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument("--max-tokens", type=whole_number, metavar="N", help="most tokens of an answer (default: 64)")
     serving.add_argument("--streams", type=_streams, metavar="N,N", help="callers at once (default: 1,4,16)")
     serving.add_argument("--decoder", choices=DECODERS, help="what runs the language model (default: auto)")
+    serving.add_argument(
+        "--compile", choices=COMPILE, help="compile decoding, on CUDA record graphs of it (default: auto)"
+    )
     add_data_arguments(parser)
 
 

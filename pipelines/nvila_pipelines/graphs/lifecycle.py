@@ -56,6 +56,7 @@ def build(profile: Profile) -> Any:
                     seed=seed,
                     min_accuracy=min_accuracy,
                     register_as=register_as,
+                    kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
                 ),
                 "check",
             )

@@ -36,7 +36,15 @@ def build(profile: Profile) -> Any:
         job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
         ending = place(finish(run_id=run_id, job=job), "finish").set_caching_options(False)
         with dsl.ExitHandler(ending, name="every step"):
-            checked = place(check(recipe=recipe, job=job, run_id=run_id, overrides=overrides, seed=seed), "check")
+            asked = check(
+                recipe=recipe,
+                job=job,
+                run_id=run_id,
+                overrides=overrides,
+                seed=seed,
+                kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+            )
+            checked = place(asked, "check")
             # It names the run; a name from the cache would give this run the cached results of another.
             checked.set_caching_options(False)
             common = {"recipe": checked.outputs["recipe"], "run_id": checked.outputs["run_id"]}

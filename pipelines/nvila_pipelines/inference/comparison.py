@@ -45,6 +45,7 @@ class ServingRequest:
         max_tokens: Most tokens of an answer.
         streams: Numbers of callers that the engine serves at once.
         decoder: What runs the language model.
+        compile: Whether decoding is compiled: auto, on or off.
         dtype: Type of the weights; None is that of the stored ones.
         device: Where to work.
     """
@@ -55,6 +56,7 @@ class ServingRequest:
     max_tokens: int = 64
     streams: tuple[int, ...] = (1, 4, 16)
     decoder: str = "auto"
+    compile: str = "auto"
     dtype: str | None = None
     device: str = "cpu"
 
@@ -207,8 +209,8 @@ def _load(request: ServingRequest) -> Engine:
 def _config(request: ServingRequest, streams: int) -> EngineConfig:
     from nvila.inference.config import EngineConfig
 
-    decoder: Any = request.decoder
-    return EngineConfig(max_running=streams, decoder=decoder)
+    given: dict[str, Any] = {"decoder": request.decoder, "compile": request.compile}
+    return EngineConfig(max_running=streams, **given)
 
 
 def _conversations(stream: RecordStream, sampling: Any) -> Iterator[Prompt]:

@@ -104,6 +104,7 @@ def metrics_of(report: QuantizationReport) -> dict[str, float]:
 
 
 def _work(request: QuantizationRequest, out: Path, reporter: Reporter) -> dict[str, float]:
+    from nvila.checkpoints.documents import carry_documents
     from nvila.quantization.run import quantize_in_parts
     from nvila.quantization.saved import restore_part
 
@@ -117,6 +118,7 @@ def _work(request: QuantizationRequest, out: Path, reporter: Reporter) -> dict[s
         reporter=reporter,
     )
     metrics = write_result(model, processor, report, out)
+    carry_documents(request.model, out / MODEL_FOLDER)
     shutil.rmtree(out / EXPORT_FOLDER, ignore_errors=True)
     for name in request.exports:
         reporter.progress(f"export {name}", 0, 1)

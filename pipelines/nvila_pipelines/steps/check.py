@@ -9,6 +9,7 @@ from typing import NamedTuple
 from nvila.errors import ConfigError
 from nvila_pipelines.recipe import Recipe, changed_recipe, load_recipe
 from nvila_pipelines.steps.component import run_task
+from nvila_platform.settings import Settings, runner_pid
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -20,7 +21,9 @@ class Checked(NamedTuple):
     run_id: str
 
 
-def check_run(recipe: str, overrides: Sequence[str], fields: Mapping[str, str], run_id: str) -> Checked:
+def check_run(
+    recipe: str, overrides: Sequence[str], fields: Mapping[str, str], run_id: str, kfp_run: str = ""
+) -> Checked:
     """Resolve a recipe and name the run.
 
     Args:
@@ -28,13 +31,24 @@ def check_run(recipe: str, overrides: Sequence[str], fields: Mapping[str, str], 
         overrides: `dotted.key=value` words.
         fields: Values by dotted key; an empty one leaves the recipe's.
         run_id: Name of the run.
+        kfp_run: Id of the run in Kubeflow; its run in MLflow, which is made here, links to it.
 
     Raises:
         SystemExit: A parameter is wrong; the typed error was left for the parent process.
     """
     words = [*overrides, *(f"{name}={value}" for name, value in fields.items() if value)]
     name = _UNSAFE.sub("-", run_id).strip("-.")
-    found = run_task("check", name, lambda _: _resolve(recipe, words, name))
+
+    def work(settings: Settings) -> Recipe:
+        resolved = _resolve(recipe, words, name)
+        # On this machine the run that started the tasks tells MLflow itself.
+        if runner_pid() is None:
+            from nvila_platform.pipeline_runs import kubeflow_tags, parent_run
+
+            parent_run(settings, name, kubeflow_tags(settings, kfp_run))
+        return resolved
+
+    found = run_task("check", name, work)
     return Checked(found.to_json(), name)
 
 

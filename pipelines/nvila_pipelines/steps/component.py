@@ -19,6 +19,7 @@ from nvila.errors import InfrastructureError, NvilaError
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import TRACKING_RUN_FILE, RunContext, run_step, step_config
 from nvila_pipelines.steps.table import step_spec
+from nvila_pipelines.tracked_data import datasets_of
 from nvila_platform.artifacts import read_manifest, write_atomically
 from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
@@ -73,7 +74,7 @@ def run_component(
         refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
         run = RunContext(run_id=run_id, settings=settings)
         found = Recipe.from_json(recipe)
-        with _Tracked(step, found, run):
+        with _Tracked(step, found, refs, run):
             ref = run_step(step, found, refs, run)
         return ref, open_store(settings).fetch(ref)
 
@@ -153,14 +154,16 @@ def _patiently(name: str, work: Callable[[], T]) -> T:
 class _Tracked:
     """Tells MLflow about a step that runs where nobody follows the run's events: in a pod of its own."""
 
-    def __init__(self, step: str, recipe: Recipe, run: RunContext) -> None:
-        self._step, self._recipe, self._run = step, recipe, run
+    def __init__(self, step: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: RunContext) -> None:
+        self._step, self._recipe, self._inputs, self._run = step, recipe, inputs, run
         self._tracker: Any = None
+        self._load: Any = None
 
     def __enter__(self) -> None:
         if runner_pid() is not None:
             return
         from nvila_platform.pipeline_runs import RUN_TAG, parent_run
+        from nvila_platform.system_metrics import SystemMetrics
         from nvila_platform.tracking import open_tracker
 
         run = self._run
@@ -170,10 +173,14 @@ class _Tracked:
             write_atomically(run.directory / TRACKING_RUN_FILE, parent)
         self._tracker = open_tracker(run.settings, self._step, parent, tags={RUN_TAG: run.run_id})
         self._tracker.log_params(step_config(step_spec(self._step), self._recipe))
+        self._tracker.log_datasets(datasets_of(self._step, self._inputs, open_store(run.settings)))
+        self._load = SystemMetrics(self._tracker.log_metrics, run.settings.system_metrics_s)
+        self._load.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if self._tracker is None:
             return
+        self._load.stop()
         ref = self._run.results().get(self._step)
         if kind is None and ref is not None:
             self._tracker.log_metrics(dict(open_store(self._run.settings).manifest(ref).metrics))

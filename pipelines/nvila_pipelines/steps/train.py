@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nvila_pipelines.steps.context import StepContext
 from nvila_platform.artifacts import write_atomically
 from nvila_platform.training.backup import restore
 from nvila_platform.training.backup_store import open_backups
 from nvila_platform.training.history import HISTORY_FILE, read_history
+
+if TYPE_CHECKING:
+    from nvila.training.config import BaseModels
 
 _SPEED = "tokens_per_second"
 
@@ -51,6 +56,7 @@ def run(context: StepContext) -> dict[str, float]:
     )
     last = f"{len(config.stages)}-{config.stages[-1].name}"
     shutil.copytree(out / last, out / "model", dirs_exist_ok=True)
+    carry_licences(config.model.base, out / "model")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     # The speed stays out of the files: equal weights must give an equal digest.
     speeds = [line.pop(_SPEED) for line in lines if _SPEED in line]
@@ -59,6 +65,20 @@ def run(context: StepContext) -> dict[str, float]:
     history = read_history(out / HISTORY_FILE)
     used = {f"{name}_{stage}": value for stage, one in history.items() for name, value in one.usage.items()}
     return losses | ({_SPEED: float(speeds[-1])} if speeds else {}) | used
+
+
+def carry_licences(base: BaseModels | None, model: Path) -> None:
+    """Say beside the weights which pretrained parts they were made of, and under which licences."""
+    from nvila.base_models import local_bases
+    from nvila.checkpoints.documents import write_base_documents
+
+    if base is not None:
+        local = local_bases(base)
+        parts = {
+            "vision": (base.vision, Path(local.vision)),
+            "language": (base.language, Path(local.language)),
+        }
+        write_base_documents(parts, model)
 
 
 def _last_loss(lines: list[dict[str, float | str]], stage: str) -> float:

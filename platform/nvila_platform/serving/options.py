@@ -11,6 +11,7 @@ from nvila.errors import ConfigError
 from nvila_platform.drift.reference import Reference
 from nvila_platform.serving.addresses import HostRules, rules
 from nvila_platform.serving.auth import AccessRules
+from nvila_platform.serving.updates import UpdateOptions
 
 DRIFT_SHARE = 0.1
 
@@ -51,6 +52,7 @@ class ServerOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options on a command line."""
+    add_model_arguments(parser)
     group = parser.add_argument_group("who may ask, and where media may come from")
     group.add_argument("--api-keys", type=Path, metavar="FILE", help="lines of NAME SHA256 [REQUESTS_PER_MINUTE]")
     group.add_argument("--trusted-header", metavar="NAME", help="header in which a checking proxy names the caller")
@@ -68,6 +70,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drift-share", type=float, default=DRIFT_SHARE, metavar="N", help="share of requests (default: %(default)s)"
     )
     group.add_argument("--drain", type=float, default=0.0, metavar="SECONDS", help="serve on, not ready, after SIGTERM")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options about adapters and updates."""
+    group = parser.add_argument_group("adapters and updates")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=ADDRESS",
+        help="adapter, a folder or models:/..., that clients select by its name; may be given several times",
+    )
+    group.add_argument(
+        "--update-interval",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="look for another version so often (default: 0, on SIGHUP alone)",
+    )
+    group.add_argument(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="memory for two versions during an update (default: what the container or machine has)",
+    )
+
+
+def updates_of(args: argparse.Namespace) -> UpdateOptions:
+    """Read how the model is updated from parsed arguments.
+
+    Raises:
+        ConfigError: A number cannot be used.
+    """
+    return UpdateOptions(interval_s=args.update_interval, memory_gib=args.memory_gib)
 
 
 def options_of(args: argparse.Namespace) -> ServerOptions:

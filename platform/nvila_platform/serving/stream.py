@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nvila.inference.engine import Delta, SamplingParams, TokenLogprob, Usage
     from nvila_platform.serving.engine import Generation
     from nvila_platform.serving.media import Medium
+    from nvila_platform.serving.served import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Completion:
 class Job:
     """One generation, shared by the event loop (which reads events) and the worker thread (which posts them)."""
 
+    target: Target
     messages: Sequence[Message]
     media: Mapping[str, Medium]
     params: SamplingParams

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from nvila_platform.registry import register_model, set_alias
+from nvila_platform.registration import register_model
+from nvila_platform.registry import set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef
 

@@ -102,3 +102,9 @@ def test_data_that_nothing_can_be_asked_of_are_refused(
     done = nvila("bench", "serve", model_folder, "--data", data_file, "--max-tokens", "128")
     assert done.code != 0
     assert "can be asked: the prompt leaves room for" in done.err
+
+
+def test_compile_reaches_the_engine(nvila: Callable[..., Any], model_folder: Path, data_file: Path) -> None:
+    done = nvila("bench", "serve", model_folder, "--data", data_file, "--compile", "on")
+    assert done.code != 0
+    assert "decoder 'auto' is not compiled on cpu" in done.err
