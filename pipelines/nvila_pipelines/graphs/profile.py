@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?$")]
 TASKS = (
     "check", "data", "curate", "train", "quantize", "evaluate", "gate", "register", "serve",
-    "tune-model", "quantize-model", "evaluate-model", "gate-model", "promote", "finish",
+    "tune-model", "quantize-model", "evaluate-model", "gate-model", "promote",
+    "deploy-model", "finish",
 )  # fmt: skip
 _SHM = "dshm"
 

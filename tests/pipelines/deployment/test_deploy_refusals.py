@@ -218,7 +218,7 @@ def test_licences_are_told_and_do_not_stop(world: World, nvila: Nvila) -> None:
 
 
 def test_artifacts_of_this_machine_are_out_of_a_clusters_reach(world: World, nvila: Nvila) -> None:
-    from nvila_platform.registry import register_model
+    from nvila_platform.registration import register_model
     from nvila_platform.store import ArtifactRef
 
     ref = ArtifactRef(step="quantize", key="3" * 64, digest="3" * 64, uri="/home/me/artifacts/quantize/3")

@@ -40,7 +40,7 @@ def until(found: Callable[[], object], process: subprocess.Popen[str]) -> None:
 
 def watching(world: World) -> bool:
     state = world.state()
-    return state["phase"] == "stepping" and state["since"] > 0
+    return bool(state["phase"] == "stepping" and state["since"] > 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
