@@ -252,11 +252,21 @@ class ResourceApi:
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
     ) -> Resource:
+        from kubernetes.client import ApiException
+
         with _failures(what):
-            answer = self._send(method, path, query or {}, body, stream=False, timeout_s=_TIMEOUT_S)
-            self._now = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+            try:
+                answer = self._send(method, path, query or {}, body, stream=False, timeout_s=_TIMEOUT_S)
+            except ApiException as e:
+                self._read_clock(e.headers or {})
+                raise
+            self._read_clock(answer.headers)
             found: Resource = json.loads(answer.data)
             return found
+
+    def _read_clock(self, headers: Mapping[str, str]) -> None:
+        if "Date" in headers:
+            self._now = parsedate_to_datetime(headers["Date"]).timestamp()
 
     def _send(
         self,
