@@ -53,6 +53,7 @@ class Cluster:
     gone_as_event: bool = True
     cut_watches: int = 0
     watches: int = 0
+    gone: int = 0
     closing: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
     _version: int = 100
@@ -147,12 +148,16 @@ class Handler(BaseHTTPRequestHandler):
         name = rest[0] if rest else ""
         if verb == "get" and not name:
             verb = "watch" if query.get("watch") else "list"
-        cluster.calls.append((verb, group, plural))
         if group not in cluster.groups | {"coordination.k8s.io"}:
             return self.say_text(404, "404 page not found\n")
-        if (verb, plural) in cluster.denied:
-            text = f'{plural}.{group} "{name}" is forbidden: User "me" cannot {verb} resource "{plural}"'
-            return self.say(*status(403, "Forbidden", f'{text} in API group "{group}" in the namespace "{namespace}"'))
+        # An apply that makes something needs the right to do that, too.
+        new = verb == "patch" and (group, plural, name) not in cluster.resources
+        for right in (verb, "create") if new else (verb,):
+            cluster.calls.append((right, group, plural))
+            if (right, plural) in cluster.denied:
+                text = f'{plural}.{group} "{name}" is forbidden: User "me" cannot {right} resource "{plural}"'
+                text += f' in API group "{group}" in the namespace "{namespace}"'
+                return self.say(*status(403, "Forbidden", text))
         work: Callable[[Key, Document, dict[str, str]], None] = getattr(self, f"answer_{verb}")
         return work((group, plural, name), body, query)
 
@@ -210,6 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         cluster = self.server.cluster
         cluster.watches += 1
         seen = int(query["resourceVersion"])
+        cluster.gone += seen < cluster.compacted
         if seen < cluster.compacted and not cluster.gone_as_event:
             return self.say(*status(410, "Expired", "too old resource version"))
         self.send_response(200)

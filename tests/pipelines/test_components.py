@@ -30,7 +30,7 @@ from nvila_platform.store import ArtifactRef
 FOLDER = Path(components.__file__).parent
 ALL = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "image"))
 AROUND = {"check", "finish"}
-VERBS = {"tune_model", "quantize_model", "evaluate_model", "gate_model", "promote"}
+VERBS = {"tune_model", "quantize_model", "evaluate_model", "gate_model", "deploy_model", "promote"}
 FILES = [path for path in ALL if path.stem not in AROUND | VERBS]
 OTHERS = {"recipe", "run_id", "result", "confusion", "size", "metrics", "report"}
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
     from nvila_platform.registry import ModelVersion
     from nvila_platform.settings import Settings
 
-LICENCE_TAG, BASES_TAG = "nvila.licence", "nvila.base_models"
 DEFAULT_STEPS = (10, 50, 100)
-_NON_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research[- ]only", re.IGNORECASE)
 # What the registry says is not for a person to say otherwise: answers carry it as their origin.
 _FROM_REGISTRY = ("version", "digest")
 
@@ -81,6 +78,7 @@ def find_version(settings: Settings, model: str) -> Registered:
         InfrastructureError: The registry failed.
     """
     from nvila_pipelines.evaluation.gate import REASON_TAG, STATE_TAG
+    from nvila_platform.model_card import version_warning
 
     version = resolve(settings, model if model.startswith(REGISTRY) else f"{REGISTRY}{model}")
     tags = version_tags(settings, version)
@@ -89,20 +87,11 @@ def find_version(settings: Settings, model: str) -> Registered:
             f"the gate refused {version.model_uri}: {tags.get(REASON_TAG, '')}",
             "deploy another version, or judge again",
         )
-    warnings = [*licence_warnings(version.model_uri, tags)]
+    licence = version_warning(tags)
+    warnings = [f"{version.model_uri}: {licence}"] if licence is not None else []
     if STATE_TAG not in tags:
         warnings.append(f"no gate has judged {version.model_uri}: nvila gate {version.model_uri} --policy FILE")
     return Registered(version=version, warnings=tuple(warnings))
-
-
-def licence_warnings(model: str, tags: Mapping[str, str]) -> list[str]:
-    """Return a warning for every licence of a version that forbids commercial use."""
-    about = {"its licence": tags.get(LICENCE_TAG, ""), "a model that it comes from": tags.get(BASES_TAG, "")}
-    return [
-        f"{model} may not be used commercially: {what} is {text}"
-        for what, text in about.items()
-        if _NON_COMMERCIAL.search(text)
-    ]
 
 
 def serving_values(request: DeployRequest, version: ModelVersion) -> tuple[ServingValues, list[str]]:

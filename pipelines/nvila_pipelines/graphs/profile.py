@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 TASKS = (
     "check", "data", "curate", "train", "quantize", "evaluate", "gate", "register", "serve",
-    "tune-model", "quantize-model", "evaluate-model", "gate-model", "promote", "finish",
+    "tune-model", "quantize-model", "evaluate-model", "gate-model", "promote",
+    "deploy-model", "finish",
 )  # fmt: skip
 TRAIN = "train"
 _SHM = "dshm"

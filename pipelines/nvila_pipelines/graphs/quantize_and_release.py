@@ -5,6 +5,7 @@ from typing import Any, List  # noqa: UP035  # kfp reads these forms
 
 from kfp import dsl
 
+from nvila_pipelines.components.deploy_model import deploy_model
 from nvila_pipelines.components.finish import finish
 from nvila_pipelines.components.gate_model import gate_model
 from nvila_pipelines.components.promote import promote
@@ -20,7 +21,7 @@ def build(profile: Profile) -> Any:
 
     @dsl.pipeline(
         name="nvila-quantize-and-release",
-        description="Quantize a registered model and, when the gate agrees, make it champion.",
+        description="Quantize a registered model and, when the gate agrees, make it champion or roll it out.",
     )
     def quantize_and_release(
         model: str = "models:/nvila-tuned@candidate",
@@ -28,8 +29,10 @@ def build(profile: Profile) -> Any:
         register_as: str = "nvila",
         policy: str = POLICY,
         alias: str = "champion",
+        deploy_as: str = "",
         quantize_options: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
         gate_options: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
+        deploy_options: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
     ) -> None:
         """Quantize and release.
 
@@ -38,9 +41,11 @@ def build(profile: Profile) -> Any:
             data: WHAT: samples to calibrate and measure on; empty rounds to nearest and measures nothing.
             register_as: RESULT: name in the model registry.
             policy: GATE: the policy as YAML text (`nvila gate --help` shows one).
-            alias: RESULT: alias that a model which passed gets.
+            alias: RESULT: alias that a model which passed gets; one that is deployed, once it serves.
+            deploy_as: RESULT: endpoint on this cluster that it is rolled out to; empty for none.
             quantize_options: HOW: more words of `nvila quantize`, as a list.
             gate_options: GATE: more words of `nvila gate`, as a list.
+            deploy_options: RESULT: more words of `nvila deploy`, as a list.
         """
         job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
         ending = place(finish(run_id="", job=job), "finish").set_caching_options(False)
@@ -51,6 +56,12 @@ def build(profile: Profile) -> Any:
             verdict = gate_model(model=version, policy=policy, options=gate_options)
             place(verdict, "gate-model").set_caching_options(False)
             with dsl.If(verdict.outputs["Output"] == True, name="gate passed"):  # noqa: E712  # compiled into a condition
-                place(promote(model=version, alias=alias), "promote").set_caching_options(False)
+                with dsl.If(deploy_as == "", name="registry alone"):
+                    place(promote(model=version, alias=alias), "promote").set_caching_options(False)
+                with dsl.Else(name="endpoint"):
+                    rollout = deploy_model(
+                        model=version, name=deploy_as, alias=alias, policy=policy, options=deploy_options
+                    )
+                    place(rollout, "deploy-model").set_caching_options(False)
 
     return quantize_and_release

@@ -76,6 +76,49 @@ def run_gate_verb(
     return bool(said["passed"])
 
 
+def run_deploy_verb(
+    model: str,
+    name: str,
+    policy: str,
+    options: Sequence[str],
+    metrics: OutputArtifact,
+    report: OutputArtifact,
+    result: OutputArtifact,
+) -> bool:
+    """Roll a model out with a policy that is text; returns whether it serves.
+
+    Where the text limits nothing of a rollout, as of one that a gate alone needs, all traffic moves at once.
+    """
+    from nvila.evaluation.policy import parse_policy
+
+    with TemporaryDirectory() as folder:
+        words = [model, "--name", name, *options]
+        if policy.strip() and parse_policy(policy, "policy").live is not None:
+            file = Path(folder) / "policy.yaml"
+            file.write_text(policy, encoding="utf-8")
+            words += ["--policy", str(file)]
+        said = run_verb("deploy", words, metrics, report, result, refusal=True)
+    steps = said["verdicts"]
+    rows = [
+        [
+            f"{step['percent']} %",
+            one["name"],
+            str(one["value"]),
+            str(one["limit"]),
+            "passed" if one["passed"] else "**no**",
+        ]
+        for step in steps
+        for one in step["checks"]
+    ]
+    last = steps[-1]["checks"] if steps else []
+    write_metrics(metrics, {one["name"]: one["value"] for one in last if one["value"] is not None})
+    title = f"## {said['model']} {said['state']} on {said['endpoint']}"
+    why = f"\n\n{said['reason']}" if said["reason"] else ""
+    table = f"\n\n{markdown_table(['share', 'check', 'value', 'limit', 'verdict'], rows)}" if rows else ""
+    write_text(report, f"{title}{why}{table}\n")
+    return bool(said["state"] != "rolled back")
+
+
 def move_alias(model: str, alias: str) -> str:
     """Move an alias to the version that an address means now; returns the address by number."""
     from nvila_platform.registry import resolve, set_alias

@@ -17,6 +17,7 @@ from typing import Any
 
 from nvila.errors import CapabilityError, ConfigError, InfrastructureError, NvilaError
 from nvila_platform.cluster.connection import connect
+from nvila_platform.cluster.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -251,11 +252,21 @@ class ResourceApi:
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
     ) -> Resource:
+        from kubernetes.client import ApiException
+
         with _failures(what):
-            answer = self._send(method, path, query or {}, body, stream=False, timeout_s=_TIMEOUT_S)
-            self._now = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+            try:
+                answer = self._send(method, path, query or {}, body, stream=False, timeout_s=_TIMEOUT_S)
+            except ApiException as e:
+                self._read_clock(e.headers or {})
+                raise
+            self._read_clock(answer.headers)
             found: Resource = json.loads(answer.data)
             return found
+
+    def _read_clock(self, headers: Mapping[str, str]) -> None:
+        if "Date" in headers:
+            self._now = parsedate_to_datetime(headers["Date"]).timestamp()
 
     def _send(
         self,
@@ -323,8 +334,7 @@ def _failures(what: str) -> Iterator[None]:
     except ApiException as e:
         raise _typed(e, what) from e
     except (HTTPError, OSError) as e:
-        reason = str(e).strip().partition("\n")[0][:300]
-        raise InfrastructureError(f"the cluster cannot be reached to {what}: {reason}", "try again later") from e
+        raise InfrastructureError(f"the cluster cannot be reached to {what}: {first_line(e)}", "try again later") from e
 
 
 def _typed(error: Any, what: str) -> NvilaError:
@@ -337,7 +347,8 @@ def _typed(error: Any, what: str) -> NvilaError:
         return ConfigError(f"cannot {what}, somebody else manages it: {text}", "choose another name with --name")
     if status == 409:
         return ConflictError(f"cannot {what}: {text}", "look at it with nvila status")
-    if status in (400, 422):
+    # A webhook that refuses a value says 403 by default, as if it were about rights.
+    if status in (400, 422) or (status == 403 and "admission webhook" in text):
         return ConfigError(f"the cluster refuses to {what}: {text}", "mend the value that it names")
     if status == 401:
         return CapabilityError(

@@ -260,7 +260,10 @@ def parse_values(raw: Mapping[str, Any], where: str) -> ServingValues:
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{where}: there is no value '{place}'", _nearest(first["loc"])) from e
         problem = f"{where}: {place} is {first['input']!r}: {first['msg'].lower()}"
-        raise ConfigError(problem, "charts/nvila-serving/README.md lists the values") from e
+        # A number of YAML forgets how it was written: 1.20 is 1.2, which is another image.
+        quote = first["type"] == "string_type" and isinstance(first["input"], int | float)
+        hint = "quote it, as in image.tag='\"1.20\"'" if quote else "charts/nvila-serving/README.md lists the values"
+        raise ConfigError(problem, hint) from e
     _check(values, where)
     return values
 

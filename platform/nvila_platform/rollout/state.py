@@ -165,8 +165,14 @@ class RolloutStore:
         return self.state
 
     def release(self) -> None:
-        """Say that nobody is at work, so that the next one need not wait."""
-        self._write(self.state, "")
+        """Say that nobody is at work, so that the next one need not wait.
+
+        What is written last is read again: an interrupt may have come between a write and its answer.
+        """
+        lease = self._api.get(LEASES, lease_name(self._endpoint))
+        if lease is not None and (lease.get("spec") or {}).get("holderIdentity") == self.holder:
+            self._version = lease["metadata"]["resourceVersion"]
+            self._write(read_state(lease), "")
 
     def _write(self, state: State, holder: str) -> None:
         now = datetime.fromtimestamp(self._api.now, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
@@ -194,6 +200,8 @@ def _is_gone(holder: str) -> bool:
     pid = rest.partition("/")[0]
     if who.rpartition("@")[2] != socket.gethostname() or not pid.isdecimal():
         return False
+    if int(pid) == os.getpid():  # an earlier deployment of this very process, which could not say that it ended
+        return True
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

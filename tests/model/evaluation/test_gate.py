@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,8 @@ import pytest
 from nvila.errors import ConfigError
 from nvila.evaluation.comparison import Difference, TaskComparison
 from nvila.evaluation.gate import Measured, Verdict, judge
-from nvila.evaluation.policy import Policy, parse_policy
+from nvila.evaluation.live_gate import LiveMeasured, is_enough, judge_live
+from nvila.evaluation.policy import LiveLimits, Policy, parse_policy
 from nvila.evaluation.sample_logs import Logged, TaskLog
 from nvila.evaluation.statistics import Paired
 
@@ -164,3 +166,63 @@ def test_a_wrong_policy_names_the_field(text: str, message: str) -> None:
 )
 def test_whether_a_live_model_is_needed(fields: dict[str, Any], compares: bool) -> None:
     assert policy(**fields).compares is compares
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# While a model serves
+
+
+def live_limits(text: str) -> LiveLimits:
+    found = parse_policy(f"live: {text}", "policy.yaml").live
+    assert found is not None
+    return found
+
+
+def test_live_limits_are_checked_one_by_one() -> None:
+    limits = live_limits("{max_error_rate: 0.1, ttft_p95_ms: 500, max_ttft_ratio: 1.5, min_requests: 10}")
+    good = LiveMeasured(requests=10, error_rate=0.1, ttft_p95_ms=300, live_ttft_p95_ms=200)
+    assert judge_live(limits, good).passed
+    assert [check.name for check in judge_live(limits, good).checks] == [
+        "live requests",
+        "live error rate",
+        "live ttft p95_ms",
+        "live ttft ratio",
+    ]
+    worse = {"requests": 9.0, "error_rate": 0.11, "ttft_p95_ms": 501.0, "live_ttft_p95_ms": 199.0}
+    for field, value in worse.items():
+        verdict = judge_live(limits, replace(good, **{field: value}))
+        assert not verdict.passed, field
+    assert is_enough(limits, good)
+    assert not is_enough(limits, replace(good, requests=9.9))
+
+
+def test_what_was_not_seen_of_a_rollout_refuses() -> None:
+    limits = live_limits("{max_error_rate: 0.1, ttft_p95_ms: 500, max_ttft_ratio: 1.5, min_requests: 1}")
+    verdict = judge_live(limits, LiveMeasured(requests=5))
+    assert [check.passed for check in verdict.checks] == [True, False, False, False]
+    assert "live error rate is not known: there were no requests" in verdict.reason
+    only_new = LiveMeasured(requests=5, error_rate=0.0, ttft_p95_ms=100)
+    assert "live ttft ratio is not known" in judge_live(limits, only_new).reason
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("live: {}", "nothing is limited"),
+        ("live: {min_requests: 5}", "nothing is limited"),
+        ("live: {max_error_rat: 0.1}", "there is no field 'live.max_error_rat'"),
+        ("live: {max_error_rate: 2}", "live.max_error_rate is 2"),
+        ("live: {ttft_p95_ms: 0}", "live.ttft_p95_ms is 0"),
+    ],
+)
+def test_wrong_live_limits_are_named(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as failed:
+        parse_policy(text, "policy.yaml")
+    assert says in failed.value.message
+
+
+def test_a_policy_may_be_about_rollouts_alone() -> None:
+    policy = parse_policy("live: {max_error_rate: 0.1}", "policy.yaml")
+    assert policy.tasks == {}
+    assert policy.live is not None
+    assert policy.live.min_requests == 20

@@ -114,7 +114,6 @@ def world(
         monkeypatch.setenv("KUBECONFIG", str(config))
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(config))
         monkeypatch.setenv("NVILA_PROMETHEUS_URL", metrics)
-        monkeypatch.setattr("nvila_platform.cluster.resources.time.sleep", lambda seconds: None)
         yield World(cluster, kserve, users, metrics, config, Settings.load(workspace, {}))
         kserve.close()
 
