@@ -58,7 +58,8 @@ class Delivery:
         if not isinstance(error, NvilaError):
             # As text: a log record with the traceback itself would keep its frames, see below.
             logger.error("request %d failed:\n%s", request.number, "".join(traceback.format_exception(error)))
-        request.outbox.append(_without_frames(error))
+        drop_frames(error)
+        request.outbox.append(error)
         self.end(request, spoiled=spoiled)
 
     def end(self, request: Request, *, spoiled: bool = False) -> None:
@@ -94,14 +95,13 @@ class Delivery:
             self.end(request)
 
 
-def _without_frames(error: Exception) -> Exception:
-    """Drop the tracebacks of an error and of those behind it.
+def drop_frames(outcome: object) -> None:
+    """Drop the tracebacks of an error, and of those behind it; anything else is left alone.
 
-    Their frames lead to the caller that happened to run the step. While somebody keeps the error, that caller's streams
-    would live on, and a forgotten one would go on holding its blocks.
+    Their frames lead to the caller that happened to run the step, and back to the error. Until the collector comes by,
+    that caller's streams would live on, and a forgotten one would go on holding its blocks.
     """
-    one: BaseException | None = error
+    one = outcome if isinstance(outcome, BaseException) else None
     while one is not None:
         one.__traceback__ = None
         one = one.__cause__ or one.__context__
-    return error

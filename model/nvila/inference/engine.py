@@ -24,7 +24,7 @@ from nvila.inference.answer_text import AnswerText
 from nvila.inference.blocks import BlockPool
 from nvila.inference.config import EngineConfig
 from nvila.inference.decoders import cache_shape
-from nvila.inference.delivery import Delivery
+from nvila.inference.delivery import Delivery, drop_frames
 from nvila.inference.grammar import GrammarFactory
 from nvila.inference.media import MediaCache
 from nvila.inference.request import Delta, Generation, Request, Usage
@@ -299,6 +299,7 @@ class Engine:
         with self._state:
             for one, outcome in outcomes:
                 if one.request.done:  # cancelled meanwhile
+                    drop_frames(outcome)
                     continue
                 if isinstance(outcome, Exception):
                     self._delivery.fail(one.request, outcome, spoiled=True)
@@ -313,11 +314,13 @@ class Engine:
         self._encode_s += time.monotonic() - began
         for request, found in seen:
             features = [found[medium.digest] for medium in request.media if medium.digest in found]
-            failed = next((one for one in features if isinstance(one, Exception)), None)
-            if failed is not None:
+            failed = [one for one in features if isinstance(one, Exception)]
+            if failed:
                 with self._state:
                     if not request.done:
-                        self._delivery.fail(request, failed)
+                        self._delivery.fail(request, failed[0])
+                for one in failed:  # also those that nobody waits for any more
+                    drop_frames(one)
             elif len(features) == len(request.media):
                 request.set_features([one for one in features if isinstance(one, Tensor)])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -259,6 +260,44 @@ def test_the_error_of_another_does_not_keep_a_forgotten_stream(
             list(bad)
     finally:
         hook.remove()
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Keep the collector from freeing what only the count of references should."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_the_error_of_a_cancelled_one_does_not_keep_a_forgotten_stream(
+    build_engine: Build, ask: Ask, pictures: Pictures
+) -> None:
+    engine = build_engine(blocks=200)
+    marker = engine.processor.tokenizer.convert_tokens_to_ids("stop")
+    bad = engine.stream(ask(text="stop stop"), pictures, GREEDY)
+
+    def cancel(*_: Any) -> None:
+        bad.close()  # as another thread would while the model runs
+
+    language = engine.model.model.language_model
+    hooks = [
+        language.register_forward_pre_hook(cancel),
+        language.register_forward_pre_hook(poison(marker, "raises"), with_kwargs=True),
+    ]
+
+    def ask_and_forget() -> None:
+        forgotten = engine.stream(ask("a"), pictures, SamplingParams(max_tokens=60))
+        next(forgotten)
+
+    try:
+        ask_and_forget()
+        assert_empty(engine)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def poison(marker: int, how: str) -> Callable[..., Any]:
