@@ -156,7 +156,7 @@ class _ChatEvents(_Events):
 
     def piece(self, number: int, delta: Delta) -> str:
         if delta.text and not (delta.finish_reason or self._request.logprobs):
-            # Nearly every piece; models of pydantic for each would hold up the step of the engine.
+            # Nearly every piece; models of pydantic for each take several times as long.
             before, after = self._frame(number)
             return f"{before}{json.dumps(delta.text, ensure_ascii=False)}{after}"
         text = ""
