@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +28,7 @@ import pytest
 if TYPE_CHECKING:
     from minio import Minio
     from tests.charts.crd_validation import CrdSchemas
+    from tests.fake_kubernetes import Cluster
 
     from nvila_platform.settings import Settings
 
@@ -34,6 +36,21 @@ GOLDEN = Path(__file__).parent / "golden"
 CRDS = Path(__file__).resolve().parents[2] / "shared" / "crds"
 GoldenCheck = Callable[[str, str], None]
 CREDENTIALS = {"NVILA_S3_ACCESS_KEY": "nvila", "NVILA_S3_SECRET_KEY": "only-for-this-test", "NVILA_S3_SECURE": "false"}
+
+
+def _share(name: str) -> None:
+    """Make a file of this folder importable as `tests.<name>`, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"tests.{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered first: dataclasses look their own module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+
+
+_share("fake_kubernetes")
+_share("fake_trainer")
 
 
 def pytest_configure() -> None:
@@ -117,17 +134,44 @@ def crds() -> CrdSchemas:
     """Definitions of the custom resources that charts and manifests make."""
     if not CRDS.is_dir():
         pytest.skip(f"the custom resource definitions are not here: {CRDS}")
-    spec = importlib.util.spec_from_file_location(
-        "crd_validation", Path(__file__).parent / "charts" / "crd_validation.py"
-    )
+    schemas: CrdSchemas = _module(Path(__file__).parent / "charts" / "crd_validation.py").CrdSchemas(CRDS)
+    return schemas
+
+
+@pytest.fixture(scope="session")
+def api_server() -> ModuleType:
+    """The module of an API server in memory."""
+    return _module(Path(__file__).with_name("api_server.py"))
+
+
+@pytest.fixture(scope="session")
+def kserve_controller() -> ModuleType:
+    """The module of what answers to InferenceServices in it, and of a Prometheus."""
+    return _module(Path(__file__).with_name("kserve_controller.py"))
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Registered first: dataclasses look their own module up.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    schemas: CrdSchemas = module.CrdSchemas(CRDS)
-    return schemas
+    return module
+
+
+@pytest.fixture
+def kubernetes_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """An API server on loopback, which the kubeconfig leads to: `tests/fake_kubernetes.py`."""
+    from tests.fake_kubernetes import Cluster, serving, write_kubeconfig
+
+    path = tmp_path / "kubeconfig"
+    with serving(Cluster()) as server:
+        write_kubeconfig(path, server.address)
+        monkeypatch.setenv("KUBECONFIG", str(path))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+        yield server.cluster
 
 
 @pytest.fixture(scope="session")

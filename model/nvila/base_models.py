@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from nvila.checkpoints.documents import DOCUMENTS
 from nvila.errors import CapabilityError, CheckpointError, ConfigError, InfrastructureError
 from nvila.training.config import BaseModels, ModelConfig
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from nvila.modeling import NVILAForConditionalGeneration
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Weights that cannot execute code, and what describes them.
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+# Weights that cannot execute code, what describes them, and what may be done with them.
+_WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja", *DOCUMENTS)
 _VISION_TYPES = ("siglip_vision_model", "siglip")
 _LANGUAGE_TYPES = ("qwen2",)
 _SAME = ("hidden_size", "num_hidden_layers")

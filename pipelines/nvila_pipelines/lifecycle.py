@@ -27,6 +27,7 @@ from nvila_platform.artifacts import storage_errors, write_atomically
 from nvila_platform.lineage import trace
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store
+from nvila_platform.system_metrics import SystemMetrics
 from nvila_platform.telemetry import EventLog, ProgressView, follow
 
 
@@ -161,6 +162,7 @@ class RunWatch:
     def __init__(self, run: RunContext, recipe: Recipe, view: ProgressView) -> None:
         self.record = RunRecord()
         self.bridge = TrackingBridge(run, recipe)
+        self._load = SystemMetrics(self.bridge.log_load, run.settings.system_metrics_s)
         self._view = view
         self._events = run.events_path
         self._stop = threading.Event()
@@ -168,10 +170,12 @@ class RunWatch:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._load.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self.drain()
+        self._load.stop()
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.bridge.close("FINISHED" if kind is None else "FAILED" if not interrupted else "KILLED")
 

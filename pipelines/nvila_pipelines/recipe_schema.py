@@ -240,6 +240,8 @@ class RegisterSection(Section):
 
     name: Name
     alias: Literal["candidate", "champion"]
+    # Licence of the weights, as the Hugging Face Hub names it; null: what follows from those of the base models.
+    licence: Annotated[str, Field(pattern=r"[a-z0-9][a-z0-9.-]*")] | None = None
 
 
 class ServeSection(Section):

@@ -11,7 +11,9 @@ from typing import Literal
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import FINISHED, REUSED, TRACKING_RUN_FILE, RunContext, step_config
 from nvila_pipelines.steps.table import STEPS
+from nvila_pipelines.tracked_data import datasets_of
 from nvila_platform.artifacts import write_atomically
+from nvila_platform.store import open_store
 from nvila_platform.telemetry import Event
 from nvila_platform.tracking import Tracker, open_tracker
 
@@ -37,6 +39,7 @@ class TrackingBridge:
         self._parent.log_params({"recipe": recipe.name, "seed": recipe.seed})
         self._steps: dict[str, Tracker] = {}
         self._finished: list[Tracker] = []
+        self._datasets: set[tuple[str, str]] = set()
         self._known = False
 
     def add(self, event: Event) -> None:
@@ -47,6 +50,7 @@ class TrackingBridge:
         tracker = self._steps.get(event.step)
         if tracker is None:
             tracker = self._steps[event.step] = self._open(event.step)
+            self._log_datasets(event.step, tracker)
         metrics = {name: value for name, value in event.metrics.items() if math.isfinite(value)}
         if event.phase == FINISHED:
             tracker.log_metrics(metrics)
@@ -60,6 +64,11 @@ class TrackingBridge:
     def log_report(self, path: Path) -> None:
         """Attach a file or folder, such as the report, to the parent run."""
         self._parent.log_artifact(path)
+
+    def log_load(self, values: Mapping[str, float], sample: int) -> None:
+        """Take a measurement of the machine, for the run and for the steps that are under way; from any thread."""
+        for tracker in (self._parent, *list(self._steps.values())):
+            tracker.log_metrics(values, step=sample)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Tag the parent run."""
@@ -78,6 +87,16 @@ class TrackingBridge:
         if step in STEPS:
             tracker.log_params(step_config(STEPS[step], self._recipe))
         return tracker
+
+    def _log_datasets(self, step: str, tracker: Tracker) -> None:
+        results = self._run.results()
+        wired = STEPS[step].inputs if step in STEPS else {}
+        inputs = {name: results[source] for name, source in wired.items() if source in results}
+        datasets = datasets_of(step, inputs, open_store(self._run.settings))
+        tracker.log_datasets(datasets)
+        new = [one for one in datasets if (one.digest, one.context) not in self._datasets]
+        self._datasets |= {(one.digest, one.context) for one in new}
+        self._parent.log_datasets(new)
 
     def _publish_run_id(self) -> None:
         """Leave the parent's id where the register step finds it, once MLflow has given one."""

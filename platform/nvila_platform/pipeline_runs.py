@@ -26,7 +26,17 @@ logger = logging.getLogger(__name__)
 
 Ended = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_TAG = "nvila.run_id"
+KFP_TAG = "nvila.kfp_run_id"
+URL_TAG = "nvila.run_url"
 _PARENT = "mlflow.parentRunId"
+
+
+def kubeflow_tags(settings: Settings, kfp_run: str) -> dict[str, str]:
+    """Return what leads from MLflow to a run in Kubeflow: its id, and its page where the address is known."""
+    if not kfp_run:
+        return {}
+    page = f"{settings.kfp_endpoint}/#/runs/details/{kfp_run}"
+    return {KFP_TAG: kfp_run} | ({URL_TAG: page} if settings.kfp_endpoint else {})
 
 
 def parent_run(settings: Settings, run_id: str, tags: Mapping[str, str] | None = None) -> str | None:
@@ -35,15 +45,19 @@ def parent_run(settings: Settings, run_id: str, tags: Mapping[str, str] | None =
     Args:
         settings: Tracking address and experiment.
         run_id: Name of the pipeline run.
-        tags: Tags of a new one.
+        tags: Tags of a new one, or of the one that is given.
 
     Returns:
         The run that MLFLOW_RUN_ID names, as Kubeflow's own MLflow plugin sets it; else ours. None without MLflow.
     """
     configure_environment()
-    if (given := parent_from_environment()) is not None:
+    given = parent_from_environment()
+    if given is not None and not tags:
         return given
     try:
+        if given is not None:
+            _tag(connect(settings), given, {RUN_TAG: run_id, **(tags or {})})
+            return given
         client = connect(settings)
         experiment = _experiment(client, settings)
         parents = [run for run in _runs(client, experiment, run_id) if _PARENT not in run.data.tags]
@@ -53,7 +67,7 @@ def parent_run(settings: Settings, run_id: str, tags: Mapping[str, str] | None =
         return str(made.info.run_id)
     except Exception as e:  # whatever MLflow, the network or a proxy raises
         logger.warning("this task is tracked without its run: %s", one_line(e))
-        return None
+        return given
 
 
 def end_runs(settings: Settings, run_id: str, status: Ended, tags: Mapping[str, str]) -> None:
@@ -65,13 +79,18 @@ def end_runs(settings: Settings, run_id: str, status: Ended, tags: Mapping[str, 
         given = parent_from_environment()
         parents = [run.info.run_id for run in found if _PARENT not in run.data.tags]
         for parent in [given] if given is not None else parents:
-            for name, value in tags.items():
-                client.set_tag(parent, name, value)
+            _tag(client, parent, tags)
         for run in found:
-            if run.info.status == "RUNNING":
+            # Who gave us a run ends it.
+            if run.info.status == "RUNNING" and run.info.run_id != given:
                 client.set_terminated(run.info.run_id, status)
     except Exception as e:  # whatever MLflow, the network or a proxy raises
         logger.warning("MLflow does not know how this run ended: %s", one_line(e))
+
+
+def _tag(client: MlflowClient, run: str, tags: Mapping[str, str]) -> None:
+    for name, value in tags.items():
+        client.set_tag(run, name, value)
 
 
 def _experiment(client: MlflowClient, settings: Settings) -> str:

@@ -4,7 +4,7 @@ A version is a reference. Its files stay in the artifact store and its tags carr
 their lineage; MLflow never unpickles, copies or loads anything. Unlike tracking, every failure here is raised.
 
 Example:
-    >>> version = register_model(settings, "nvila", ref, run_id=None, tags={})
+    >>> version = register_model(settings, "nvila", ref, run_id=None, tags={})  # in registration.py
     >>> set_alias(settings, "nvila", "champion", version.version)
     >>> resolve(settings, "models:/nvila@champion").ref == ref
     True
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +34,7 @@ logger = logging.getLogger(__name__)
 Alias = Literal["candidate", "champion", "previous"]
 ALIASES: tuple[str, ...] = get_args(Alias)
 
-_STEP, _KEY, _DIGEST, _URI = "nvila.step", "nvila.key", "nvila.digest", "nvila.uri"
-# Finds a version whose creation was answered by a lost connection.
-_ATTEMPT = "nvila.attempt"
-# Narrower than MLflow's: these need no quoting in an address or a search.
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+STEP_TAG, KEY_TAG, DIGEST_TAG, URI_TAG = "nvila.step", "nvila.key", "nvila.digest", "nvila.uri"
 REGISTRY = "models:/"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PAGE = 1000
@@ -77,35 +72,6 @@ class ModelVersion:
         return ArtifactRef(step=self.step, key=self.key, digest=self.digest, uri=self.uri)
 
 
-def register_model(
-    settings: Settings, name: str, ref: ArtifactRef, run_id: str | None, tags: Mapping[str, object]
-) -> ModelVersion:
-    """Register an artifact as the next version of a model.
-
-    The same artifact is registered once: asking again, as a restarted run does, returns the version it has.
-
-    Args:
-        settings: Where the registry is.
-        name: Registered model; made when it is new.
-        ref: The artifact.
-        run_id: MLflow run that made it.
-        tags: Lineage and whatever else belongs to the version.
-
-    Raises:
-        ConfigError: The name is none that MLflow takes.
-        InfrastructureError: The registry failed; nothing of the attempt is left in it.
-    """
-    if not _MODEL_NAME.fullmatch(name):
-        raise ConfigError(f"model name {name!r} cannot be registered", "use letters, digits, '.', '_' and '-'")
-    with _failures(settings, f"registering {name!r}"):
-        client = connect(settings)
-        known = _registered_already(client, name, ref)
-        if known is not None:
-            logger.info("%s version %d already is %s", name, known.version, ref.digest[:12])
-            return known
-        return _register(client, settings, name, ref, run_id, tags)
-
-
 def set_alias(settings: Settings, name: str, alias: str, version: int) -> None:
     """Point an alias at a version. A champion that is replaced becomes `previous`.
 
@@ -115,7 +81,7 @@ def set_alias(settings: Settings, name: str, alias: str, version: int) -> None:
     """
     if alias not in ALIASES:
         raise ConfigError(f"unknown alias {alias!r}", nearest(alias, ALIASES))
-    with _failures(settings, f"setting alias {alias!r} of {name!r}"):
+    with failures(settings, f"setting alias {alias!r} of {name!r}"):
         client = _connect_existing(settings, name)
         aliases = _aliases(client, name)
         _known_version(client, name, version)
@@ -138,7 +104,7 @@ def resolve(settings: Settings, model_uri: str) -> ModelVersion:
     """
     match = _parsed(model_uri)
     name, alias = match["name"], match["alias"]
-    with _failures(settings, f"resolving {model_uri!r}"):
+    with failures(settings, f"resolving {model_uri!r}"):
         client = _connect_existing(settings, name)
         aliases = _aliases(client, name)
         if alias is None:
@@ -173,10 +139,10 @@ def versions_of(settings: Settings, digest: str) -> list[ModelVersion]:
     database = database_path(settings.tracking_uri)
     if database is not None and not database.exists():
         return []
-    with _failures(settings, f"looking for versions of {digest[:12]}"):
+    with failures(settings, f"looking for versions of {digest[:12]}"):
         client = connect(settings)
-        found = retrying(lambda: client.search_model_versions(f"tags.`{_DIGEST}`='{digest}'"))
-        return sorted(map(_model_version, found), key=lambda version: (version.name, -version.version))
+        found = retrying(lambda: client.search_model_versions(f"tags.`{DIGEST_TAG}`='{digest}'"))
+        return sorted(map(model_version, found), key=lambda version: (version.name, -version.version))
 
 
 def aliases_of(settings: Settings, version: ModelVersion) -> list[str]:
@@ -186,7 +152,7 @@ def aliases_of(settings: Settings, version: ModelVersion) -> list[str]:
         ConfigError: The model is not registered any more.
         InfrastructureError: The registry failed.
     """
-    with _failures(settings, f"reading the aliases of {version.name!r}"):
+    with failures(settings, f"reading the aliases of {version.name!r}"):
         found = _aliases(_connect_existing(settings, version.name), version.name)
     return sorted(alias for alias, number in found.items() if number == version.version)
 
@@ -197,10 +163,21 @@ def version_tags(settings: Settings, version: ModelVersion) -> dict[str, str]:
     Raises:
         InfrastructureError: The registry failed.
     """
-    with _failures(settings, f"reading the tags of {version.model_uri}"):
+    with failures(settings, f"reading the tags of {version.model_uri}"):
         client = connect(settings)
         found = retrying(lambda: client.get_model_version(version.name, str(version.version)))
         return {str(key): str(value) for key, value in found.tags.items()}
+
+
+def run_tags(settings: Settings, run_id: str) -> dict[str, str]:
+    """Return the tags of an MLflow run.
+
+    Raises:
+        InfrastructureError: MLflow failed.
+    """
+    with failures(settings, f"reading the tags of run {run_id}"):
+        client = connect(settings)
+        return {str(key): str(value) for key, value in retrying(lambda: client.get_run(run_id)).data.tags.items()}
 
 
 def tag_version(settings: Settings, model_uri: str, tags: Mapping[str, object]) -> None:
@@ -211,8 +188,8 @@ def tag_version(settings: Settings, model_uri: str, tags: Mapping[str, object]) 
         InfrastructureError: The registry failed.
     """
     version = resolve(settings, model_uri)
-    assert not {_STEP, _KEY, _DIGEST, _URI} & set(tags), "what a version is never changes"
-    with _failures(settings, f"tagging {version.model_uri}"):
+    assert not {STEP_TAG, KEY_TAG, DIGEST_TAG, URI_TAG} & set(tags), "what a version is never changes"
+    with failures(settings, f"tagging {version.model_uri}"):
         client = connect(settings)
         for key, value in tags.items():
             retrying(partial(client.set_model_version_tag, version.name, str(version.version), key, str(value)))
@@ -234,7 +211,7 @@ def needed_digests(settings: Settings) -> set[str]:
             "set NVILA_TRACKING_URI to the registry of its models",
         )
     found: set[str] = set()
-    with _failures(settings, "reading what the registry refers to"):
+    with failures(settings, "reading what the registry refers to"):
         client = connect(settings)
         token: str | None = None
         while True:
@@ -254,68 +231,6 @@ def _parsed(model_uri: str) -> re.Match[str]:
             f"{model_uri!r} is no model address", "write models:/<name>@<alias> or models:/<name>/<number>"
         )
     return match
-
-
-def _register(
-    client: MlflowClient,
-    settings: Settings,
-    name: str,
-    ref: ArtifactRef,
-    run_id: str | None,
-    tags: Mapping[str, object],
-) -> ModelVersion:
-    attempt = uuid.uuid4().hex
-    own = {_STEP: ref.step, _KEY: ref.key, _DIGEST: ref.digest, _URI: ref.uri, _ATTEMPT: attempt}
-    all_tags = {key: str(value) for key, value in tags.items()} | own
-    source = _source(settings, ref)
-    new_model = False
-    try:
-        new_model = _ensure_model(client, name)
-        # The tags travel with the request that makes the version, so no version exists without them.
-        made = retrying(lambda: client.create_model_version(name, source, run_id, tags=all_tags, await_creation_for=0))
-        return _model_version(made)
-    except Exception:
-        _undo(client, name, attempt, new_model)
-        raise
-
-
-def _ensure_model(client: MlflowClient, name: str) -> bool:
-    """Make the registered model; returns False when it exists."""
-    try:
-        retrying(lambda: client.create_registered_model(name))
-    except Exception as error:
-        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-            raise
-        return False
-    return True
-
-
-def _undo(client: MlflowClient, name: str, attempt: str, new_model: bool) -> None:
-    """Remove what a failed attempt left; what cannot be removed is reported."""
-    try:
-        for version in retrying(
-            lambda: client.search_model_versions(f"name='{name}' and tags.`{_ATTEMPT}`='{attempt}'")
-        ):
-            client.delete_model_version(name, str(version.version))
-        if new_model and not client.search_model_versions(f"name='{name}'"):
-            client.delete_registered_model(name)
-    except Exception as error:  # the first failure is the one that is raised
-        logger.warning("cleaning up the failed registration of %s: %s", name, one_line(error))
-
-
-def _registered_already(client: MlflowClient, name: str, ref: ArtifactRef) -> ModelVersion | None:
-    query = f"name='{name}' and tags.`{_DIGEST}`='{ref.digest}' and tags.`{_KEY}`='{ref.key}'"
-    found = retrying(lambda: client.search_model_versions(query))
-    versions = [_model_version(version) for version in found]
-    return max((v for v in versions if v.ref == ref), key=lambda v: v.version, default=None)
-
-
-def _source(settings: Settings, ref: ArtifactRef) -> str:
-    # A tracking server refuses folders of this machine as a source, rightly: it could not open them.
-    local = "://" not in ref.uri or ref.uri.startswith("file:")
-    if local and database_path(settings.tracking_uri) is None:
-        return f"nvila:/{ref.step}/{ref.key}"
-    return ref.uri
 
 
 def _connect_existing(settings: Settings, name: str) -> MlflowClient:
@@ -338,7 +253,7 @@ def _aliases(client: MlflowClient, name: str) -> dict[str, int]:
 
 def _known_version(client: MlflowClient, name: str, version: int) -> ModelVersion:
     try:
-        return _model_version(retrying(lambda: client.get_model_version(name, str(version))))
+        return model_version(retrying(lambda: client.get_model_version(name, str(version))))
     except NvilaError:
         raise
     except Exception as error:
@@ -349,10 +264,10 @@ def _known_version(client: MlflowClient, name: str, version: int) -> ModelVersio
         raise ConfigError(f"model {name!r} has no version {version}", hint) from error
 
 
-def _model_version(made: Any) -> ModelVersion:
+def model_version(made: Any) -> ModelVersion:
     """Convert MLflow's entity, whose attributes are not annotated."""
     tags = made.tags
-    missing = [tag for tag in (_STEP, _KEY, _DIGEST, _URI) if tag not in tags]
+    missing = [tag for tag in (STEP_TAG, KEY_TAG, DIGEST_TAG, URI_TAG) if tag not in tags]
     if missing:
         raise ArtifactError(
             f"version {made.version} of model {made.name!r} has no tag {missing[0]}",
@@ -361,15 +276,15 @@ def _model_version(made: Any) -> ModelVersion:
     return ModelVersion(
         name=str(made.name),
         version=int(made.version),
-        digest=tags[_DIGEST],
-        uri=tags[_URI],
-        step=tags[_STEP],
-        key=tags[_KEY],
+        digest=tags[DIGEST_TAG],
+        uri=tags[URI_TAG],
+        step=tags[STEP_TAG],
+        key=tags[KEY_TAG],
     )
 
 
 @contextmanager
-def _failures(settings: Settings, action: str) -> Iterator[None]:
+def failures(settings: Settings, action: str) -> Iterator[None]:
     """Turn whatever MLflow raises into the one error that says: try again when the registry is back."""
     try:
         yield

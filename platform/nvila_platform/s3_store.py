@@ -70,6 +70,19 @@ class S3Store:
         self.limits = limits or TransferLimits()
 
     @classmethod
+    def connect(cls, settings: Settings) -> S3Store:
+        """Return the store that the settings name; nothing is sent yet.
+
+        Raises:
+            ConfigError: A setting is missing.
+        """
+        parts = urlsplit(settings.store_uri)
+        if not parts.netloc:
+            raise ConfigError(f"NVILA_STORE_URI={settings.store_uri!r} names no bucket", "use s3://bucket/prefix")
+        client = connect(settings, f"the store {settings.store_uri}")
+        return cls(client, parts.netloc, parts.path, settings.workspace / "artifacts")
+
+    @classmethod
     def open(cls, settings: Settings) -> S3Store:
         """Connect to the bucket that the settings name.
 
@@ -77,11 +90,7 @@ class S3Store:
             ConfigError: A setting is missing, the credentials are refused, or there is no such bucket.
             InfrastructureError: The service cannot be reached.
         """
-        parts = urlsplit(settings.store_uri)
-        if not parts.netloc:
-            raise ConfigError(f"NVILA_STORE_URI={settings.store_uri!r} names no bucket", "use s3://bucket/prefix")
-        client = connect(settings, f"the store {settings.store_uri}")
-        store = cls(client, parts.netloc, parts.path, settings.workspace / "artifacts")
+        store = cls.connect(settings)
         with s3_errors(settings.store_uri):
             try:
                 exists = store.client.bucket_exists(bucket_name=store.bucket)
@@ -152,7 +161,7 @@ class S3Store:
             InfrastructureError: The service did not answer for as long as the limits say.
         """
         check_names(ref.step, ref.key)
-        cached = self.local.root / ".fetched" / ref.digest[:32]
+        cached = fetched_folder(self.local.root, ref.digest)
         for directory in (self.local.root / ref.step / ref.key[:16], cached):
             if _is_sound(directory, ref):
                 return directory
@@ -326,6 +335,11 @@ class S3Store:
     def _ref(self, manifest: Manifest) -> ArtifactRef:
         uri = self._uri(self._content(manifest.digest))
         return ArtifactRef(step=manifest.step, key=manifest.key, digest=manifest.digest, uri=uri)
+
+
+def fetched_folder(cache: Path, digest: str) -> Path:
+    """Return where a cache keeps an artifact that was fetched."""
+    return cache / ".fetched" / digest[:32]
 
 
 def _is_sound(directory: Path, ref: ArtifactRef) -> bool:

@@ -38,6 +38,7 @@ _VARIABLES = {
     "s3_secret_key": "NVILA_S3_SECRET_KEY",
     "s3_secure": "NVILA_S3_SECURE",
     "log_format": "NVILA_LOG_FORMAT",
+    "system_metrics_s": "NVILA_SYSTEM_METRICS_S",
     "track_training": "NVILA_TRACK_TRAINING",
     # Not NVILA_METRICS_PORT: Kubernetes injects a variable of that name for a Service named nvila-metrics.
     "metrics_address": "NVILA_METRICS_ADDRESS",
@@ -53,10 +54,20 @@ _VARIABLES = {
     "kfp_endpoint": "NVILA_KFP_ENDPOINT",
     "kfp_token": "NVILA_KFP_TOKEN",
     "kfp_namespace": "NVILA_KFP_NAMESPACE",
+    "prometheus_url": "NVILA_PROMETHEUS_URL",
+    "prometheus_token": "NVILA_PROMETHEUS_TOKEN",
+    "train_job": "NVILA_TRAIN_JOB",
+    "train_nodes": "NVILA_TRAIN_NODES",
+    "train_gpus": "NVILA_TRAIN_GPUS",
 }
+# What is told to another machine by reference only, never in a manifest.
+SECRET_VARIABLES = ("NVILA_S3_ACCESS_KEY", "NVILA_S3_SECRET_KEY", "NVILA_ENDPOINT_API_KEY", "NVILA_KFP_TOKEN")
+# About the process that starts training, and not about those that train.
+PLACEMENT_VARIABLES = ("NVILA_TRAIN_JOB", "NVILA_TRAIN_NODES", "NVILA_TRAIN_GPUS")
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
 _LOOPBACK = "127.0.0.1"
+_SYSTEM_METRICS_S = 10.0
 _LAST_PORT = 65535
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _SQLITE = "sqlite:///"
@@ -76,6 +87,7 @@ class Settings:
         s3_secret_key: Its secret; never printed.
         s3_secure: Whether to reach the S3 service over TLS.
         log_format: How logs and progress are written when nobody overrides it.
+        system_metrics_s: Seconds between two measurements of the machine's load for MLflow; 0 takes none.
         track_training: Who tells MLflow about the steps of training: whoever follows the run's events, or the training
             process itself, in a run nested under the one that MLFLOW_RUN_ID names.
         metrics_address: `host:port` that a training process offers `/metrics` on; empty offers none.
@@ -91,6 +103,11 @@ class Settings:
         kfp_endpoint: Address of the API of Kubeflow Pipelines.
         kfp_token: Its bearer token; never printed.
         kfp_namespace: Namespace of runs, where Kubeflow serves several users.
+        prometheus_url: Address of the Prometheus that judges a deployment.
+        prometheus_token: Its bearer token; never printed.
+        train_job: Nodes of a cluster that training runs on, as JSON; empty for processes of this machine.
+        train_nodes: How many nodes, instead of what `train_job` says.
+        train_gpus: GPUs of each node, with one process each, instead of what `train_job` or the recipe says.
     """
 
     workspace: Path
@@ -102,6 +119,7 @@ class Settings:
     s3_secret_key: str = field(default="", repr=False)
     s3_secure: bool = True
     log_format: LogFormat = "auto"
+    system_metrics_s: float = _SYSTEM_METRICS_S
     track_training: TrackTraining = "events"
     metrics_address: str = ""
     checkpoint_uri: str = ""
@@ -116,6 +134,11 @@ class Settings:
     kfp_endpoint: str = ""
     kfp_token: str = field(default="", repr=False)
     kfp_namespace: str = ""
+    prometheus_url: str = ""
+    prometheus_token: str = field(default="", repr=False)
+    train_job: str = ""
+    train_nodes: int | None = None
+    train_gpus: int | None = None
 
     @classmethod
     def load(cls, workspace: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -136,6 +159,7 @@ class Settings:
         _warn_about_misspelled(env)
         values = {name: env.get(variable, "").strip() for name, variable in _VARIABLES.items()}
         home = _absolute(str(workspace) if workspace is not None else values["workspace"] or "nvila-workspace")
+        interval = _number("system_metrics_s", values)
         endpoint, secure = _endpoint(values["s3_endpoint"], values["s3_secure"])
         return cls(
             workspace=home,
@@ -147,6 +171,7 @@ class Settings:
             s3_secret_key=values["s3_secret_key"],
             s3_secure=secure,
             log_format=cast("LogFormat", _choice("log_format", values, _LOG_FORMATS)),
+            system_metrics_s=_SYSTEM_METRICS_S if interval is None else interval,
             track_training=cast("TrackTraining", _choice("track_training", values, _TRACK_TRAINING)),
             metrics_address=_metrics_address(values["metrics_address"]),
             checkpoint_uri=_store_uri(values["checkpoint_uri"]),
@@ -161,6 +186,11 @@ class Settings:
             kfp_endpoint=values["kfp_endpoint"].rstrip("/"),
             kfp_token=values["kfp_token"],
             kfp_namespace=values["kfp_namespace"],
+            prometheus_url=values["prometheus_url"].rstrip("/"),
+            prometheus_token=values["prometheus_token"],
+            train_job=values["train_job"],
+            train_nodes=_count("train_nodes", values),
+            train_gpus=_count("train_gpus", values),
         )
 
     def to_env(self) -> dict[str, str]:
@@ -232,6 +262,14 @@ def _number(name: str, values: Mapping[str, str]) -> float | None:
     if not math.isfinite(value) or value < 0:
         raise ConfigError(f"{_VARIABLES[name]}={text!r} is not a number of 0 or more", "write it as 2.5")
     return value
+
+
+def _count(name: str, values: Mapping[str, str]) -> int | None:
+    """Return a positive number; None when it is not set or 0, which a form writes for that."""
+    text = values[name]
+    if text and not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"{_VARIABLES[name]}={text!r} is not a whole number of 0 or more", "write it as 4")
+    return int(text or "0") or None
 
 
 def _metrics_address(text: str) -> str:

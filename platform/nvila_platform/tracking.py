@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +29,7 @@ from nvila_platform.mlflow_backend import (
     without_password,
 )
 from nvila_platform.tracking_buffer import BufferFile, Event, Outbox, RunSpec, batches
+from nvila_platform.tracking_datasets import DatasetInput
 from nvila_platform.tracking_sink import PENDING, RunSink, open_sink, replay, replay_left_behind
 
 if TYPE_CHECKING:
@@ -124,6 +125,11 @@ class Tracker:
     def log_artifact(self, path: Path) -> None:
         """Copy a file or folder to the run. It is read later, so it must stay as it is."""
         self._put(Event(kind="artifact", values={"path": str(Path(path).absolute())}))
+
+    def log_datasets(self, datasets: Iterable[DatasetInput]) -> None:
+        """Record data sets as inputs of the run."""
+        for dataset in datasets:
+            self._put(dataset.event())
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags of the run, replacing earlier values."""

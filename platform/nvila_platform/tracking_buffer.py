@@ -18,7 +18,7 @@ from typing import Literal
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["params", "metrics", "tags", "artifact", "close"]
+Kind = Literal["params", "metrics", "tags", "artifact", "dataset", "close"]
 _BATCH_VALUES = 1000
 # What may wait in memory for a server that is slow or silent; some megabytes.
 _MAX_WAITING_VALUES = 50_000

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nvila_platform.mlflow_backend import artifact_location, is_rejection, one_line, retrying
 from nvila_platform.tracking_buffer import BufferFile, Event, RunSpec, batches
+from nvila_platform.tracking_datasets import send_datasets
 from nvila_platform.tracking_metrics import clean_name, values_of, values_sender
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class RunSink:
             self._send_each(_pairs(batch), _MAX_PARAMS, self._send_tags)
         elif kind == "artifact":
             self._send_each(batch, 1, self._send_artifact)
+        elif kind == "dataset":
+            self._send_each(batch, _MAX_PARAMS, partial(send_datasets, self._client, self.run_id))
         else:
             self._send_each(batch, 1, self._terminate)
 

@@ -34,12 +34,16 @@ class Bridge:
 
     told: list[Event] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    loads: list[int] = field(default_factory=list)
 
     def __call__(self, run: object, recipe: object) -> Bridge:
         return self
 
     def add(self, event: Event) -> None:
         self.told.append(event)
+
+    def log_load(self, values: Mapping[str, float], sample: int) -> None:
+        self.loads.append(sample)
 
     def close(self, status: str) -> None:
         self.closed.append(status)
@@ -93,6 +97,7 @@ def test_run_until_runs_what_the_step_needs_and_reports_it(
     assert calls == ["data", "curate", "train", "quantize"]
     assert [event.step for event in bridge.told if event.phase == "finished"] == calls
     assert bridge.closed == ["FINISHED"]
+    assert bridge.loads[0] == 0
     run_until(micro, settings, "quantize", view=view)
     assert len(calls) == 4
     assert [event.phase for event in bridge.told[-4:]] == ["reused"] * 4

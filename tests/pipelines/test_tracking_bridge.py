@@ -17,7 +17,9 @@ from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import RunContext
 from nvila_pipelines.tracking_bridge import TrackingBridge
 from nvila_platform.settings import Settings
+from nvila_platform.store import ArtifactRef
 from nvila_platform.telemetry import Event
+from nvila_platform.tracking_datasets import DatasetInput
 
 NewRun = Callable[[], RunContext]
 
@@ -46,6 +48,9 @@ class Recorded:
 
     def log_artifact(self, path: Path) -> None:
         self.told.append(("artifact", path))
+
+    def log_datasets(self, datasets: list[DatasetInput]) -> None:
+        self.told += [("dataset", (one.name, one.context, one.digest)) for one in datasets]
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         self.told.append(("tags", tags))
@@ -188,3 +193,35 @@ def test_a_finished_run_is_complete_in_mlflow_when_the_bridge_is_closed(settings
 def test_tags_go_to_the_parent(bridge: TrackingBridge, trackers: list[Recorded]) -> None:
     bridge.set_tags({"nvila.gate.state": "refused"})
     assert trackers[0].told[-1] == ("tags", {"nvila.gate.state": "refused"})
+
+
+def test_a_step_names_the_data_that_it_reads_and_the_run_names_each_once(
+    trackers: list[Recorded], micro: Recipe, new_context: NewRun
+) -> None:
+    run = new_context()
+    bridge = TrackingBridge(run, micro)
+    for step in ("data", "curate", "train", "quantize", "evaluate-wide", "evaluate-quantized", "gate"):
+        bridge.add(event(step, "start"))
+        run.record(ArtifactRef(step=step, key="1" * 64, digest=f"{step:a<64}"[:64], uri=f"file:///{step}"))
+        bridge.add(event(step, "finished", 1))
+    data, selection = f"{'data':a<64}", f"{'curate':a<64}"
+    parent, *steps = trackers
+    told = {one.name: [value for kind, value in one.told if kind == "dataset"] for one in steps}
+    assert told["data"] == told["gate"] == []
+    assert told["curate"] == [("data for curation", "curation", data)]
+    assert told["train"] == [("data for training", "training", data), ("curate for training", "training", selection)]
+    assert told["quantize"] == [("data for calibration", "calibration", data)]
+    assert told["evaluate-wide"] == told["evaluate-quantized"] == [("data for evaluation", "evaluation", data)]
+    contexts = [value[1] for kind, value in parent.told if kind == "dataset"]
+    assert contexts == ["curation", "training", "training", "calibration", "evaluation"]
+
+
+def test_the_load_of_the_machine_goes_to_the_run_and_to_open_steps(
+    bridge: TrackingBridge, trackers: list[Recorded]
+) -> None:
+    bridge.add(event("data", "start"))
+    bridge.add(event("data", "finished", 1))
+    bridge.add(event("curate", "start"))
+    bridge.log_load({"system/cpu_utilization_percentage": 50.0}, 3)
+    told = {one.name for one in trackers if ("metrics 3", {"system/cpu_utilization_percentage": 50.0}) in one.told}
+    assert told == {trackers[0].name, "curate"}

@@ -16,7 +16,8 @@ from nvila_platform.artifacts import content_key, utc_now, write_manifest
 from nvila_platform.garbage import Inventory, remove, unneeded
 from nvila_platform.garbage_folder import FolderInventory
 from nvila_platform.garbage_s3 import S3Inventory
-from nvila_platform.registry import needed_digests, register_model
+from nvila_platform.registration import register_model
+from nvila_platform.registry import needed_digests
 from nvila_platform.s3_store import S3Store
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, ArtifactStore, LocalStore, reuse

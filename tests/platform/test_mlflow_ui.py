@@ -17,7 +17,8 @@ import pytest
 
 from nvila.errors import ConfigError, InfrastructureError, ResourceError
 from nvila_platform.mlflow_ui import UiServer, start_ui
-from nvila_platform.registry import register_model, resolve
+from nvila_platform.registration import register_model
+from nvila_platform.registry import resolve
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef
 from nvila_platform.tracking import open_tracker

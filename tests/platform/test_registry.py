@@ -11,7 +11,8 @@ import pytest
 
 from nvila.errors import ArtifactError, ConfigError, InfrastructureError
 from nvila_platform import mlflow_backend
-from nvila_platform.registry import ModelVersion, register_model, resolve, set_alias
+from nvila_platform.registration import register_model
+from nvila_platform.registry import ModelVersion, resolve, set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef
 

@@ -21,11 +21,15 @@ EVERY_VARIABLE = {
     "NVILA_KFP_ENDPOINT": "https://kubeflow.example.org/pipeline",
     "NVILA_KFP_TOKEN": "kfp-secret",
     "NVILA_KFP_NAMESPACE": "team-a",
+    "NVILA_TRAIN_JOB": '{"image": "nvila:1"}',
+    "NVILA_TRAIN_NODES": "4",
+    "NVILA_TRAIN_GPUS": "8",
     "NVILA_S3_ENDPOINT": "minio:9000",
     "NVILA_S3_ACCESS_KEY": "me",
     "NVILA_S3_SECRET_KEY": "hunter2",
     "NVILA_S3_SECURE": "false",
     "NVILA_LOG_FORMAT": "json",
+    "NVILA_SYSTEM_METRICS_S": "0",
     "NVILA_TRACK_TRAINING": "direct",
     "NVILA_METRICS_ADDRESS": "0.0.0.0:9400",
     "NVILA_CHECKPOINT_URI": "s3://models/checkpoints",
@@ -37,6 +41,8 @@ EVERY_VARIABLE = {
     "NVILA_WATTS_PER_CORE": "6",
     "NVILA_ENDPOINT_API_KEY": "key",
     "NVILA_CURRENCY": "eur",
+    "NVILA_PROMETHEUS_URL": "http://prometheus:9090",
+    "NVILA_PROMETHEUS_TOKEN": "token",
 }
 
 
@@ -51,6 +57,7 @@ def expected_defaults(home: Path) -> Settings:
         s3_secret_key="",
         s3_secure=True,
         log_format="auto",
+        system_metrics_s=10.0,
         track_training="events",
         metrics_address="",
         checkpoint_uri="",

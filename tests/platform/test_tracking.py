@@ -22,8 +22,10 @@ import pytest
 from nvila_platform import mlflow_backend, tracking
 from nvila_platform.mlflow_ui import start_ui
 from nvila_platform.settings import Settings
+from nvila_platform.store import ArtifactRef
 from nvila_platform.tracking import Tracker, open_tracker
 from nvila_platform.tracking_buffer import BufferFile, Event, RunSpec, batches
+from nvila_platform.tracking_datasets import DatasetInput
 from nvila_platform.tracking_metrics import clean_name
 
 CLOSE_S = 60.0
@@ -375,3 +377,22 @@ def test_batches_keep_order_and_size() -> None:
 
 def test_passwords_stay_out_of_notices() -> None:
     assert mlflow_backend.without_password("https://me:secret@host/x") == "https://host/x"
+
+
+def test_data_sets_are_inputs_of_the_run_also_after_an_outage(tracked: Settings) -> None:
+    ref = ArtifactRef(step="curate", key="1" * 64, digest="2" * 64, uri="s3://models/curate")
+    inputs = [DatasetInput.of(ref, "training", {"samples": 20.0}), DatasetInput.of(ref, "evaluation", {})]
+    for settings, name in ((_unreachable(tracked), "cut off"), (tracked, "later")):
+        tracker = open_tracker(settings, name)
+        tracker.log_datasets(inputs)
+        _close(tracker)
+    found = {name: run.inputs.dataset_inputs for name, run in _runs(tracked).items()}
+    for logged in (found["cut off"], found["later"]):
+        assert {(one.dataset.name, tag.value) for one in logged for tag in one.tags} == {
+            ("curate for training", "training"),
+            ("curate for evaluation", "evaluation"),
+        }
+        dataset = logged[0].dataset
+        assert dataset.digest == "2" * 36
+        assert json.loads(dataset.source) == {"uri": ref.uri, "digest": ref.digest}
+    assert {one.dataset.profile for one in found["later"]} <= {'{"samples": 20.0}', "{}"}

@@ -177,3 +177,16 @@ Arguments of the server that come of values, as a YAML list.
 - {{ .Values.drift.share | quote }}
 {{- end }}
 {{- end }}
+
+{{/*
+Annotations of the pods: those of the values, and which model it is. Empty when there are none.
+*/}}
+{{- define "nvila-serving.podAnnotations" -}}
+{{- with .Values.podAnnotations }}
+{{ toYaml . }}
+{{- end }}
+{{- if .Values.model.version }}
+nvila.dev/model-version: {{ .Values.model.version | quote }}
+nvila.dev/model-digest: {{ .Values.model.digest | quote }}
+{{- end }}
+{{- end }}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvila.checkpoints.documents import documents_of
 from nvila.checkpoints.layouts import HF, NVILA, VILA
 from nvila.checkpoints.shards import read_json, write_json
 from nvila.errors import CheckpointError
@@ -36,7 +37,6 @@ TOKENIZER_FILES = (
 )
 GENERATION_FILE = "generation_config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
-_DOCUMENTS = ("LICENSE*", "NOTICE*", "README*")
 # Where each layout keeps the tokenizer and the settings of the image processor.
 _TOKENIZER_FOLDER = {NVILA: "", VILA: "llm", HF: ""}
 _PREPROCESSOR_FOLDER = {NVILA: KEPT_FOLDER, VILA: "vision_tower", HF: ""}
@@ -136,8 +136,7 @@ def copy_files(layout: str, root: Path, to: str, out: Path, *, kept: bool) -> No
         _make_portable(target / "tokenizer_config.json")
     _copy(root / _PREPROCESSOR_FOLDER[layout], out / _PREPROCESSOR_FOLDER[to], (PREPROCESSOR_FILE,))
     _copy(tokenizer_folder(layout, root), tokenizer_folder(to, out), (GENERATION_FILE,))
-    documents = sorted(path.name for pattern in _DOCUMENTS for path in root.glob(pattern) if path.is_file())
-    _copy(root, out, tuple(documents))
+    _copy(root, out, tuple(path.name for path in documents_of(root)))
 
 
 def write_processor(out: Path, config: NVILAConfig, tokenizer: PreTrainedTokenizerBase, *, released: bool) -> None:

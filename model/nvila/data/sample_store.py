@@ -243,8 +243,8 @@ def check_bad(bad: int, total: int, max_bad: float, first: str, quarantine: Path
     if bad > max_bad * total or bad == total:
         raise DataError(
             f"{bad} of {total} samples cannot be used, more than the {max_bad:.1%} of max_bad; first: {first}",
-            f"{quarantine} names each; mend the data, or raise max_bad (of nvila tune: --max-bad) or, where samples are "
-            "too long, max_length (--max-length)",
+            f"{quarantine} names each; mend the data, or raise max_bad (of nvila tune: --max-bad) or, where samples "
+            "are too long, max_length (--max-length)",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nvila.errors import ConfigError, nearest
 from nvila.yaml_text import parse_yaml
@@ -71,6 +71,28 @@ class SizeLimits(_Strict):
     max_ratio: Positive | None = None
 
 
+class LiveLimits(_Strict):
+    """Limits of what users get while a new model takes a share of the traffic; `nvila deploy` applies them.
+
+    Args:
+        max_error_rate: Largest share of requests that the server fails on.
+        ttft_p95_ms: 95th percentile of the time to the first token.
+        max_ttft_ratio: Largest such time over that of the live model, at the same time.
+        min_requests: Least number of requests that are enough to judge.
+    """
+
+    max_error_rate: Share | None = None
+    ttft_p95_ms: Positive | None = None
+    max_ttft_ratio: Positive | None = None
+    min_requests: Annotated[int, Field(ge=1)] = 20
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> LiveLimits:
+        if self.max_error_rate is None and self.ttft_p95_ms is None and self.max_ttft_ratio is None:
+            raise ValueError("nothing is limited; name max_error_rate, ttft_p95_ms or max_ttft_ratio")
+        return self
+
+
 class Policy(_Strict):
     """A whole policy.
 
@@ -84,6 +106,7 @@ class Policy(_Strict):
         tasks: Limits by task.
         latency: Limits of time.
         size: Limits of size.
+        live: Limits of a rollout.
     """
 
     against: str | None = None
@@ -91,9 +114,10 @@ class Policy(_Strict):
     max_failed: Share = 0.1
     max_drop: Annotated[float, Field(ge=0)] | None = None
     surely: bool = False
-    tasks: Annotated[dict[str, TaskLimits], Field(min_length=1)]
+    tasks: Annotated[dict[str, TaskLimits], Field(min_length=1)] = Field(default_factory=dict)
     latency: LatencyLimits | None = None
     size: SizeLimits | None = None
+    live: LiveLimits | None = None
 
     def drop_limit(self, task: str) -> float | None:
         """Return how much a task may lose."""
@@ -108,7 +132,7 @@ class Policy(_Strict):
         return any(limit is not None for limit in limits) or (self.size is not None and self.size.max_ratio is not None)
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"latency": LatencyLimits, "size": SizeLimits}
+_SECTIONS: dict[str, type[BaseModel]] = {"latency": LatencyLimits, "size": SizeLimits, "live": LiveLimits}
 
 
 def parse_policy(text: str, where: str) -> Policy:
@@ -129,17 +153,18 @@ def parse_policy(text: str, where: str) -> Policy:
     if not isinstance(raw, dict):
         raise ConfigError(f"{where} is no policy", "write at least: tasks: {TASK: {min_score: 0.8}}")
     try:
-        return Policy.model_validate(raw)
+        policy = Policy.model_validate(raw)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         place = [str(part) for part in first["loc"]]
         if first["type"] == "extra_forbidden":
             hint = nearest(place[-1], _section(place).model_fields)
             raise ConfigError(f"{where}: there is no field '{'.'.join(place)}'", hint) from e
-        if first["type"] == "missing":
-            raise ConfigError(f"{where}: the field '{'.'.join(place)}' is missing", "name the tasks that count") from e
         problem = f"{where}: {'.'.join(place)} is {first['input']!r}: {first['msg'].lower()}"
         raise ConfigError(problem, "correct the value") from e
+    if not policy.tasks and policy.live is None:
+        raise ConfigError(f"{where}: the field 'tasks' is missing", "name the tasks that count")
+    return policy
 
 
 def _section(place: list[str]) -> type[BaseModel]:

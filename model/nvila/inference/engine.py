@@ -12,36 +12,34 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nvila.assembly import load_model
 from nvila.data.records import Message
-from nvila.errors import DataError, OverloadedError
+from nvila.errors import ConfigError, DataError, OverloadedError, nearest
 from nvila.inference.answer_text import AnswerText
 from nvila.inference.blocks import BlockPool
 from nvila.inference.config import EngineConfig
-from nvila.inference.decoders import build_decoder, cache_shape
+from nvila.inference.decoders import cache_shape
 from nvila.inference.delivery import Delivery
-from nvila.inference.encoding import MediaEncoder
 from nvila.inference.grammar import GrammarFactory
 from nvila.inference.media import MediaCache
-from nvila.inference.prompt import PromptReader
 from nvila.inference.request import Delta, Generation, Request, Usage
 from nvila.inference.results import Answer, EngineStats
-from nvila.inference.runner import ModelRunner
 from nvila.inference.sampling import Sampler, SamplingParams, TokenLogprob, choose_token
 from nvila.inference.scheduler import Scheduler
+from nvila.inference.variants import AdaptedEngine, Variant, Variants
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.processing import NVILAProcessor
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from nvila.configuration import NVILAConfig
     from nvila.data.video import Video
+    from nvila.inference.variants import Adapted
 
 Media = Mapping[str, "Image.Image | Video"]
 
@@ -55,10 +53,17 @@ class Engine:
         model: Model in evaluation mode.
         processor: Its processor.
         config: Memory and sizes.
+        adapters: Models that share the weights of `model`, with their processors, by name
+            (`nvila.tuning.adapters.load_beside`).
     """
 
     def __init__(
-        self, model: NVILAForConditionalGeneration, processor: NVILAProcessor, config: EngineConfig | None = None
+        self,
+        model: NVILAForConditionalGeneration,
+        processor: NVILAProcessor,
+        config: EngineConfig | None = None,
+        *,
+        adapters: Adapted | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -70,9 +75,7 @@ class Engine:
         self._pool = BlockPool(cache_shape(model), config.kv_cache_bytes, config.block_size)
         self._scheduler = Scheduler(config, self._pool)
         self._media = MediaCache(config.media_cache_bytes)
-        self._reader = PromptReader(processor, cast("NVILAConfig", model.config), self._media)
-        self._encoder = MediaEncoder(model.model, self._media, config.encode_tiles)
-        self._runner = ModelRunner(model, build_decoder(model, config, self._pool), self._pool)
+        self._variants = Variants(model, processor, adapters or {}, config, self._pool, self._media)
         self._delivery = Delivery(self._scheduler, processor.tokenizer, self.stop_ids)
         self._grammars = GrammarFactory(processor.tokenizer, self.stop_ids)
         self._numbers = itertools.count()
@@ -83,21 +86,50 @@ class Engine:
         self._stepping = False
 
     @classmethod
-    def load(cls, path: Path, config: EngineConfig | None = None, **options: Any) -> Engine:
+    def load(
+        cls,
+        path: Path,
+        config: EngineConfig | None = None,
+        *,
+        adapters: Mapping[str, Path] | None = None,
+        **options: Any,
+    ) -> Engine:
         """Load a model folder, wide or quantized.
 
         Args:
             path: The folder.
             config: Memory and sizes.
+            adapters: Folders of adapters over it, by name; they share its weights and are not merged.
             **options: Arguments of `from_pretrained`, such as `dtype` and `device_map`.
 
         Raises:
-            CheckpointError: The folder is not a complete model.
+            CheckpointError: The folder is not a complete model, or an adapter belongs to another one.
         """
-        return cls(*load_model(path, **options), config)
+        model, processor = load_model(path, **options)
+        if not adapters:
+            return cls(model, processor, config)
+        from nvila.tuning.adapters import load_beside
+
+        return cls(model, processor, config, adapters=load_beside(model, path, adapters))
+
+    def adapter(self, name: str) -> AdaptedEngine:
+        """Return this engine as it answers with one of its adapters.
+
+        Raises:
+            ConfigError: It has none of this name.
+        """
+        if name not in self._variants.adapters:
+            raise ConfigError(f"there is no adapter '{name}'", nearest(name, self._variants.adapters))
+        return AdaptedEngine(self, self._variants.adapters[name])
 
     def stream(
-        self, messages: Sequence[Message], images: Media, params: SamplingParams, *, timeout_s: float | None = None
+        self,
+        messages: Sequence[Message],
+        images: Media,
+        params: SamplingParams,
+        *,
+        timeout_s: float | None = None,
+        variant: Variant | None = None,
     ) -> Generation:
         """Answer a conversation.
 
@@ -108,6 +140,7 @@ class Engine:
             images: Decoded images, and videos.
             params: How to choose tokens.
             timeout_s: Seconds from now until the answer must be complete.
+            variant: Whose answer it is; None for the model's own.
 
         Returns:
             The running request; the model works while somebody iterates over any request of this engine.
@@ -118,7 +151,7 @@ class Engine:
             OverloadedError: Too many requests wait.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        request = self._request(messages, images, params, deadline)
+        request = self._request(messages, images, params, deadline, variant or self._variants.base)
         with self._state:
             shed = self._scheduler.add(request)
             if shed is not None:
@@ -180,16 +213,22 @@ class Engine:
     # From messages to a request
 
     def _request(
-        self, messages: Sequence[Message], images: Media, params: SamplingParams, deadline: float | None
+        self,
+        messages: Sequence[Message],
+        images: Media,
+        params: SamplingParams,
+        deadline: float | None,
+        variant: Variant,
     ) -> Request:
-        ids, media = self._reader.read(messages, images)
-        visual = self._reader.count_visual(ids)
+        ids, media = variant.reader.read(messages, images)
+        visual = variant.reader.count_visual(ids)
         return Request(
             number=next(self._numbers),
+            variant=variant,
             ids=ids,
             media=media,
             params=params,
-            limit=min(self._room(len(ids), visual), params.max_tokens),
+            limit=min(self._room(variant.max_length, len(ids), visual), params.max_tokens),
             text=AnswerText(self.processor.tokenizer, params.stop),
             sampler=Sampler(params, ids),
             constraint=None if params.json_schema is None else self._grammars.json(params.json_schema),
@@ -197,16 +236,16 @@ class Engine:
             usage=Usage(prompt_tokens=len(ids), visual_tokens=visual),
         )
 
-    def _room(self, length: int, visual: int) -> int:
+    def _room(self, max_length: int, length: int, visual: int) -> int:
         """Return how many tokens the answer to a prompt of this length may have.
 
         Raises:
             DataError: None at all.
         """
         capacity = self._pool.num_blocks * self.config.block_size
-        room = min(self.max_length, capacity) - length
+        room = min(max_length, capacity) - length
         if room < 1:
-            most, what = (self.max_length, "model") if self.max_length <= capacity else (capacity, "KV cache")
+            most, what = (max_length, "model") if max_length <= capacity else (capacity, "KV cache")
             raise DataError(
                 f"the prompt has {length} tokens; the {what} takes {most} with its answer",
                 f"{visual} of them are visual: send fewer or smaller images" if visual else "shorten the text",
@@ -248,9 +287,9 @@ class Engine:
                 work = self._scheduler.plan()
                 needy = [request for request in self._scheduler.running if request.needs_media()]
                 self._steps += 1
-            if needy or self._encoder.busy:
+            if needy or self._variants.encoding:
                 self._encode(needy)
-            outcomes = self._runner.run(work)
+            outcomes = self._variants.run(work)
         except Exception as e:
             # Not the fault of one request, or not known of which.
             with self._state:
@@ -270,9 +309,9 @@ class Engine:
     def _encode(self, needy: Sequence[Request]) -> None:
         """Have some tiles seen by the tower; requests whose media are complete take part in the next step."""
         began = time.monotonic()
-        found = self._encoder.advance([medium for request in needy for medium in request.media])
+        seen = list(self._variants.encode(needy))
         self._encode_s += time.monotonic() - began
-        for request in needy:
+        for request, found in seen:
             features = [found[medium.digest] for medium in request.media if medium.digest in found]
             failed = next((one for one in features if isinstance(one, Exception)), None)
             if failed is not None:

@@ -101,7 +101,7 @@ class FusedDecoder:
         if not fits(model):
             kind = model.config.text_config.model_type
             raise CapabilityError(
-                f"the fused decoder knows unquantized {' and '.join(FAMILIES)} models, not this '{kind}'",
+                f"the fused decoder knows unquantized {' and '.join(FAMILIES)} without adapters, not this '{kind}'",
                 "use the decoder 'transformers'",
             )
         product = _Int8 if int8 else _Wide
@@ -183,6 +183,8 @@ def fits(model: NVILAForConditionalGeneration) -> bool:
     config: Any = model.config.text_config
     linear = [one for one in model.model.language_model.modules() if isinstance(one, nn.Linear)]
     plain = all(type(one) is nn.Linear and type(one.weight) is nn.Parameter for one in (*linear, model.lm_head))
+    # The layer of an adapter has a weight too, that of its base.
+    plain &= not any(hasattr(one, "base_layer") for one in model.model.language_model.modules())
     window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     known = config.model_type in FAMILIES and config.hidden_act == "silu"
     return known and plain and not window and not getattr(config, "mlp_bias", False)

@@ -34,9 +34,11 @@ class PromptReader:
         processor: The model's processor.
         config: The model's configuration.
         cache: What the tower need not see again; tiles are cut only for media that it lacks.
+        salt: Tells its media apart from the same ones before another tower.
     """
 
-    def __init__(self, processor: NVILAProcessor, config: NVILAConfig, cache: MediaCache) -> None:
+    def __init__(self, processor: NVILAProcessor, config: NVILAConfig, cache: MediaCache, salt: bytes = b"") -> None:
+        self._salt = salt
         self._processor = processor
         self._placeholders = {"image": config.image_token_id, "video": config.video_token_id}
         self._cache = cache
@@ -72,7 +74,7 @@ class PromptReader:
             image, processor = self._processor.image_processor.load(source), self._processor.image_processor
             plan = processor.plan(*image.size, tile=tile)
             medium = Medium(
-                digest=digest_of(image.tobytes(), ("image", image.size, plan)),
+                digest=digest_of(image.tobytes(), ("image", image.size, plan, self._salt)),
                 cut=partial(processor.tile_levels, image, plan),
                 normalise=processor.normalise,
                 num_tiles=plan.num_tiles,
@@ -83,7 +85,7 @@ class PromptReader:
         else:
             video, reader = self._processor.video_processor.load(source), self._processor.video_processor
             medium = Medium(
-                digest=digest_of(video.frames.tobytes(), ("video", video.frames.shape)),
+                digest=digest_of(video.frames.tobytes(), ("video", video.frames.shape, self._salt)),
                 cut=partial(reader.frame_levels, video),
                 normalise=reader.normalise,
                 num_tiles=len(video),

@@ -22,6 +22,7 @@ from nvila.inference.sampling import Sampler, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from nvila.inference.engine import Engine
+    from nvila.inference.variants import Variant
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,6 +52,7 @@ class Request:
 
     Args:
         number: Order of arrival; names the request.
+        variant: Which of the engine's models answers it.
         ids: Prompt, and behind it the answer so far.
         media: Images and videos of the prompt.
         params: How to choose tokens.
@@ -62,6 +64,7 @@ class Request:
     """
 
     number: int
+    variant: Variant
     ids: list[int]
     media: Sequence[Medium]
     params: SamplingParams
@@ -106,10 +109,10 @@ class Request:
         self.features = tokens_MH[order.to(tokens_MH.device)]
 
     def chain(self, block_size: int) -> list[bytes]:
-        """Return the digest of every full block: of its tokens and media and of all that stands before it."""
+        """Return the digest of every full block: of its tokens and media, the variant, and all before it."""
         for number in range(len(self.digests), len(self.ids) // block_size):
             start, end = number * block_size, (number + 1) * block_size
-            digest = hashlib.sha256(self.digests[-1] if self.digests else b"")
+            digest = hashlib.sha256(self.digests[-1] if self.digests else self.variant.salt)
             digest.update(array("q", self.ids[start:end]).tobytes())
             for medium in self.media:
                 first, after = torch.searchsorted(medium.places, torch.tensor([start, end])).tolist()

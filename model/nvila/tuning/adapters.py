@@ -7,12 +7,13 @@ base it belongs to. `nvila.assembly.load_model` takes such a folder wherever it 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,8 +182,54 @@ def _held_in_four_bits(record: AdapterRecord, device: torch.device) -> bool:
     return record.four_bit == here
 
 
-def checked_base(directory: Path, record: AdapterRecord, base: Path | None = None) -> Path:
+def load_beside(
+    model: NVILAForConditionalGeneration, base: Path, adapters: Mapping[str, Path]
+) -> dict[str, tuple[NVILAForConditionalGeneration, NVILAProcessor]]:
+    """Load adapters over a base that is loaded already; they share its weights, and it stays as it is.
+
+    An adapter has its own copies of what was trained in full (norms, projector), and, if it was trained over 4 bits, of
+    the language model in 4 bits.
+
+    Args:
+        model: The base.
+        base: Its folder.
+        adapters: Folders by name.
+
+    Raises:
+        CheckpointError: An adapter belongs to another base, or does not fit it.
+    """
+    from nvila.processing import NVILAProcessor
+
+    digest = base_digest(base)
+    loaded = {}
+    for name, directory in adapters.items():
+        if not is_adapter(directory):
+            raise CheckpointError(f"{directory} is no adapter: {RECORD} is missing", "give what nvila tune saved")
+        record = AdapterRecord.read(directory)
+        checked_base(directory, record, base, digest)
+        own = sharing_copy(model, set(trained_names(model, record.method)))
+        if _held_in_four_bits(record, own.device):
+            to_four_bit(own)
+        attach(own, directory, record.method)
+        loaded[name] = (own.eval(), NVILAProcessor.from_pretrained(directory))
+    return loaded
+
+
+def sharing_copy(model: NVILAForConditionalGeneration, own: Set[str]) -> NVILAForConditionalGeneration:
+    """Return another model over the same tensors, except for parameters of the given names, which are copied."""
+    shared: dict[int, Any] = {id(value): value for name, value in model.named_parameters() if name not in own}
+    shared |= {id(value): value for _, value in model.named_buffers()}
+    return copy.deepcopy(model, shared)
+
+
+def checked_base(directory: Path, record: AdapterRecord, base: Path | None = None, found: str | None = None) -> Path:
     """Return the folder of an adapter's base.
+
+    Args:
+        directory: The adapter.
+        record: Its record.
+        base: Where the base is; None takes where it was at training.
+        found: The digest of that base, where it is known.
 
     Raises:
         CheckpointError: It is not there, or another one than the adapter was trained on.
@@ -192,7 +239,7 @@ def checked_base(directory: Path, record: AdapterRecord, base: Path | None = Non
         raise CheckpointError(
             f"the base of the adapter {directory} is not at {folder}", "bring it there, or say where it is with --base"
         )
-    found = base_digest(folder)
+    found = base_digest(folder) if found is None else found
     if found != record.base_digest:
         raise CheckpointError(
             f"the adapter {directory} belongs to a base with digest {record.base_digest[:12]}, "

@@ -194,17 +194,24 @@ def data_spec(args: argparse.Namespace) -> DataSpec:
 
 def register(settings: Settings, name: str, alias: str | None, ref: ArtifactRef, folder: Path) -> str:
     """Register an artifact with the figures of its report; return its address."""
-    from nvila_pipelines.quantization.work import STEP
-    from nvila_platform.registry import register_model, set_alias
+    from nvila.checkpoints.documents import read_origin
+    from nvila_pipelines.quantization.work import MODEL_FOLDER, STEP
+    from nvila_platform.lineage import trace
+    from nvila_platform.model_card import make_card
+    from nvila_platform.registration import register_model
+    from nvila_platform.registry import set_alias
     from nvila_platform.store import open_store
 
-    manifest = open_store(settings).manifest(ref)
+    store = open_store(settings)
+    manifest = store.manifest(ref)
     tags = {"nvila.code_version": manifest.code_version, "nvila.step": STEP}
     tags |= {f"nvila.quantization.{key}": f"{value:.6g}" for key, value in manifest.metrics.items()}
     report = json.loads((folder / "quantization.json").read_text(encoding="utf-8"))
     tags |= {f"nvila.quantization.{part}": report["config"][part] for part in ("vision", "language")}
     tags |= {f"nvila.lineage.{key}": digest for key, digest in manifest.inputs.items()}
-    version = register_model(settings, name, ref, None, tags)
+    weights = read_origin(folder / MODEL_FOLDER)
+    card = make_card(name, trace(store, ref.digest), weights, figures=manifest.metrics)
+    version = register_model(settings, name, ref, None, tags, card)
     if alias is not None:
         set_alias(settings, name, alias, version.version)
     return f"models:/{name}@{alias}" if alias is not None else f"models:/{name}/{version.version}"

@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,19 +17,18 @@ from typing import TYPE_CHECKING
 from nvila.errors import ConfigError
 from nvila_pipelines.cli.options import port_number
 from nvila_pipelines.cli.output import emit, emit_json
-from nvila_platform.serving.options import ServerOptions, options_of
+from nvila_platform.model_source import DEFAULT_NAME, fetch, locate
+from nvila_platform.serving.options import ServerOptions, options_of, updates_of
 from nvila_platform.serving.options import add_arguments as add_server_arguments
 from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
-    from nvila.inference.engine import Engine
     from nvila_platform.serving.limits import Limits
+    from nvila_platform.serving.updates import UpdateOptions
 
 SUMMARY = "serve a model over HTTP: OpenAI, KServe V1 and V2"
-DEFAULT_NAME = "nvila"
 DECODERS = ("auto", "transformers", "fused", "fused-int8")
 COMPILE = ("auto", "on", "off")
-_REGISTRY = "models:/"
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared, not bound
 _QUESTION = "what color is the shape?"
 
@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's own arguments."""
     parser.usage = "%(prog)s (MODEL | --model-dir DIR) [options]"
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, a folder or s3://BUCKET/PREFIX",
     )
     parser.add_argument("--model-dir", type=Path, metavar="DIR", help="folder of the model, instead of MODEL")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -82,6 +85,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         digest=args.digest,
         limits=_limits(args),
         options=options_of(args),
+        adapters=args.adapter,
+        updates=updates_of(args),
         kv_cache_gib=args.kv_cache_gib,
         decoder=args.decoder,
         compiled=args.compile,
@@ -102,6 +107,8 @@ def serve_model(
     digest: str | None = None,
     limits: Limits | None = None,
     options: ServerOptions | None = None,
+    adapters: Sequence[str] = (),
+    updates: UpdateOptions | None = None,
     kv_cache_gib: float | None = None,
     decoder: str | None = None,
     compiled: str | None = None,
@@ -121,6 +128,8 @@ def serve_model(
         digest: Digest to report.
         limits: What a request may cost.
         options: Who may ask, where media may come from, how the server ends.
+        adapters: Adapters as `NAME=ADDRESS`.
+        updates: When to look for another version of the model.
         kv_cache_gib: Memory of the engine's keys and values.
         decoder: What runs the language model.
         compiled: Whether decoding is compiled: auto, on or off.
@@ -128,37 +137,37 @@ def serve_model(
         as_json: Say it as a JSON object.
         quiet: Say it on standard error, because standard output ends with something else.
     """
-    source = find_model(model, settings)
-    from nvila_platform.serving.identity import ModelIdentity
     from nvila_platform.serving.limits import Limits
     from nvila_platform.serving.server import DEFAULT_GRACE_S, engine_config, serve
+    from nvila_platform.serving.source import ModelSource, engine_loader, parse_adapters
 
     config = engine_config(limits or Limits(), kv_cache_gib, decoder, compiled)
-    identity = ModelIdentity(
-        name=name or source.name,
-        version=version or source.version,
-        digest=digest or source.digest,
-        created=int(source.directory.stat().st_mtime),
+    source = ModelSource(
+        model,
+        settings,
+        engine_loader(config),
+        name=name,
+        version=version,
+        digest=digest,
+        adapters=parse_adapters(adapters),
     )
+    plan = source.look()
     with tempfile.TemporaryDirectory(prefix="nvila-serve-") as scratch:
         port_file = Path(scratch) / "port"
 
-        def load() -> Engine:
-            from nvila.inference.engine import Engine
-
-            return Engine.load(source.directory, config())
-
         def on_ready() -> None:
             url = f"http://{_reachable(host)}:{port_file.read_text(encoding='ascii')}"
-            _announce(url, identity, as_json=as_json, quiet=quiet)
+            _announce(url, plan.version.identity, as_json=as_json, quiet=quiet)
 
         serve(
-            load,
-            identity,
+            source,
+            plan,
             host=host,
             port=port,
             limits=limits,
             options=options,
+            updates=updates,
+            config=config,
             grace_s=DEFAULT_GRACE_S if grace_s is None else grace_s,
             port_file=port_file,
             on_ready=on_ready,
@@ -166,39 +175,16 @@ def serve_model(
 
 
 def find_model(model: str | Path, settings: Settings) -> Source:
-    """Return the folder behind a registry address or path, and what is known about it.
+    """Return the folder behind an address, and what is known about it.
 
     Raises:
         ConfigError: There is no such model.
         ArtifactError: Its files are missing or damaged.
         InfrastructureError: The registry or the store failed.
     """
-    if isinstance(model, str) and model.startswith(_REGISTRY):
-        from nvila_platform.registry import resolve
-        from nvila_platform.store import open_store
-
-        found = resolve(settings, model)
-        directory = model_folder(open_store(settings).fetch(found.ref))
-        return Source(directory=directory, name=found.name, version=str(found.version), digest=found.digest)
-    from nvila_platform.artifacts import read_manifest
-
-    directory = model_folder(Path(model))
-    manifest = read_manifest(directory) or read_manifest(directory.parent)
-    digest = manifest.digest if manifest is not None else "unknown"
-    return Source(directory=directory, name=DEFAULT_NAME, version="unregistered", digest=digest)
-
-
-def model_folder(path: Path) -> Path:
-    """Return the folder that holds the model: `path` itself, or `model/` in a step's directory.
-
-    Raises:
-        ConfigError: Neither is a model.
-    """
-    for candidate in (path, path / "model"):
-        if (candidate / "config.json").is_file():
-            return candidate.absolute()
-    problem = "has no config.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-    raise ConfigError(f"model folder {path} {problem}", f"give a saved model, or {_REGISTRY}NAME@ALIAS")
+    found = locate(model, settings)
+    directory = fetch(found, settings, verify=False)
+    return Source(directory=directory, name=found.name, version=found.version, digest=found.digest)
 
 
 def curl_line(url: str, name: str) -> str:

@@ -83,6 +83,8 @@ def run_gate(
     from nvila.evaluation.sample_logs import read_logged
     from nvila_pipelines.evaluation.run import evaluate
 
+    if not policy.tasks:
+        raise ConfigError("the policy has no tasks, only limits of a rollout", "add tasks: {TASK: {min_score: 0.9}}")
     live = against or policy.against
     if policy.compares and live is None:
         raise ConfigError("the policy limits losses, but names no live model", "give against: models:/NAME@champion")

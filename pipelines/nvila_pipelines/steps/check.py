@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from nvila.errors import ConfigError
 from nvila_pipelines.recipe import Recipe, changed_recipe, load_recipe
 from nvila_pipelines.steps.component import run_task
+from nvila_pipelines.training.nodes import check_nodes, parse_size
+from nvila_platform.settings import Settings, runner_pid
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -20,7 +23,14 @@ class Checked(NamedTuple):
     run_id: str
 
 
-def check_run(recipe: str, overrides: Sequence[str], fields: Mapping[str, str], run_id: str) -> Checked:
+def check_run(
+    recipe: str,
+    overrides: Sequence[str],
+    fields: Mapping[str, str],
+    run_id: str,
+    kfp_run: str = "",
+    size: str = "0x0",
+) -> Checked:
     """Resolve a recipe and name the run.
 
     Args:
@@ -28,19 +38,38 @@ def check_run(recipe: str, overrides: Sequence[str], fields: Mapping[str, str], 
         overrides: `dotted.key=value` words.
         fields: Values by dotted key; an empty one leaves the recipe's.
         run_id: Name of the run.
+        kfp_run: Id of the run in Kubeflow; its run in MLflow, which is made here, links to it.
+        size: NODESxGPUS of the training job.
 
     Raises:
         SystemExit: A parameter is wrong; the typed error was left for the parent process.
     """
     words = [*overrides, *(f"{name}={value}" for name, value in fields.items() if value)]
     name = _UNSAFE.sub("-", run_id).strip("-.")
-    found = run_task("check", name, lambda _: _resolve(recipe, words, name))
+
+    def work(settings: Settings) -> Recipe:
+        if not name:
+            raise ConfigError("the run has no name", "set the parameter run_id")
+        resolved = resolve_recipe(recipe, words)
+        nodes, gpus = parse_size(size)
+        check_nodes(resolved, replace(settings, train_nodes=nodes, train_gpus=gpus))
+        # On this machine the run that started the tasks tells MLflow itself.
+        if runner_pid() is None:
+            from nvila_platform.pipeline_runs import kubeflow_tags, parent_run
+
+            parent_run(settings, name, kubeflow_tags(settings, kfp_run))
+        return resolved
+
+    found = run_task("check", name, work)
     return Checked(found.to_json(), name)
 
 
-def _resolve(recipe: str, words: Sequence[str], name: str) -> Recipe:
-    if not name:
-        raise ConfigError("the run has no name", "set the parameter run_id")
+def resolve_recipe(recipe: str, words: Sequence[str]) -> Recipe:
+    """Return a recipe by its name, file or JSON form, with fields changed.
+
+    Raises:
+        ConfigError: There is no such recipe, or a field is wrong.
+    """
     if recipe.lstrip().startswith("{"):
         return changed_recipe(Recipe.from_json(recipe), words)
     return load_recipe(recipe, words)

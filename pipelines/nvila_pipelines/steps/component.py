@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +20,8 @@ from nvila.errors import InfrastructureError, NvilaError
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import TRACKING_RUN_FILE, RunContext, run_step, step_config
 from nvila_pipelines.steps.table import step_spec
+from nvila_pipelines.tracked_data import datasets_of
+from nvila_pipelines.training.nodes import parse_size
 from nvila_platform.artifacts import read_manifest, write_atomically
 from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
@@ -42,6 +45,13 @@ class OutputArtifact(Protocol):
     metadata: dict[str, Any]
 
 
+class ConfusionArtifact(OutputArtifact, Protocol):
+    """The part of a Kubeflow artifact of classification metrics that is written here."""
+
+    def log_confusion_matrix(self, categories: list[str], matrix: list[list[int]]) -> None:
+        """Take a matrix with a row for each right answer."""
+
+
 def run_component(
     step: str,
     recipe: str,
@@ -50,6 +60,8 @@ def run_component(
     result: OutputArtifact,
     metrics: OutputArtifact,
     report: OutputArtifact,
+    *,
+    size: str = "0x0",
 ) -> Path:
     """Run a step inside a Kubeflow task and write the reference to its result.
 
@@ -61,6 +73,7 @@ def run_component(
         result: Output artifact that gets the reference.
         metrics: Output artifact that gets the step's numbers.
         report: Output artifact that gets what the UI shows of the step.
+        size: NODESxGPUS of the training job; 0 leaves what the task's settings say.
 
     Returns:
         The local directory of the result.
@@ -71,9 +84,11 @@ def run_component(
 
     def work(settings: Settings) -> tuple[ArtifactRef, Path]:
         refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
-        run = RunContext(run_id=run_id, settings=settings)
+        nodes, gpus = parse_size(size)
+        chosen = replace(settings, train_nodes=nodes or settings.train_nodes, train_gpus=gpus or settings.train_gpus)
+        run = RunContext(run_id=run_id, settings=chosen)
         found = Recipe.from_json(recipe)
-        with _Tracked(step, found, run):
+        with _Tracked(step, found, refs, run):
             ref = run_step(step, found, refs, run)
         return ref, open_store(settings).fetch(ref)
 
@@ -82,6 +97,41 @@ def run_component(
     result.metadata.update(json.loads(ref.to_json()))
     show_step(step, directory, metrics, report)
     return directory
+
+
+def run_evaluation(
+    recipe: str,
+    run_id: str,
+    inputs: Mapping[str, str],
+    result: OutputArtifact,
+    metrics: OutputArtifact,
+    report: OutputArtifact,
+    confusion: ConfusionArtifact,
+) -> None:
+    """Run the evaluation of a model, whose form follows from the step that made it.
+
+    Args:
+        recipe: Resolved recipe as JSON.
+        run_id: Run that the task belongs to.
+        inputs: Files with references to `data` and `model`.
+        result: Output artifact that gets the reference.
+        metrics: Output artifact that gets the step's numbers.
+        report: Output artifact that gets what the UI shows of the step.
+        confusion: Output artifact that gets which answers were taken for which.
+
+    Raises:
+        SystemExit: As in `run_component`.
+    """
+    from nvila_pipelines.report.confusion import confusion_matrix
+    from nvila_pipelines.report.outputs import predictions
+
+    made_by = ArtifactRef.from_json(Path(inputs["model"]).read_text(encoding="utf-8")).step
+    step = "evaluate-quantized" if made_by == "quantize" else "evaluate-wide"
+    directory = run_component(step, recipe, run_id, inputs, result, metrics, report)
+    categories, matrix = confusion_matrix(predictions(directory))
+    confusion.log_confusion_matrix(categories, matrix)
+    # Without a file kfp would take the artifact for missing.
+    write_text(confusion, json.dumps({"categories": categories, "matrix": matrix}))
 
 
 def run_task(name: str, run_id: str, work: Callable[[Settings], T]) -> T:
@@ -153,14 +203,16 @@ def _patiently(name: str, work: Callable[[], T]) -> T:
 class _Tracked:
     """Tells MLflow about a step that runs where nobody follows the run's events: in a pod of its own."""
 
-    def __init__(self, step: str, recipe: Recipe, run: RunContext) -> None:
-        self._step, self._recipe, self._run = step, recipe, run
+    def __init__(self, step: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: RunContext) -> None:
+        self._step, self._recipe, self._inputs, self._run = step, recipe, inputs, run
         self._tracker: Any = None
+        self._load: Any = None
 
     def __enter__(self) -> None:
         if runner_pid() is not None:
             return
         from nvila_platform.pipeline_runs import RUN_TAG, parent_run
+        from nvila_platform.system_metrics import SystemMetrics
         from nvila_platform.tracking import open_tracker
 
         run = self._run
@@ -170,10 +222,14 @@ class _Tracked:
             write_atomically(run.directory / TRACKING_RUN_FILE, parent)
         self._tracker = open_tracker(run.settings, self._step, parent, tags={RUN_TAG: run.run_id})
         self._tracker.log_params(step_config(step_spec(self._step), self._recipe))
+        self._tracker.log_datasets(datasets_of(self._step, self._inputs, open_store(run.settings)))
+        self._load = SystemMetrics(self._tracker.log_metrics, run.settings.system_metrics_s)
+        self._load.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if self._tracker is None:
             return
+        self._load.stop()
         ref = self._run.results().get(self._step)
         if kind is None and ref is not None:
             self._tracker.log_metrics(dict(open_store(self._run.settings).manifest(ref).metrics))

@@ -21,6 +21,7 @@ def run(context: StepContext) -> dict[str, float]:
     Outputs: `model/`, `quantization.json`, `sizes.json`.
     """
     from nvila.assembly import load_model
+    from nvila.checkpoints.documents import carry_documents
     from nvila.quantization.run import quantize_in_parts
     from nvila.quantization.saved import restore_part
     from nvila_pipelines.quantization.work import write_result
@@ -39,7 +40,9 @@ def run(context: StepContext) -> dict[str, float]:
         if one.kept:
             context.reporter.notice(f"{one.part} is {one.scheme} ({one.method})")
     # The speed stays out of the files: equal models must give an equal digest.
-    return {**write_result(model, processor, _without_speed(report), context.out_dir), **_speeds(report)}
+    metrics = write_result(model, processor, _without_speed(report), context.out_dir)
+    carry_documents(folder, context.out_dir / "model")
+    return {**metrics, **_speeds(report)}
 
 
 def _measuring(context: StepContext) -> Measuring:

@@ -102,7 +102,7 @@ def tune_model(request: TuneRequest, settings: Settings, view: ProgressView) -> 
         directory = store.fetch(ref)
         summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
         _check_guard(request, summary, directory)
-        registered = _register(request, settings, ref, summary) if request.name is not None else None
+        registered = _register(request, settings, ref, summary, directory) if request.name is not None else None
     return TuneOutcome(ref=ref, directory=directory, summary=summary, registered=registered, reused=reused)
 
 
@@ -124,6 +124,7 @@ def _work(
     request: TuneRequest, prepared: Prepared, digest: str, out: Path, settings: Settings, view: ProgressView
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Do everything between the data and the artifact; returns its summary, and the times, which are not part of it."""
+    from nvila.checkpoints.documents import carry_documents
     from nvila_platform.tracking import open_tracker
 
     reporter = view.reporter(STEP)
@@ -134,6 +135,7 @@ def _work(
             train_in_processes(request, prepared, digest, out, settings, view, tracker.handle)
         trained = train(request, prepared, digest, out, settings, reporter, tracker)
         prepared, tuned, trials = trained.prepared, trained.tuned, trained.trials
+        carry_documents(request.model, tuned.directory)
         if trials:
             reporter.notice(ratio_text(trials))
         memory = memory_check(prepared, tuned.peak_bytes)
@@ -230,14 +232,22 @@ def _check_guard(request: TuneRequest, summary: dict[str, Any], directory: Path)
             )
 
 
-def _register(request: TuneRequest, settings: Settings, ref: ArtifactRef, summary: dict[str, Any]) -> str:
+def _register(
+    request: TuneRequest, settings: Settings, ref: ArtifactRef, summary: dict[str, Any], directory: Path
+) -> str:
+    from nvila.checkpoints.documents import read_origin
+    from nvila.tuning.run import MODEL_FOLDER
     from nvila_platform.lineage import trace
-    from nvila_platform.registry import register_model, set_alias
+    from nvila_platform.model_card import make_card
+    from nvila_platform.registration import register_model
+    from nvila_platform.registry import set_alias
 
     assert request.name is not None
     lineage = trace(open_store(settings), ref.digest)
     tags = {f"nvila.lineage.{node.step}": node.digest for node in lineage.walk() if node.step}
     tags |= {"nvila.code_version": lineage.code_version, "nvila.method": summary["name"]}
-    version = register_model(settings, request.name, ref, None, tags)
+    weights = read_origin(directory / MODEL_FOLDER)
+    card = make_card(request.name, lineage, weights, scores=summary["scores"]["after"])
+    version = register_model(settings, request.name, ref, None, tags, card)
     set_alias(settings, request.name, ALIAS, version.version)
     return version.model_uri

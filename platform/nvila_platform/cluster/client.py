@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from nvila.errors import CapabilityError, ConfigError, InfrastructureError, NvilaError
+from nvila_platform.cluster.connection import connect
+from nvila_platform.cluster.errors import NoSuchApiError, NotThereError, cluster_errors
 
-_DEFAULT_NAMESPACE = "default"
 _TIMEOUT_S = 20
 _JOBS = "trainjobs"
+_WATCH_MARGIN_S = 10
+# A connection that a gateway has dropped without a word is opened again after this silence.
+_SILENCE_S = 60
+_KUEUE = "kueue.x-k8s.io"
+_KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,19 +45,11 @@ class ClusterClient:
     """
 
     def __init__(self) -> None:
-        from kubernetes import client, config
-        from kubernetes.config import ConfigException
+        from kubernetes import client
 
-        try:
-            try:
-                config.load_kube_config()
-                self._namespace = _context_namespace(config)
-            except ConfigException:
-                config.load_incluster_config()
-                self._namespace = _pod_namespace()
-        except ConfigException as e:
-            raise ConfigError(f"no cluster is known: {_line(e)}", "set KUBECONFIG, or write ~/.kube/config") from e
-        self._api = client.CustomObjectsApi()
+        api, self._namespace = connect()
+        self._api = client.CustomObjectsApi(api)
+        self._core = client.CoreV1Api(api)
 
     def submit(self, manifest: Mapping[str, Any]) -> JobStatus:
         """Create a job.
@@ -67,12 +63,18 @@ class ClusterClient:
             CapabilityError: The cluster has no TrainJobs, or this user may not create them.
             InfrastructureError: It cannot be reached.
         """
+        name, namespace, _, _ = self._address(manifest)
+        self.create(manifest)
+        return JobStatus(name=name, namespace=namespace, state="Created")
+
+    def create(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Create a job and return it as the cluster has it; raises what `submit` does."""
         name, namespace, group, version = self._address(manifest)
-        with _failures(f"job '{name}' in namespace '{namespace}'"):
-            self._api.create_namespaced_custom_object(
+        with cluster_errors(f"job '{name}' in namespace '{namespace}'"):
+            made = self._api.create_namespaced_custom_object(
                 group, version, namespace, _JOBS, dict(manifest), _request_timeout=_TIMEOUT_S
             )
-        return JobStatus(name=name, namespace=namespace, state="Created")
+        return dict(made)
 
     def status(self, manifest: Mapping[str, Any]) -> JobStatus:
         """Look at a job.
@@ -83,7 +85,7 @@ class ClusterClient:
             InfrastructureError: It cannot be reached.
         """
         name, namespace, group, version = self._address(manifest)
-        with _failures(f"job '{name}' in namespace '{namespace}'"):
+        with cluster_errors(f"job '{name}' in namespace '{namespace}'"):
             found = self._api.get_namespaced_custom_object(
                 group, version, namespace, _JOBS, name, _request_timeout=_TIMEOUT_S
             )
@@ -91,8 +93,125 @@ class ClusterClient:
         last = holding[-1] if holding else {"type": "Created"}
         return JobStatus(name=name, namespace=namespace, state=last["type"], message=last.get("message", ""))
 
+    def find(self, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return a job as the cluster has it, or None when there is none of this name.
+
+        Raises:
+            CapabilityError: The cluster has no TrainJobs, or this user may not look at them.
+            InfrastructureError: It cannot be reached.
+        """
+        name, namespace, group, version = self._address(manifest)
+        try:
+            with cluster_errors(f"job '{name}' in namespace '{namespace}'"):
+                found = self._api.get_namespaced_custom_object(
+                    group, version, namespace, _JOBS, name, _request_timeout=_TIMEOUT_S
+                )
+        except NotThereError:
+            return None
+        return dict(found)
+
+    def await_change(self, job: Mapping[str, Any], timeout_s: int) -> None:
+        """Wait until a job is not any more what `find` returned, or for some seconds.
+
+        An answer that breaks off, and a version that the cluster has forgotten, end the wait early and quietly: what
+        counts is what `find` says next.
+
+        Raises:
+            CapabilityError: This user may not watch jobs.
+            InfrastructureError: The cluster cannot be reached.
+        """
+        from urllib3.exceptions import ProtocolError, ReadTimeoutError
+
+        name, namespace, group, version = self._address(job)
+        with cluster_errors(f"a watch of job '{name}' in namespace '{namespace}'"):
+            answer = self._api.list_namespaced_custom_object(
+                group, version, namespace, _JOBS,
+                field_selector=f"metadata.name={name}", resource_version=job["metadata"].get("resourceVersion", ""),
+                watch=True, timeout_seconds=timeout_s, _preload_content=False,
+                _request_timeout=(_TIMEOUT_S, timeout_s + _WATCH_MARGIN_S),
+            )  # fmt: skip
+            try:
+                next(answer.stream(amt=None), None)
+            except (ProtocolError, ReadTimeoutError):
+                return
+            finally:
+                # Not back into the pool: the rest of the stream would be read as the next answer.
+                answer.close()
+
+    def pods(self, manifest: Mapping[str, Any], labels: str) -> list[dict[str, Any]]:
+        """Return pods in a job's namespace as plain mappings.
+
+        Args:
+            manifest: The job.
+            labels: Selector, such as `app=x`.
+        """
+        return self._listed("pods", manifest, label_selector=labels)
+
+    def events(self, manifest: Mapping[str, Any], fields: str) -> list[dict[str, Any]]:
+        """Return events in a job's namespace, by a field selector."""
+        return self._listed("events", manifest, field_selector=fields)
+
+    def _listed(self, kind: str, manifest: Mapping[str, Any], **selector: str) -> list[dict[str, Any]]:
+        _, namespace, _, _ = self._address(manifest)
+        listing = self._core.list_namespaced_pod if kind == "pods" else self._core.list_namespaced_event
+        with cluster_errors(f"{kind} in namespace '{namespace}'"):
+            answer = listing(namespace, _preload_content=False, _request_timeout=_TIMEOUT_S, **selector)
+            return list(json.loads(answer.data)["items"])
+
+    def queue_message(self, job: Mapping[str, Any]) -> str:
+        """Return why Kueue lets a job wait, or nothing when it says nothing.
+
+        Raises:
+            CapabilityError: This user may not look at workloads.
+            InfrastructureError: The cluster cannot be reached.
+        """
+        _, namespace, _, _ = self._address(job)
+        selector = f"{_KUEUE}/job-uid={job['metadata']['uid']}"
+        for version in _KUEUE_VERSIONS:
+            try:
+                with cluster_errors(f"workloads in namespace '{namespace}'"):
+                    found = self._api.list_namespaced_custom_object(
+                        _KUEUE, version, namespace, "workloads", label_selector=selector, _request_timeout=_TIMEOUT_S
+                    )
+            except (NoSuchApiError, NotThereError):
+                continue
+            conditions = [one for item in found["items"] for one in item.get("status", {}).get("conditions", [])]
+            waiting = [one for one in conditions if one["type"] == "QuotaReserved" and one["status"] == "False"]
+            return str(waiting[-1].get("message", "")) if waiting else ""
+        return ""
+
+    def log(self, manifest: Mapping[str, Any], pod: str, container: str, since: str | None) -> PodLogStream:
+        """Open the log of a pod, which ends with its container.
+
+        A stream that the server ends early looks the same as one whose container has ended; the caller knows better.
+
+        Args:
+            manifest: The pod's job.
+            pod: Its name.
+            container: The container in it.
+            since: Time of RFC 3339; lines of the same second come again. None starts at the first line.
+
+        Raises:
+            ConfigError: There is no such pod, or its container has not started.
+            CapabilityError: This user may not read logs.
+            InfrastructureError: The cluster cannot be reached.
+        """
+        _, namespace, _, _ = self._address(manifest)
+        what = f"the log of pod '{pod}' in namespace '{namespace}'"
+        query = [("container", container), ("follow", "true"), ("timestamps", "true")]
+        if since is not None:
+            query.append(("sinceTime", since))
+        with cluster_errors(what):
+            # The client's own method does not know sinceTime.
+            answer = self._core.api_client.call_api(
+                "/api/v1/namespaces/{namespace}/pods/{name}/log", "GET", {"namespace": namespace, "name": pod}, query,
+                auth_settings=["BearerToken"], _preload_content=False, _return_http_data_only=True,
+                _request_timeout=(_TIMEOUT_S, _SILENCE_S),
+            )  # fmt: skip
+        return PodLogStream(answer, what)
+
     def delete(self, manifest: Mapping[str, Any]) -> None:
-        """Delete a job and its pods.
+        """Delete a job; it is gone when its pods are, which end as SIGTERM lets them.
 
         Raises:
             ConfigError: There is none of this name.
@@ -100,10 +219,11 @@ class ClusterClient:
             InfrastructureError: The cluster cannot be reached.
         """
         name, namespace, group, version = self._address(manifest)
-        with _failures(f"job '{name}' in namespace '{namespace}'"):
+        with cluster_errors(f"job '{name}' in namespace '{namespace}'"):
             self._api.delete_namespaced_custom_object(
-                group, version, namespace, _JOBS, name, _request_timeout=_TIMEOUT_S
-            )
+                group, version, namespace, _JOBS, name,
+                propagation_policy="Foreground", _request_timeout=_TIMEOUT_S,
+            )  # fmt: skip
 
     def _address(self, manifest: Mapping[str, Any]) -> tuple[str, str, str, str]:
         group, version = manifest["apiVersion"].split("/")
@@ -111,58 +231,36 @@ class ClusterClient:
         return metadata["name"], metadata.get("namespace") or self._namespace, group, version
 
 
-def _context_namespace(config: Any) -> str:
-    """Return the namespace of the kubeconfig's current context."""
-    _, active = config.list_kube_config_contexts()
-    return str(active["context"].get("namespace") or _DEFAULT_NAMESPACE)
+class PodLogStream:
+    """Lines of a pod's log as they come.
 
+    Args:
+        answer: What the API server sends.
+        what: Said when it breaks.
+    """
 
-def _pod_namespace() -> str:
-    """Return the namespace of the pod that this runs in, which its service account may use."""
-    from kubernetes.config import incluster_config
+    def __init__(self, answer: Any, what: str) -> None:
+        self._answer = answer
+        self._what = what
 
-    try:
-        found = Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace").read_text(encoding="utf-8")
-    except OSError:
-        return _DEFAULT_NAMESPACE
-    return found.strip() or _DEFAULT_NAMESPACE
+    def __iter__(self) -> Iterator[str]:
+        """Yield lines with their line breaks; the last one lacks it where the stream ended inside of it.
 
+        Raises:
+            InfrastructureError: The connection broke.
+        """
+        rest = b""
+        try:
+            with cluster_errors(self._what):
+                for piece in self._answer.stream(amt=None):
+                    *lines, rest = (rest + piece).split(b"\n")
+                    yield from (f"{line.decode('utf-8', errors='replace')}\n" for line in lines)
+            if rest:
+                yield rest.decode("utf-8", errors="replace")
+        finally:
+            self._answer.close()
 
-@contextmanager
-def _failures(what: str) -> Iterator[None]:
-    """Turn what the client raises into typed errors."""
-    from kubernetes.client import ApiException
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield
-    except ApiException as e:
-        raise _typed(e, what) from e
-    except HTTPError as e:
-        raise InfrastructureError(f"the cluster cannot be reached for {what}: {_line(e)}", "try again later") from e
-
-
-def _typed(error: Any, what: str) -> NvilaError:
-    status, said = int(error.status or 0), _said(error)
-    if status == 409:
-        return ConfigError(f"{what} exists already", "choose another name with --job-name, or delete it first")
-    if status in (400, 422):
-        return ConfigError(f"the cluster refuses {what}: {said}", "mend the value that it names")
-    if status in (401, 403):
-        return CapabilityError(f"this user may not touch {what}: {said}", "ask for the rights, or use another context")
-    if status == 404 and "page not found" in said:
-        return CapabilityError("the cluster has no TrainJobs", "install Kubeflow Trainer 2")
-    if status == 404:
-        return ConfigError(f"there is no {what}: {said}", "check the name and the namespace")
-    return InfrastructureError(f"the cluster failed on {what} with status {status}: {said}", "try again later")
-
-
-def _said(error: Any) -> str:
-    try:
-        return str(json.loads(error.body)["message"])
-    except (ValueError, KeyError, TypeError):
-        return str(error.body or error.reason or "no reason given").strip()[:300]
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+    def stop(self) -> None:
+        """End the stream, from any thread; one that has ended already stays as it is."""
+        with suppress(ValueError, OSError):
+            self._answer.shutdown()

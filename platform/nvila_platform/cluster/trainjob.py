@@ -15,11 +15,14 @@ from nvila.errors import ConfigError
 
 API_VERSION = "trainer.kubeflow.org/v1alpha1"
 RUNTIME = "torch-distributed"
-MANAGER = "nvila.dev/curate"
+MANAGER = "nvila.dev/job"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 # What the runtime calls its job and the container in it.
-_NODE = "node"
+NODE = "node"
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _GPU = "nvidia.com/gpu"
+_SHM = "dshm"
+_TORCHRUN = ("torchrun", "--no-python")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,16 @@ class TrainJobSpec:
         claims: Persistent volume claims and where they are mounted; every node must see the same files.
         namespace: None leaves it to whoever submits.
         runtime: Name of the ClusterTrainingRuntime.
+        launcher: What the runtime starts on every node, before the command.
+        gpu_type: Resource that the GPUs are.
+        config_maps: The same as `secrets`, of config maps.
+        node_selector: Labels that a node must have.
+        tolerations: Taints that it may have, as Kubernetes writes them.
+        shm_gib: Size of /dev/shm; None leaves the 64 MiB that a container gets.
+        queue: LocalQueue of Kueue that admits the job.
+        service_account: Of the pods; None leaves the runtime's.
+        grace_s: Time between SIGTERM and SIGKILL on a node; None leaves Kubernetes' 30 seconds.
+        annotations: Of the job.
 
     Raises:
         ConfigError: A name or a number cannot be used.
@@ -58,6 +71,16 @@ class TrainJobSpec:
     claims: Mapping[str, str] = field(default_factory=dict)
     namespace: str | None = None
     runtime: str = RUNTIME
+    launcher: Sequence[str] = _TORCHRUN
+    gpu_type: str = _GPU
+    config_maps: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: Sequence[Mapping[str, str]] = ()
+    shm_gib: float | None = None
+    queue: str | None = None
+    service_account: str | None = None
+    grace_s: int | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -74,12 +97,15 @@ class TrainJobSpec:
 
 def train_job(spec: TrainJobSpec) -> dict[str, Any]:
     """Return the manifest."""
-    metadata: dict[str, Any] = {"name": spec.name, "labels": {"app.kubernetes.io/part-of": "nvila"}}
+    labels = {"app.kubernetes.io/part-of": "nvila"} | ({} if spec.queue is None else {QUEUE_LABEL: spec.queue})
+    metadata: dict[str, Any] = {"name": spec.name, "labels": labels}
     if spec.namespace is not None:
         metadata["namespace"] = spec.namespace
+    if spec.annotations:
+        metadata["annotations"] = dict(spec.annotations)
     trainer: dict[str, Any] = {
         "image": spec.image,
-        "command": ["torchrun", "--no-python"],
+        "command": list(spec.launcher),
         "args": list(spec.command),
         "numNodes": spec.num_nodes,
         "numProcPerNode": spec.processes_per_node,
@@ -90,35 +116,44 @@ def train_job(spec: TrainJobSpec) -> dict[str, Any]:
         # Two mappings, since one would be printed as an alias of the other.
         trainer["resourcesPerNode"] = {"requests": resources, "limits": dict(resources)}
     job: dict[str, Any] = {"runtimeRef": {"name": spec.runtime}, "trainer": trainer}
-    if spec.claims:
-        job["runtimePatches"] = [_mounts(spec)]
+    if pod := _pod(spec):
+        replicated = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
+        patch = {"template": {"spec": {"replicatedJobs": [replicated]}}}
+        job["runtimePatches"] = [{"manager": MANAGER, "trainingRuntimeSpec": patch}]
     return {"apiVersion": API_VERSION, "kind": "TrainJob", "metadata": metadata, "spec": job}
 
 
 def _variables(spec: TrainJobSpec) -> list[dict[str, Any]]:
     plain = [{"name": name, "value": value} for name, value in sorted(spec.env.items())]
-    secret = [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": holder, "key": key}}}
-        for name, (holder, key) in sorted(spec.secrets.items())
+    referred = [
+        {"name": name, "valueFrom": {kind: {"name": holder, "key": key}}}
+        for kind, holders in (("configMapKeyRef", spec.config_maps), ("secretKeyRef", spec.secrets))
+        for name, (holder, key) in sorted(holders.items())
     ]
-    return [*plain, *secret]
+    return [*plain, *referred]
 
 
 def _resources(spec: TrainJobSpec) -> dict[str, str]:
-    wanted = {"cpu": spec.cpu, "memory": spec.memory, _GPU: str(spec.gpus) if spec.gpus else None}
+    wanted = {"cpu": spec.cpu, "memory": spec.memory, spec.gpu_type: str(spec.gpus) if spec.gpus else None}
     return {name: value for name, value in wanted.items() if value is not None}
 
 
-def _mounts(spec: TrainJobSpec) -> dict[str, Any]:
-    """Patch the claims into the pods of the runtime."""
-    pod = {
-        "volumes": [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in spec.claims],
-        "containers": [
-            {
-                "name": _NODE,
-                "volumeMounts": [{"name": claim, "mountPath": path} for claim, path in spec.claims.items()],
-            }
-        ],
+def _pod(spec: TrainJobSpec) -> dict[str, Any]:
+    """Return what is patched into the pods of the runtime."""
+    volumes: list[dict[str, Any]] = [
+        {"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in spec.claims
+    ]
+    mounts = [{"name": claim, "mountPath": path} for claim, path in spec.claims.items()]
+    if spec.shm_gib is not None:
+        size = f"{int(spec.shm_gib * 1024)}Mi"
+        volumes.append({"name": _SHM, "emptyDir": {"medium": "Memory", "sizeLimit": size}})
+        mounts.append({"name": _SHM, "mountPath": "/dev/shm"})  # noqa: S108  # where torch and NCCL look for it
+    pod: dict[str, Any] = {
+        "volumes": volumes,
+        "containers": [{"name": NODE, "volumeMounts": mounts}] if mounts else [],
+        "nodeSelector": dict(spec.node_selector),
+        "tolerations": [dict(one) for one in spec.tolerations],
+        "serviceAccountName": spec.service_account,
+        "terminationGracePeriodSeconds": spec.grace_s,
     }
-    replicated = {"name": _NODE, "template": {"spec": {"template": {"spec": pod}}}}
-    return {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}}}
+    return {name: value for name, value in pod.items() if value}

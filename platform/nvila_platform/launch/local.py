@@ -135,11 +135,18 @@ def _failure(module: str, code: int, error_path: Path, log_path: Path, start: in
         failed = NvilaError(f"{module} failed with exit code {code}")
         error = killed_error(module, -code) if code < 0 else failed
     hint = "; ".join(filter(None, (error.hint, f"log: {log_path}")))
-    return type(error)(error.message, hint + _tail(log_path, start))
+    return type(error)(error.message, hint + log_tail(log_path, start))
 
 
-def _tail(log_path: Path, start: int) -> str:
-    """Return the last lines that this run wrote, ready to follow a hint."""
+def log_tail(log_path: Path, start: int) -> str:
+    """Return the last lines that a run wrote, ready to follow a hint.
+
+    Args:
+        log_path: The log.
+        start: Where the run's part of it begins.
+    """
+    if not log_path.is_file():
+        return ""
     with log_path.open("rb") as log:
         end = log.seek(0, os.SEEK_END)
         log.seek(max(start, end - _TAIL_BYTES))

@@ -204,6 +204,9 @@ class ModelCard(BaseModel):
     owned_by: str = "nvila"
     version: str
     digest: str
+    # As in vLLM: what an adapter belongs to.
+    root: str
+    parent: str | None = None
 
 
 class ModelList(BaseModel):

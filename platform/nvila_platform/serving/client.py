@@ -70,8 +70,8 @@ def start_server(
     env: Mapping[str, str] | None = None,
     log_path: Path | None = None,
     *,
-    version: str = "unregistered",
-    digest: str = "unknown",
+    version: str | None = None,
+    digest: str | None = None,
     host: str = _LOOPBACK,
     timeout_s: float = 120.0,
     module: str = "nvila_platform.serving",
@@ -87,8 +87,8 @@ def start_server(
         port: Port to listen on; 0 takes a free one.
         env: Variables added to this process's environment (`Settings.to_env()`).
         log_path: File that the server's output is appended to; None keeps it only for the time of the block.
-        version: Registry version to report.
-        digest: Artifact digest to report.
+        version: Registry version to report; None for what the folder says.
+        digest: Artifact digest to report; None for what the folder says.
         host: Address to listen on.
         timeout_s: How long loading may take.
         module: What is run; another engine brings its own.
@@ -105,7 +105,9 @@ def start_server(
         ...     ask(server.base_url, "nvila", "what shape is this?", Path("image.png").read_bytes()).text
     """
     options = ["--model-dir", str(model_dir), "--name", name, "--host", host, "--port", str(port)]
-    options += ["--version", version, "--digest", digest, *args]
+    options += [] if version is None else ["--version", version]
+    options += [] if digest is None else ["--digest", digest]
+    options += args
     with tempfile.TemporaryDirectory(prefix="nvila-serve-") as scratch_name:
         scratch = Path(scratch_name)
         log = log_path or scratch / "server.log"

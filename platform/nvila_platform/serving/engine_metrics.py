@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -17,7 +17,7 @@ class EngineCollector:
 
     Args:
         name: Of the served model; labels every series.
-        stats: Reads them.
+        stats: Reads them; of another engine after the model was replaced, whose counters begin at zero.
     """
 
     def __init__(self, name: str, stats: Callable[[], EngineStats]) -> None:
@@ -51,8 +51,14 @@ class EngineCollector:
             yield counter
 
 
-def register_engine(name: str, engine: object, registry: CollectorRegistry) -> None:
-    """Offer an engine's figures; one that keeps none has none."""
-    stats = getattr(engine, "stats", None)
-    if callable(stats):
-        registry.register(EngineCollector(name, stats))
+def register_engines(name: str, current: Callable[[], object], first: object, registry: CollectorRegistry) -> None:
+    """Offer the figures of the engine that serves; one that keeps none has none.
+
+    Args:
+        name: Of the served model.
+        current: Returns the engine that serves at the moment.
+        first: The one that serves from now on.
+        registry: Where to offer them.
+    """
+    if callable(getattr(first, "stats", None)):
+        registry.register(EngineCollector(name, lambda: cast("Any", current()).stats()))

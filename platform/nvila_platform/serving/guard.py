@@ -13,6 +13,8 @@ from uuid import uuid4
 from nvila_platform.serving.errors import ApiError, as_api_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import AsgiApp, Event, Receive, Scope, Send, send_json
+from nvila_platform.serving.served import LINEAGE, Lineage
+from nvila_platform.serving.tracing import TRACE, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,21 @@ class Guard:
 
     Args:
         app: The wrapped ASGI application.
-        identity: The served model, for the lineage headers.
+        identity: Names the served model, for the lineage headers of answers that no model of its own has given.
         on_reject: Called with the error code of a failure that no handler answered.
+        tracing: Makes the spans of requests; None makes none.
     """
 
-    def __init__(self, app: AsgiApp, identity: ModelIdentity, on_reject: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        app: AsgiApp,
+        identity: Callable[[], ModelIdentity],
+        on_reject: Callable[[str], None],
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._tracing = tracing
         self._app = app
-        self._headers = {**_SECURITY_HEADERS, **identity.headers()}
+        self._identity = identity
         self._on_reject = on_reject
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,8 +65,17 @@ class Guard:
             return
         request_id = _request_id(scope)
         REQUEST_ID.set(request_id)
-        exchange = _Exchange(receive, send, {**self._headers, "x-request-id": request_id})
+        lineage = Lineage()
+        LINEAGE.set(lineage)
+
+        def headers() -> dict[str, str]:
+            identity = lineage.identity or self._identity()
+            return {**_SECURITY_HEADERS, **identity.headers(), "x-request-id": request_id}
+
+        exchange = _Exchange(receive, send, headers)
         started = time.monotonic()
+        trace = None if self._tracing is None else self._tracing.begin(scope)
+        TRACE.set(trace)
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADER_BYTES:
                 raise ApiError(431, "headers_too_large", f"the headers have over {_MAX_HEADER_BYTES} bytes")
@@ -68,16 +87,17 @@ class Guard:
                 await send_json(exchange.send, error.status, error.body_for(scope["path"]), error.headers)
         finally:
             _log_access(scope, exchange, request_id, time.monotonic() - started)
+            if trace is not None:
+                trace.end(request_id, exchange.status, abandoned=exchange.abandoned)
 
 
 class _Exchange:
     """One request and its response, with somebody watching whether the client is still there."""
 
-    def __init__(self, receive: Receive, send: Send, headers: dict[str, str]) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: Callable[[], dict[str, str]]) -> None:
         self._receive = receive
         self._send = send
-        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-        self._names = {name for name, _ in self._headers}
+        self._headers = headers
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
         self._handler: asyncio.Task[None] | None = None
@@ -117,10 +137,13 @@ class _Exchange:
         if event["type"] == "http.response.start":
             self.status = event["status"]
             sent = event.get("headers", [])
+            # Made now: which model answers is known only since the request was read.
+            ours = [(name.encode(), value.encode()) for name, value in self._headers().items()]
+            names = {name for name, _ in ours}
             # A page of ours says itself what it may load; nothing else of these is anybody else's to say.
             own = {_POLICY for name, _ in sent if name.lower() == _POLICY}
-            kept = [(name, value) for name, value in sent if name.lower() not in self._names - own]
-            added = [(name, value) for name, value in self._headers if name not in own]
+            kept = [(name, value) for name, value in sent if name.lower() not in names - own]
+            added = [(name, value) for name, value in ours if name not in own]
             event = {**event, "headers": [*kept, *added]}
         elif not event.get("more_body", False):
             self._finished = True

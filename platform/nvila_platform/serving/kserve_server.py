@@ -10,6 +10,7 @@ Importing this module imports the KServe SDK, which takes seconds: only the serv
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from typing import Any
 
@@ -26,6 +27,7 @@ from starlette.exceptions import HTTPException
 
 from nvila.errors import NvilaError
 from nvila_platform.serving.auth import Gatekeeper
+from nvila_platform.serving.description import describe_bodies
 from nvila_platform.serving.drift import drift_router
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.guard import Guard
@@ -37,6 +39,7 @@ from nvila_platform.serving.options import ServerOptions
 from nvila_platform.serving.playground import playground_router
 from nvila_platform.serving.scrape import scrape_router
 from nvila_platform.serving.service import ChatService
+from nvila_platform.serving.updates import Updater
 
 _SDK_ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
     (kserve_errors.InvalidInput, 400, "invalid_request"),
@@ -66,10 +69,12 @@ class NvilaServer(ModelServer):  # type: ignore[misc]  # the KServe SDK ships no
         super().__init__(
             http_port=listener.getsockname()[1], workers=1, enable_grpc=False, grace_period=max(1, round(grace_s))
         )
-        self._service = service
+        self.service = service
+        self.updater: Updater | None = None
         self.dataplane = _DataPlane(self.registered_models, service)
         self.model_repository_extension = _FixedRepository(self.registered_models)
-        self.register_model(NvilaModel(service))
+        for identity in service.version:
+            self.register_model(NvilaModel(service, identity.name))
         self._rest_server = _RestServer(
             service,
             listener,
@@ -83,7 +88,7 @@ class NvilaServer(ModelServer):  # type: ignore[misc]  # the KServe SDK ships no
     def run(self) -> None:
         """Serve until a signal or `shut_down`; running answers are finished first."""
         self.register_signal_handler()
-        asyncio.run(self._rest_server.start())
+        asyncio.run(self._rest_server.start(self.updater))
 
     def shut_down(self) -> None:
         """Stop from another thread, as a signal would."""
@@ -98,10 +103,12 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         self._service = service
         self._listener = listener
         self._options = options
-        rejected = service.metrics.rejected
+        self._updater: Updater | None = None
+        rejected = service.rejected
         # Built here: a key file that cannot be used is known before the model is loaded.
         limited = BodyLimit(app, service.limits, rejected)
-        self.config.app = Guard(Gatekeeper(limited, options.access, rejected), service.identity, rejected)
+        checked = Gatekeeper(limited, options.access, rejected)
+        self.config.app = Guard(checked, lambda: service.identity, rejected, service.tracing)
         self._drain = Drain(self._server, service, options.drain_s)
         self.config.host = listener.getsockname()[0]
         self.config.server_header = False
@@ -116,22 +123,28 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         app.include_router(scrape_router())
         super()._register_endpoints(app)
         app.include_router(build_router(self._service))
-        app.include_router(health_router(self._service))
+        app.include_router(health_router(self._service, self._updater))
         if self._service.traffic is not None:
             app.include_router(drift_router(self._service.traffic.watch))
         if self._options.production:
             # Neither a page nor a description of what could be tried.
             app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != app.openapi_url]
         else:
+            describe_bodies(app)
             app.include_router(playground_router(self._service))
 
     def _add_exception_handlers(self, app: FastAPI) -> None:
         super()._add_exception_handlers(app)
         add_error_handlers(app, self._service)
 
-    async def start(self) -> None:
+    async def start(self, updater: Updater | None = None) -> None:
+        self._updater = updater
         self.create_application()
         self._drain.begin()
+        if updater is not None:
+            loop = asyncio.get_running_loop()
+            updater.begin(loop)
+            loop.add_signal_handler(signal.SIGHUP, updater.ask)
         await self._server.serve(sockets=[self._listener])
 
 
@@ -175,7 +188,7 @@ def add_error_handlers(app: FastAPI, service: ChatService) -> None:
     """Answer every error of `app` in the shape of the protocol it happened in."""
 
     def answer(request: Request, error: ApiError) -> Response:
-        service.metrics.rejected(error.code)
+        service.rejected(error.code)
         return JSONResponse(error.body_for(request.url.path), error.status, headers=error.headers)
 
     async def own(request: Request, error: Exception) -> Response:

@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from nvila_platform.serving.service import ChatService
+from nvila_platform.serving.updates import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,20 @@ class Drain:
             self._close(number, frame)
 
 
-def health_router(service: ChatService) -> APIRouter:
-    """Return the route that tells people and programs what state the server is in."""
+def health_router(service: ChatService, updater: Updater | None = None) -> APIRouter:
+    """Return the route that tells people and programs what state the server and its updates are in."""
     router = APIRouter()
 
     async def health() -> Response:
         state, identity = service.queue.state, service.identity
-        body = {"state": state, "model": identity.name, "version": identity.version, "digest": identity.digest}
+        body: dict[str, Any] = {
+            "state": state,
+            "model": identity.name,
+            "version": identity.version,
+            "digest": identity.digest,
+        }
+        if updater is not None:
+            body["update"] = updater.status()
         return JSONResponse(body, 200 if state == "ready" else 503)
 
     router.add_api_route("/health", health, methods=["GET"], response_model=None)

@@ -84,8 +84,12 @@ class ServingMetrics:
             # Series exist from the start, so that a rate over the first event is not lost.
             self._success.labels(name, reason)
         self._gen_ai = _GenAi(name, registry)
-        info = Info("nvila:model", "The served model.", label, registry=registry).labels(name)
-        info.info({"version": identity.version, "digest": identity.digest})
+        self._info = Info("nvila:model", "The served model.", label, registry=registry).labels(name)
+        self.serving(identity)
+
+    def serving(self, identity: ModelIdentity) -> None:
+        """Record which version new requests go to."""
+        self._info.info({"version": identity.version, "digest": identity.digest})
 
     def first_token(self, seconds: float, prefill_s: float) -> None:
         """Record the wait for a request's first text, in all and since a worker took it up."""

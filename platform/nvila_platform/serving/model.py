@@ -23,6 +23,7 @@ from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.json_body import decode_json
 from nvila_platform.serving.media import in_order
 from nvila_platform.serving.schema import ChatRequest, parse_chat
+from nvila_platform.serving.served import Target
 from nvila_platform.serving.service import ChatService
 from nvila_platform.serving.stream import Completion
 
@@ -53,10 +54,11 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
 
     Args:
         service: The served model.
+        name: Which of its names this is: its own, or that of an adapter.
     """
 
-    def __init__(self, service: ChatService) -> None:
-        super().__init__(service.identity.name)
+    def __init__(self, service: ChatService, name: str) -> None:
+        super().__init__(name)
         self._service = service
 
     async def healthy(self) -> bool:
@@ -95,7 +97,8 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
         parameters = _parameters(body.get("parameters"))
         self._check_count(len(instances), "instances")
         requests = [self._request(i, raw, parameters, f"instances[{i}]") for i, raw in enumerate(instances)]
-        answers = await self._answer(requests)
+        target = self._service.target(self.name)
+        answers = await self._answer(target, requests)
         return {"predictions": [_prediction(answer) for answer in answers]}
 
     async def _infer(self, payload: InferRequest) -> InferResponse:
@@ -115,15 +118,14 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
         for index in range(len(prompts)):
             raw = {name: _text(column[index]) for name, column in columns.items() if name == "prompt" or column[index]}
             requests.append(self._request(index, raw, parameters, f"inputs[{index}]"))
-        answers = await self._answer(requests)
+        target = self._service.target(self.name)
+        answers = await self._answer(target, requests)
         outputs = [
             InferOutput("text", [len(answers)], "BYTES", [answer.text for answer in answers]),
             InferOutput("finish_reason", [len(answers)], "BYTES", [answer.finish_reason for answer in answers]),
         ]
         # Without an id the SDK fails on its own response model, after the work is done.
-        return InferResponse(
-            payload.id or uuid4().hex, self.name, outputs, model_version=self._service.identity.version
-        )
+        return InferResponse(payload.id or uuid4().hex, self.name, outputs, model_version=target.identity.version)
 
     def _check_count(self, count: int, param: str) -> None:
         most = self._service.limits.max_instances
@@ -148,10 +150,10 @@ class NvilaModel(Model):  # type: ignore[misc]  # the KServe SDK ships no types
             param = f"{where}.{e.param}" if e.param else where
             raise ApiError(e.status, e.code, e.message, param=param) from e
 
-    async def _answer(self, requests: Sequence[ChatRequest]) -> list[Completion]:
+    async def _answer(self, target: Target, requests: Sequence[ChatRequest]) -> list[Completion]:
         service = self._service
-        costs = [service.cost(request, [request.messages]) for request in requests]
-        with service.queue.admit(total(costs)) as slot:
+        costs = [service.cost(target, request, [request.messages]) for request in requests]
+        with service.queue.admit(total(costs), target) as slot:
             together = asyncio.Semaphore(_TOGETHER)
 
             async def answer(request: ChatRequest) -> Completion:

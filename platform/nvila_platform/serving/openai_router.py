@@ -14,7 +14,6 @@ from uuid import uuid4
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from nvila.errors import nearest
 from nvila_platform.serving.answers import (
     AnswerMessage,
     ChatChunk,
@@ -30,10 +29,13 @@ from nvila_platform.serving.answers import (
     TextCompletion,
     TextLogprobs,
 )
+from nvila_platform.serving.description import body_of
 from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.guard import REQUEST_ID
+from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.json_body import decode_json
 from nvila_platform.serving.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from nvila_platform.serving.served import Target, Version, answered_by
 from nvila_platform.serving.service import ChatService
 from nvila_platform.serving.stream import Completion, Stream
 from nvila_platform.serving.streaming import events
@@ -60,34 +62,37 @@ def build_router(service: ChatService) -> APIRouter:
     async def chat(request: Request, held: _Held) -> Response:
         service.queue.check_room()
         asked = parse_chat(await read_json(request))
-        _check_model(service, asked.model)
-        slot = held.enter_context(service.queue.admit(service.cost(asked, [asked.messages])))
+        target = service.target(asked.model)
+        slot = held.enter_context(service.queue.admit(service.cost(target, asked, [asked.messages]), target))
         if not asked.stream:
-            return JSONResponse(_chat_body(service, asked, await service.answer(slot, asked, asked.messages)))
+            return JSONResponse(_chat_body(target, asked, await service.answer(slot, asked, asked.messages)))
         streams = await service.submit(slot, asked, asked.messages)
-        return await _stream(service, streams, _ChatEvents(service, asked, [streams]))
+        return await _stream(service, streams, _ChatEvents(target, asked, [streams]))
 
     async def completions(request: Request, held: _Held) -> Response:
         service.queue.check_room()
         asked = parse_completion(await read_json(request))
-        _check_model(service, asked.model)
+        target = service.target(asked.model)
         chats = asked.chats()
-        slot = held.enter_context(service.queue.admit(service.cost(asked, chats)))
+        slot = held.enter_context(service.queue.admit(service.cost(target, asked, chats), target))
         prompts = [await service.submit(slot, asked, messages) for messages in chats]
         streams = [stream for answers in prompts for stream in answers]
         if asked.stream:
-            return await _stream(service, streams, _TextEvents(service, asked, prompts))
-        return JSONResponse(await _text_body(service, asked, prompts))
+            return await _stream(service, streams, _TextEvents(target, asked, prompts))
+        return JSONResponse(await _text_body(target, asked, prompts))
 
     async def models() -> Response:
-        return JSONResponse(ModelList(data=[_card(service)]).model_dump())
+        cards = [_card(service.version, one) for one in service.version]
+        return JSONResponse(ModelList(data=cards).model_dump())
 
     async def model(model: str) -> Response:
-        _check_model(service, model)
-        return JSONResponse(_card(service).model_dump())
+        identity = service.version.find(model)
+        answered_by(identity)
+        return JSONResponse(_card(service.version, identity).model_dump())
 
-    router.add_api_route("/chat/completions", chat, methods=["POST"], response_model=None)
-    router.add_api_route("/completions", completions, methods=["POST"], response_model=None)
+    post: dict[str, Any] = {"methods": ["POST"], "response_model": None}
+    router.add_api_route("/chat/completions", chat, **post, openapi_extra=body_of(ChatRequest))
+    router.add_api_route("/completions", completions, **post, openapi_extra=body_of(CompletionRequest))
     router.add_api_route("/models", models, methods=["GET"], response_model=None)
     router.add_api_route("/models/{model}", model, methods=["GET"], response_model=None)
     return router
@@ -110,15 +115,15 @@ class _Events:
     """Makes the events of one streamed request.
 
     Args:
-        service: The served model.
+        target: The model that answers.
         request: What was asked.
         prompts: The answers to every prompt.
     """
 
     def __init__(
-        self, service: ChatService, request: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[Stream]]
+        self, target: Target, request: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[Stream]]
     ) -> None:
-        self.envelope = _envelope(service, "chatcmpl" if isinstance(request, ChatRequest) else "cmpl")
+        self.envelope = _envelope(target, "chatcmpl" if isinstance(request, ChatRequest) else "cmpl")
         self._request = request
         self._prompts = prompts
 
@@ -185,14 +190,14 @@ async def _stream(service: ChatService, streams: Sequence[Stream], made: _Events
         opening = made.opening()
         if opening:
             yield opening
-        async for text in events(streams, keep_alive_s, made.piece, made.last, service.metrics.rejected):
+        async for text in events(streams, keep_alive_s, made.piece, made.last, service.rejected):
             yield text
 
     # X-Accel-Buffering keeps proxies from collecting the stream into one piece.
     return StreamingResponse(body(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 
-def _chat_body(service: ChatService, request: ChatRequest, answers: Sequence[Completion]) -> dict[str, Any]:
+def _chat_body(target: Target, request: ChatRequest, answers: Sequence[Completion]) -> dict[str, Any]:
     choices = [
         Choice(
             index=number,
@@ -203,12 +208,10 @@ def _chat_body(service: ChatService, request: ChatRequest, answers: Sequence[Com
         for number, done in enumerate(answers)
     ]
     usage = ChatUsage.over([[done.usage for done in answers]])
-    return ChatCompletion(**_envelope(service, "chatcmpl"), choices=choices, usage=usage).model_dump()
+    return ChatCompletion(**_envelope(target, "chatcmpl"), choices=choices, usage=usage).model_dump()
 
 
-async def _text_body(
-    service: ChatService, request: CompletionRequest, prompts: Sequence[Sequence[Stream]]
-) -> dict[str, Any]:
+async def _text_body(target: Target, request: CompletionRequest, prompts: Sequence[Sequence[Stream]]) -> dict[str, Any]:
     choices: list[TextChoice] = []
     usages: list[list[Usage]] = []
     for streams in prompts:
@@ -220,29 +223,28 @@ async def _text_body(
                 TextChoice(index=len(choices), text=done.text, logprobs=reported, finish_reason=done.finish_reason)
             )
     usage = ChatUsage.over(usages)
-    return TextCompletion(**_envelope(service, "cmpl"), choices=choices, usage=usage).model_dump()
+    return TextCompletion(**_envelope(target, "cmpl"), choices=choices, usage=usage).model_dump()
 
 
 def _event(chunk: ChatChunk | TextCompletion) -> str:
     return f"data: {chunk.model_dump_json()}\n\n"
 
 
-def _envelope(service: ChatService, kind: str) -> dict[str, Any]:
+def _envelope(target: Target, kind: str) -> dict[str, Any]:
     return {
         "id": f"{kind}-{REQUEST_ID.get() or uuid4().hex}",
         "created": int(time.time()),
-        "model": service.identity.name,
-        "system_fingerprint": service.identity.fingerprint,
+        "model": target.identity.name,
+        "system_fingerprint": target.identity.fingerprint,
     }
 
 
-def _card(service: ChatService) -> ModelCard:
-    identity = service.identity
-    return ModelCard(id=identity.name, created=identity.created, version=identity.version, digest=identity.digest)
-
-
-def _check_model(service: ChatService, name: str) -> None:
-    served = service.identity.name
-    if name != served:
-        message = f"model '{name[:80]}' is not served here; {nearest(name[:80], [served])}"
-        raise ApiError(404, "model_not_found", message, param="model")
+def _card(version: Version, identity: ModelIdentity) -> ModelCard:
+    return ModelCard(
+        id=identity.name,
+        created=identity.created,
+        version=identity.version,
+        digest=identity.digest,
+        root=version.identity.name,
+        parent=None if identity is version.identity else version.identity.name,
+    )

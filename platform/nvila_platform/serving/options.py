@@ -11,6 +11,8 @@ from nvila.errors import ConfigError
 from nvila_platform.drift.reference import Reference
 from nvila_platform.serving.addresses import HostRules, rules
 from nvila_platform.serving.auth import AccessRules
+from nvila_platform.serving.tracing import check_endpoint
+from nvila_platform.serving.updates import UpdateOptions
 
 DRIFT_SHARE = 0.1
 
@@ -27,6 +29,7 @@ class ServerOptions:
         drain_s: Seconds between the stop signal, when readiness drops, and the closing of the port.
         drift: What traffic is compared with; None watches nothing.
         drift_share: Share of the requests that are looked at.
+        otlp_endpoint: Collector that traces are sent to; empty sends none.
 
     Raises:
         ConfigError: They do not go together.
@@ -39,8 +42,10 @@ class ServerOptions:
     drain_s: float = 0.0
     drift: Reference | None = None
     drift_share: float = DRIFT_SHARE
+    otlp_endpoint: str = ""
 
     def __post_init__(self) -> None:
+        check_endpoint(self.otlp_endpoint)
         if self.production and not self.access.closed:
             raise ConfigError(
                 "a server in production lets nobody in without a key", "give --api-keys or --trusted-header"
@@ -51,6 +56,7 @@ class ServerOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options on a command line."""
+    add_model_arguments(parser)
     group = parser.add_argument_group("who may ask, and where media may come from")
     group.add_argument("--api-keys", type=Path, metavar="FILE", help="lines of NAME SHA256 [REQUESTS_PER_MINUTE]")
     group.add_argument("--trusted-header", metavar="NAME", help="header in which a checking proxy names the caller")
@@ -67,7 +73,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drift-share", type=float, default=DRIFT_SHARE, metavar="N", help="share of requests (default: %(default)s)"
     )
+    group.add_argument("--otlp-endpoint", default="", metavar="URL", help="send traces there, such as http://HOST:4318")
     group.add_argument("--drain", type=float, default=0.0, metavar="SECONDS", help="serve on, not ready, after SIGTERM")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options about adapters and updates."""
+    group = parser.add_argument_group("adapters and updates")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=ADDRESS",
+        help="adapter, a folder or models:/..., that clients select by its name; may be given several times",
+    )
+    group.add_argument(
+        "--update-interval",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="look for another version so often (default: 0, on SIGHUP alone)",
+    )
+    group.add_argument(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="memory for two versions during an update (default: what the container or machine has)",
+    )
+
+
+def updates_of(args: argparse.Namespace) -> UpdateOptions:
+    """Read how the model is updated from parsed arguments.
+
+    Raises:
+        ConfigError: A number cannot be used.
+    """
+    return UpdateOptions(interval_s=args.update_interval, memory_gib=args.memory_gib)
 
 
 def options_of(args: argparse.Namespace) -> ServerOptions:
@@ -84,4 +125,5 @@ def options_of(args: argparse.Namespace) -> ServerOptions:
         drain_s=args.drain,
         drift=Reference.read(args.drift) if args.drift is not None else None,
         drift_share=args.drift_share,
+        otlp_endpoint=args.otlp_endpoint,
     )

@@ -34,7 +34,7 @@ def playground_router(service: ChatService) -> APIRouter:
         return HTMLResponse(page, headers=headers)
 
     async def tiles(width: int, height: int) -> Response:
-        grids = tile_grids(service.queue.engine, width, height)
+        grids = tile_grids(service.queue.served.engine, width, height)
         return JSONResponse({"grids": [[grid.columns, grid.rows] for grid in grids]})
 
     router.add_api_route("/playground/tiles", tiles, methods=["GET"], response_model=None)

@@ -18,21 +18,22 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from nvila_platform.serving.cost import Cost, VisualRates, rates_of
+from nvila_platform.serving.cost import Cost
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.phases import PhaseClock
 from nvila_platform.serving.stream import End, Job, Stream
+from nvila_platform.serving.tracing import TRACE
 
 if TYPE_CHECKING:
     from nvila.data.records import Message
     from nvila.inference.engine import Delta, SamplingParams
-    from nvila_platform.serving.engine import ChatEngine
     from nvila_platform.serving.media import Medium
     from nvila_platform.serving.metrics import ServingMetrics
+    from nvila_platform.serving.served import Served, Target
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,8 @@ class EngineQueue:
         self._timeout_s = timeout_s
         self._max_cost = max_cost
         self._metrics = metrics
-        self.rates = VisualRates()
         self.draining = False
-        self._engine: ChatEngine | None = None
+        self._served: Served | None = None
         self._workers: list[threading.Thread] = []
         self._wake = threading.Condition()
         self._pending: deque[Job] = deque()
@@ -83,7 +83,7 @@ class EngineQueue:
     @property
     def healthy(self) -> bool:
         """Whether an engine is loaded and its workers are alive."""
-        return self._engine is not None and not self.broken
+        return self._served is not None and not self.broken
 
     @property
     def broken(self) -> bool:
@@ -95,32 +95,44 @@ class EngineQueue:
         """What to tell whoever decides about this process."""
         if self.broken:
             return "broken"
-        if self._engine is None:
+        if self._served is None:
             return "loading"
         return "draining" if self.draining else "ready"
 
     @property
-    def engine(self) -> ChatEngine:
-        """The loaded engine.
+    def served(self) -> Served:
+        """What new requests are answered with.
 
         Raises:
             ApiError: 503 while the model is still loading.
         """
-        if self._engine is None or not self.healthy:
+        if self._served is None or not self.healthy:
             raise ApiError(
                 503, "model_not_ready", "the model is not loaded yet; try again shortly", retry_after_s=RETRY_AFTER_S
             )
-        return self._engine
+        return self._served
 
-    def start(self, engine: ChatEngine) -> None:
-        """Begin to serve with `engine`."""
+    def start(self, served: Served) -> None:
+        """Begin to serve."""
         # The workers first: whoever sees the engine may submit.
         for number in range(self._concurrency):
-            worker = threading.Thread(target=self._work, args=(engine,), name=f"engine-{number}", daemon=True)
+            worker = threading.Thread(target=self._work, name=f"engine-{number}", daemon=True)
             worker.start()
             self._workers.append(worker)
-        self.rates = rates_of(engine)
-        self._engine = engine
+        self._served = served
+
+    def replace(self, served: Served, on_free: Callable[[], None] | None = None) -> None:
+        """Answer new requests with another version; those that were admitted before stay with theirs.
+
+        Args:
+            served: The version, loaded and warm.
+            on_free: Called when no request needs the old one any more, in the event loop's thread.
+        """
+        old, self._served = self._served, served
+        if old is not None and on_free is not None:
+            old.on_free = on_free
+            if not old.users:
+                on_free()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Drop what still waits, stop the workers after their current token and wait for them."""
@@ -140,15 +152,16 @@ class EngineQueue:
         Raises:
             ApiError: 503 while loading, 429 when the queue is full.
         """
-        _ = self.engine
+        _ = self.served
         if self._admitted >= self._capacity:
             raise self._full(f"{self._admitted} requests are already queued")
 
-    def admit(self, cost: Cost = _FREE) -> Slot:
+    def admit(self, cost: Cost = _FREE, target: Target | None = None) -> Slot:
         """Take a place in the queue; leaving the slot's `with` block gives it back.
 
         Args:
             cost: What the request will cost.
+            target: What it is for; None takes the model that is served now.
 
         Raises:
             ApiError: 503 while loading, 429 when the queue is full.
@@ -156,15 +169,21 @@ class EngineQueue:
         self.check_room()
         if self._admitted and self._cost + cost.total > self._max_cost:
             raise self._full(f"requests of {self._cost} tokens are already queued, this one has about {cost.total}")
+        target = target or self.served.target()
         self._admitted += 1
         self._cost += cost.total
+        target.served.users += 1
         self._metrics.visual_load.inc(cost.visual)
-        return Slot(self, self._timeout_s, cost)
+        return Slot(self, self._timeout_s, cost, target)
 
-    def _release(self, cost: Cost) -> None:
+    def _release(self, cost: Cost, target: Target) -> None:
         self._admitted -= 1
         self._cost -= cost.total
         self._metrics.visual_load.dec(cost.visual)
+        served = target.served
+        served.users -= 1
+        if not served.users and served.on_free is not None:
+            served.on_free()
 
     def _full(self, why: str) -> ApiError:
         wait_s = min(_LONGEST_RETRY_S, max(1, math.ceil(self._service_s * self._admitted / self._concurrency)))
@@ -187,7 +206,7 @@ class EngineQueue:
         if job.generation is not None:
             job.generation.close()
 
-    def _work(self, engine: ChatEngine) -> None:
+    def _work(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or self._pending)
@@ -198,7 +217,7 @@ class EngineQueue:
             self._metrics.running.inc()
             began = time.monotonic()
             try:
-                self._generate(engine, job)
+                self._generate(job)
             except Exception as e:
                 # The process must survive any single request.
                 job.post(as_api_error(e))
@@ -206,12 +225,14 @@ class EngineQueue:
                 self._metrics.running.dec()
                 # A rough figure; that two workers may overwrite each other's part of it does not matter.
                 self._service_s += _SMOOTHING * (time.monotonic() - began - self._service_s)
+                # While this thread waits for the next one, it must not keep a replaced engine alive.
+                del job
 
-    def _generate(self, engine: ChatEngine, job: Job) -> None:
+    def _generate(self, job: Job) -> None:
         if job.cancelled.is_set():
             return
-        clock = PhaseClock(self._metrics, job.admitted_at, job.submitted_at)
-        generation = job.generation = engine.stream(job.messages, job.media, job.params)
+        clock = PhaseClock(self._metrics, job.admitted_at, job.submitted_at, job.trace)
+        generation = job.generation = job.target.engine.stream(job.messages, job.media, job.params)
         # The engine has made tensors of them; the pixels need not live as long as the answer.
         job.media = {}
         reason: str | None = None
@@ -246,7 +267,8 @@ def _stopping() -> ApiError:
 class Slot:
     """A place in the queue, good for any number of generations one after another."""
 
-    def __init__(self, queue: EngineQueue, timeout_s: float, cost: Cost) -> None:
+    def __init__(self, queue: EngineQueue, timeout_s: float, cost: Cost, target: Target) -> None:
+        self.target = target
         self._queue = queue
         self._cost = cost
         self._admitted_at = time.monotonic()
@@ -261,11 +283,12 @@ class Slot:
     ) -> None:
         for stream in self._streams:
             stream.cancel()
-        self._queue._release(self._cost)
+        self._queue._release(self._cost, self.target)
 
     def submit(self, messages: Sequence[Message], media: Mapping[str, Medium], params: SamplingParams) -> Stream:
         """Queue one generation and return its events."""
         job = Job(
+            target=self.target,
             messages=messages,
             media=media,
             params=params,
@@ -273,6 +296,7 @@ class Slot:
             deadline=self._deadline,
             submitted_at=time.monotonic(),
             loop=asyncio.get_running_loop(),
+            trace=TRACE.get(),
         )
         stream = Stream(job, self._queue._cancel)
         self._streams.append(stream)

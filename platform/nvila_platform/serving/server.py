@@ -20,17 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from nvila.errors import ConfigError, NvilaError, ResourceError
 from nvila_platform.launch.outcome import leave_error
-from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import Limits
-from nvila_platform.serving.options import ServerOptions, add_arguments, options_of
+from nvila_platform.serving.options import ServerOptions, add_arguments, options_of, updates_of
+from nvila_platform.serving.source import ModelSource, engine_loader, parse_adapters
+from nvila_platform.serving.tracing import open_tracing
+from nvila_platform.serving.updates import UpdateOptions, Updater
 from nvila_platform.settings import Settings
 from nvila_platform.telemetry import configure_logging
 
 if TYPE_CHECKING:
     from nvila.inference.config import EngineConfig
-    from nvila_platform.serving.engine import ChatEngine
     from nvila_platform.serving.kserve_server import NvilaServer
+    from nvila_platform.serving.served import Version
     from nvila_platform.serving.service import ChatService
+    from nvila_platform.serving.source import Load, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +48,15 @@ _SDK_ARGV = ["nvila-serve", "--configure_logging=false", "--enable_grpc=false", 
 
 
 def serve(
-    load: Callable[[], ChatEngine],
-    identity: ModelIdentity,
+    source: ModelSource,
+    plan: Plan,
     *,
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
     limits: Limits | None = None,
     options: ServerOptions | None = None,
+    updates: UpdateOptions | None = None,
+    config: Callable[[], EngineConfig] | None = None,
     grace_s: float = DEFAULT_GRACE_S,
     port_file: Path | None = None,
     on_ready: Callable[[], None] | None = None,
@@ -59,12 +64,14 @@ def serve(
     """Serve one model until SIGTERM or SIGINT, then finish running answers and return.
 
     Args:
-        load: Loads the engine; called once, in a thread, after the server answers liveness probes.
-        identity: Which model it is.
+        source: Brings and loads the model, in a thread, after the server answers liveness probes.
+        plan: What it found.
         host: Address to listen on; the default is reachable from this machine only.
         port: Port to listen on; 0 takes a free one.
         limits: What a request may cost.
         options: Who may ask, where media may come from, how the server ends.
+        updates: When to look for another version; SIGHUP always does.
+        config: Makes the engine's configuration, which says what memory a second one takes.
         grace_s: How long running answers may take after the signal.
         port_file: Gets the port as text once it is bound.
         on_ready: Called once requests are answered.
@@ -74,24 +81,28 @@ def serve(
         ConfigError: The host is not an address of this machine, or an option cannot be used.
         NvilaError: The model cannot be loaded.
     """
+    updates = updates or UpdateOptions()
+    updates.check(plan)
     with bind(host, port) as listener:
         bound = listener.getsockname()[1]
         if port_file is not None:
             port_file.write_text(str(bound), encoding="ascii")
         options = options or ServerOptions()
-        service, server = _build(identity, limits or Limits(), options, listener, grace_s)
+        service, server = _build(plan.version, limits or Limits(), options, listener, grace_s)
+        updater = server.updater = _updater(service, source, updates, config)
         if not options.access.closed and not _is_loopback(listener):
             logger.warning("anybody who reaches %s:%d may ask; --api-keys or --trusted-header closes it", host, bound)
         service.decoder.warm_up()
         failures: list[Exception] = []
         loader = threading.Thread(
-            target=_load, args=(load, on_ready, service, server, failures), name="load", daemon=True
+            target=_load, args=(source, plan, on_ready, server, failures), name="load", daemon=True
         )
         loader.start()
-        logger.info("listening on http://%s:%d, loading model %s", host, bound, identity.name)
+        logger.info("listening on http://%s:%d, loading model %s", host, bound, service.identity.name)
         try:
             server.run()
         finally:
+            updater.close()
             service.close()
     if failures:
         raise failures[0]
@@ -123,33 +134,42 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def main(argv: Sequence[str] | None = None, *, load: Callable[[Path], ChatEngine] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, load: Load | None = None) -> int:
     """Run the server from the command line.
 
     Args:
         argv: Arguments without the program's name; None takes the process's own.
-        load: Stands in for `Engine.load`.
+        load: Loads another engine than ours.
 
     Returns:
         The exit code; a typed error has been written to standard error and, for a launcher, to its error file.
     """
     args = _arguments().parse_args(argv)
     try:
-        configure_logging(args.log_format or Settings.load().log_format)
-        identity = ModelIdentity(
-            name=args.name, version=args.version, digest=args.digest, created=_created(args.model_dir)
-        )
+        settings = Settings.load()
+        configure_logging(args.log_format or settings.log_format)
         limits = Limits(
             max_requests=args.max_requests, max_running=args.max_running, request_timeout_s=args.request_timeout
         )
         config = engine_config(limits, args.kv_cache_gib, args.decoder, args.compile)
+        source = ModelSource(
+            args.model_dir,
+            settings,
+            load or engine_loader(config),
+            name=args.name,
+            version=args.version,
+            digest=args.digest,
+            adapters=parse_adapters(args.adapter),
+        )
         serve(
-            lambda: load(args.model_dir) if load is not None else _load_engine(args.model_dir, config()),
-            identity,
+            source,
+            source.look(),
             host=args.host,
             port=args.port,
             limits=limits,
             options=options_of(args),
+            updates=updates_of(args),
+            config=config,
             grace_s=args.grace,
             port_file=args.port_file,
         )
@@ -166,8 +186,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--name", required=True, help="name that clients ask for")
     parser.add_argument("--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument("--version", default="unregistered", help="registry version, reported with every answer")
-    parser.add_argument("--digest", default="unknown", help="artifact digest, reported with every answer")
+    parser.add_argument("--version", help="registry version, reported with every answer")
+    parser.add_argument("--digest", help="artifact digest, reported with every answer")
     parser.add_argument("--max-requests", type=int, default=defaults.max_requests, help="running and waiting together")
     parser.add_argument("--max-running", type=int, default=defaults.max_running, help="in the engine at once")
     parser.add_argument("--kv-cache-gib", type=float, help="memory of keys and values (default: the engine's)")
@@ -184,7 +204,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _build(
-    identity: ModelIdentity, limits: Limits, options: ServerOptions, listener: socket.socket, grace_s: float
+    version: Version, limits: Limits, options: ServerOptions, listener: socket.socket, grace_s: float
 ) -> tuple[ChatService, NvilaServer]:
     # The SDK builds on a class that the web framework has deprecated; nothing a reader of our log could act on.
     warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
@@ -204,13 +224,14 @@ def _build(
 
     door = MediaDoor(options.hosts, timeout_s=limits.fetch_timeout_s) if options.hosts.hosts else None
     store = open_media_store(options.media_store, Settings.load()) if options.media_store else None
-    metrics = ServingMetrics(identity, REGISTRY)
+    metrics = ServingMetrics(version.identity, REGISTRY)
     traffic = None
     if options.drift is not None:
         watch = DriftWatch(options.drift, share=options.drift_share)
-        register_drift(identity.name, watch, REGISTRY)
+        register_drift(version.identity.name, watch, REGISTRY)
         traffic = TrafficWatch(watch)
-    service = ChatService(identity, limits, metrics, door=door, store=store, traffic=traffic)
+    tracing = open_tracing(options.otlp_endpoint, version.identity.name) if options.otlp_endpoint else None
+    service = ChatService(version, limits, metrics, door=door, store=store, traffic=traffic, tracing=tracing)
     return service, NvilaServer(service, listener, grace_s, options)
 
 
@@ -218,17 +239,32 @@ def _is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
+def _updater(
+    service: ChatService, source: ModelSource, options: UpdateOptions, config: Callable[[], EngineConfig] | None
+) -> Updater:
+    from prometheus_client import REGISTRY
+
+    def cache_bytes() -> int:
+        made = None if config is None else config()
+        return 0 if made is None else made.kv_cache_bytes + made.media_cache_bytes
+
+    return Updater(service, source, options, cache_bytes=cache_bytes, registry=REGISTRY)
+
+
 def _load(
-    load: Callable[[], ChatEngine],
+    source: ModelSource,
+    plan: Plan,
     on_ready: Callable[[], None] | None,
-    service: ChatService,
     server: NvilaServer,
     failures: list[Exception],
 ) -> None:
+    service, updater = server.service, server.updater
+    assert updater is not None
     try:
         from prometheus_client import REGISTRY
 
-        service.start(load(), REGISTRY)
+        service.start(source.load(source.fetch(plan)), REGISTRY)
+        updater.start()
         if on_ready is not None:
             on_ready()
     except Exception as e:
@@ -259,19 +295,6 @@ def engine_config(
         )
 
     return make
-
-
-def _load_engine(path: Path, config: EngineConfig) -> ChatEngine:
-    from nvila.inference.engine import Engine
-
-    return Engine.load(path, config)
-
-
-def _created(model_dir: Path) -> int:
-    try:
-        return int(model_dir.stat().st_mtime)
-    except OSError as e:
-        raise ConfigError(f"cannot serve {model_dir}: {e.strerror}", "give the directory of a model") from e
 
 
 def _bind_error(error: OSError, host: str, port: int) -> NvilaError:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nvila.inference.engine import Delta, SamplingParams, TokenLogprob, Usage
     from nvila_platform.serving.engine import Generation
     from nvila_platform.serving.media import Medium
+    from nvila_platform.serving.served import Target
+    from nvila_platform.serving.tracing import RequestTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Completion:
 class Job:
     """One generation, shared by the event loop (which reads events) and the worker thread (which posts them)."""
 
+    target: Target
     messages: Sequence[Message]
     media: Mapping[str, Medium]
     params: SamplingParams
@@ -46,6 +49,7 @@ class Job:
     deadline: float
     submitted_at: float
     loop: asyncio.AbstractEventLoop
+    trace: RequestTrace | None = None
     events: asyncio.Queue[Delta | End | ApiError] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     generation: Generation | None = None

@@ -28,7 +28,7 @@ def test_greedy_answers_are_the_same(
     for compile in ("off", "on"):
         options: dict[str, Any] = {"decoder": decoder, "compile": compile}
         engine = Engine(fresh_model, processor, EngineConfig(kv_cache_bytes=2**24, block_size=4, **options))
-        assert isinstance(engine._runner._decoder, GraphedDecoder) == (compile == "on")
+        assert isinstance(engine._variants.base.runner._decoder, GraphedDecoder) == (compile == "on")
         questions = [[Message(role="user", content=(Part(type="text", value=text),))] for text in texts]
         running = [engine.stream(one, {}, SamplingParams(max_tokens=32)) for one in questions]
         for one in running:

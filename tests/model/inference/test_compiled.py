@@ -49,7 +49,7 @@ def graphed(model: NVILAForConditionalGeneration, pool: BlockPool, record: Recor
 
 
 def use(engine: Engine, decoder: GraphedDecoder) -> None:
-    engine._runner._decoder = decoder
+    engine._variants.base.runner._decoder = decoder
 
 
 def test_compile_is_one_of_three() -> None:
@@ -105,7 +105,7 @@ def test_compiled_greedy_answers_are_the_same(
             list(one)
         assert not torch._dynamo.utils.counters["frames"], "compiled again while requests waited"
         said[compile] = [one.token_ids for one in running]
-        assert (getattr(engine._runner._decoder, "_compiled", None) is not None) == (compile == "on")
+        assert (getattr(engine._variants.base.runner._decoder, "_compiled", None) is not None) == (compile == "on")
     assert said["on"] == said["off"]
 
 

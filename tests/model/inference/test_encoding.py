@@ -99,12 +99,12 @@ def test_a_video_given_up_leaves_no_tiles_behind(
         next(running)
         next(running)
         assert seen == [4, 4]
-        held = engine._encoder.busy
+        held = engine._variants.encoding
         video.close()
         list(running)
         assert seen == [4, 4]
     assert held
-    assert not engine._encoder.busy
+    assert not engine._variants.encoding
     assert engine.stats().media_bytes == 0
 
 
@@ -164,7 +164,7 @@ def test_pictures_are_told_apart_by_their_pixels_and_tiling(
     wide = pictures["a"].resize((150, 50))
     turned = wide.transpose(Image.Transpose.ROTATE_90)
     digests = [
-        tuple(medium.digest for medium in engine._reader.read(ask(*keys), media)[1])
+        tuple(medium.digest for medium in engine._variants.base.reader.read(ask(*keys), media)[1])
         for keys, media in (
             ("a", {"a": wide}),
             ("a", {"a": wide.copy()}),

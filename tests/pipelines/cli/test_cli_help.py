@@ -31,6 +31,9 @@ VERBS = [
     "inspect",
     "lineage",
     "serve",
+    "deploy",
+    "rollback",
+    "status",
     "drift",
     "pipeline",
     "store",
@@ -91,6 +94,7 @@ def test_every_verb_takes_the_common_options(verb: str) -> None:
         "store": ["gc"],
         "pipeline": ["list"],
         "plan": ["m", "d"],
+        "rollback": ["e"],
         "tune": ["m", "d"],
     }.get(verb, [])
     words = [verb, *needed, "--workspace", "w", "--json", "--log-format", "json", "--debug"]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
-from nvila_platform.registry import ModelVersion, register_model, set_alias
+from nvila_platform.registration import register_model
+from nvila_platform.registry import ModelVersion, set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store
 

@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -21,7 +21,8 @@ from nvila.errors import ArtifactError, ConfigError
 from nvila_pipelines.cli import serve
 from nvila_pipelines.recipe import load_recipe
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
-from nvila_platform.registry import register_model, set_alias
+from nvila_platform.registration import register_model
+from nvila_platform.registry import set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, LocalStore
 
@@ -41,13 +42,14 @@ def publish(settings: Settings) -> ArtifactRef:
 
 
 @contextmanager
-def started(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+def started(
+    *words: str, cwd: Path, variables: Mapping[str, str] | None = None, errors: int | IO[str] = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
     """Run the command as a program; it is stopped with the block."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("NVILA_")}
+    env |= variables or {}
     command = [sys.executable, "-c", PROGRAM, *words]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=cwd, env=env
-    ) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=cwd, env=env) as child:
         try:
             yield child
         finally:

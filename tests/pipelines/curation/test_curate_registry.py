@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
-from nvila_platform.registry import register_model, set_alias
+from nvila_platform.registration import register_model
+from nvila_platform.registry import set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import LocalStore
 

@@ -10,7 +10,8 @@ import pytest
 
 from nvila_pipelines.evaluation.gate import gate_tags, time_answers
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
-from nvila_platform.registry import ModelVersion, register_model, resolve, set_alias, version_tags
+from nvila_platform.registration import register_model
+from nvila_platform.registry import ModelVersion, resolve, set_alias, version_tags
 from nvila_platform.settings import Settings
 from nvila_platform.store import open_store
 

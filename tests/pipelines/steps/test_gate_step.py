@@ -13,7 +13,8 @@ from nvila.errors import ArtifactError
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.gate import GATE_TAG, passed
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
-from nvila_platform.registry import register_model, set_alias
+from nvila_platform.registration import register_model
+from nvila_platform.registry import set_alias
 from nvila_platform.store import ArtifactRef, LocalStore
 
 STRICT = ("gate.min_accuracy=0.5", "gate.min_over_blind=0.0", "gate.max_quantized_drop=0.1")

@@ -101,6 +101,16 @@ def test_a_recipe_trains_on_a_registry_from_base_models(bases: BaseModels, regis
     assert len(processor.tokenizer) == trained.config.text_config.vocab_size
 
 
+def test_the_licences_of_pretrained_parts_go_along(bases: BaseModels, tmp_path: Path) -> None:
+    from nvila.checkpoints.documents import Origin, read_origin
+    from nvila_pipelines.steps.train import carry_licences
+
+    carry_licences(None, tmp_path)
+    assert not list(tmp_path.iterdir())
+    carry_licences(bases, tmp_path)
+    assert read_origin(tmp_path) == Origin(base_models=(bases.vision, bases.language))
+
+
 def test_a_stage_with_a_token_budget_reads_a_registry_where_it_lies(registry: Path, tmp_path: Path) -> None:
     overrides = [
         "train.stages.align={images_per_step: null, batch_tokens: 2000, steps: null, epochs: 2, data: both}",

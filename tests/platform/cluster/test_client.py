@@ -4,97 +4,19 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import json
 import ssl
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from tests.fake_kubernetes import Cluster, serving, write_kubeconfig
 
 from nvila.errors import CapabilityError, ConfigError, InfrastructureError, NvilaError
 from nvila_platform.cluster.client import ClusterClient
 from nvila_platform.cluster.trainjob import TrainJobSpec, train_job
 
-PREFIX = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/"
-
-
-class Server(ThreadingHTTPServer):
-    """An API server of TrainJobs; `answer` overrides what it says."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.jobs: dict[str, Any] = {}
-        self.answer: tuple[int, str] | None = None
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        key = f"{self.path.removeprefix(PREFIX)}/{body['metadata']['name']}"
-        if key in self.server.jobs:
-            self.say(409, {"message": "already exists"})
-            return
-        self.server.jobs[key] = body
-        self.say(201, body)
-
-    def do_GET(self) -> None:
-        self.found(remove=False)
-
-    def do_DELETE(self) -> None:
-        self.found(remove=True)
-
-    def found(self, *, remove: bool) -> None:
-        key = self.path.removeprefix(PREFIX)
-        if key not in self.server.jobs:
-            self.say(404, {"message": 'trainjobs.trainer.kubeflow.org "x" not found'})
-            return
-        self.say(200, self.server.jobs.pop(key) if remove else self.server.jobs[key])
-
-    def say(self, status: int, body: Any) -> None:
-        text = json.dumps(body)
-        if self.server.answer is not None:
-            status, text = self.server.answer
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Serve jobs, with a kubeconfig that leads here."""
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    kubeconfig(tmp_path / "config", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def kubeconfig(path: Path, address: str) -> None:
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me", "namespace": "team"}}],
-        "clusters": [{"name": "here", "cluster": {"server": address}}],
-        "users": [{"name": "me", "user": {"token": "secret"}}],
-    }
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+GROUP = "trainer.kubeflow.org"
 
 
 def manifest(**changed: Any) -> dict[str, Any]:
@@ -102,29 +24,31 @@ def manifest(**changed: Any) -> dict[str, Any]:
     return train_job(TrainJobSpec(**(values | changed)))
 
 
-def test_a_job_is_created_looked_at_and_deleted(server: Server) -> None:
+def test_a_job_is_created_looked_at_and_deleted(kubernetes_cluster: Cluster) -> None:
     client = ClusterClient()
     created = client.submit(manifest())
     assert (created.name, created.namespace, created.state) == ("curate-x", "team", "Created")
-    assert server.jobs == {"team/trainjobs/curate-x": manifest()}
+    kept = kubernetes_cluster.get(GROUP, "trainjobs", "curate-x")
+    assert kept is not None
+    assert kept["spec"] == manifest()["spec"]
     assert client.status(manifest()).state == "Created"
     conditions = [
         {"type": "Suspended", "status": "False"},
         {"type": "Complete", "status": "True", "message": "all pods are done"},
     ]
-    server.jobs["team/trainjobs/curate-x"]["status"] = {"conditions": conditions}
+    kubernetes_cluster.put(GROUP, "trainjobs", kept | {"status": {"conditions": conditions}})
     status = client.status(manifest())
     assert (status.state, status.message) == ("Complete", "all pods are done")
     client.delete(manifest())
-    assert server.jobs == {}
+    assert kubernetes_cluster.all(GROUP, "trainjobs") == []
 
 
-def test_a_namespace_in_the_manifest_wins(server: Server) -> None:
+def test_a_namespace_in_the_manifest_wins(kubernetes_cluster: Cluster) -> None:
     ClusterClient().submit(manifest(namespace="other"))
-    assert list(server.jobs) == ["other/trainjobs/curate-x"]
+    assert len(kubernetes_cluster.all(GROUP, "trainjobs", "other")) == 1
 
 
-def test_a_name_is_taken_once(server: Server) -> None:
+def test_a_name_is_taken_once(kubernetes_cluster: Cluster) -> None:
     ClusterClient().submit(manifest())
     with pytest.raises(ConfigError, match="job 'curate-x' in namespace 'team' exists already"):
         ClusterClient().submit(manifest())
@@ -134,30 +58,31 @@ def test_a_name_is_taken_once(server: Server) -> None:
     ("status", "body", "error", "message"),
     [
         (422, '{"message": "spec.x: unknown"}', ConfigError, "the cluster refuses .* spec.x: unknown"),
+        (403, '{"message": "admission webhook \\"v\\" denied the request: no runtime"}', ConfigError, "no runtime"),
         (403, '{"message": "forbidden"}', CapabilityError, "this user may not touch .* forbidden"),
         (404, "404 page not found", CapabilityError, "the cluster has no TrainJobs"),
         (500, "", InfrastructureError, "with status 500"),
     ],
 )
 def test_what_the_cluster_says_is_typed(
-    status: int, body: str, error: type[NvilaError], message: str, server: Server
+    status: int, body: str, error: type[NvilaError], message: str, kubernetes_cluster: Cluster
 ) -> None:
-    server.answer = (status, body)
+    kubernetes_cluster.break_next("create", "trainjobs", status=status, body=body)
     with pytest.raises(error, match=message):
         ClusterClient().submit(manifest())
 
 
-def test_a_job_that_is_not_there_is_named(server: Server) -> None:
+def test_a_job_that_is_not_there_is_named(kubernetes_cluster: Cluster) -> None:
     with pytest.raises(ConfigError, match="there is no job 'curate-x' in namespace 'team'"):
         ClusterClient().status(manifest())
 
 
-def test_a_cluster_that_does_not_answer_is_worth_another_try(server: Server, tmp_path: Path) -> None:
-    client = ClusterClient()
-    server.shutdown()
-    server.server_close()
+def test_a_cluster_that_does_not_answer_is_worth_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Cluster()) as server:
+        write_kubeconfig(tmp_path / "config", server.address)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
     with pytest.raises(InfrastructureError, match="cannot be reached") as failed:
-        client.submit(manifest())
+        ClusterClient().submit(manifest())
     assert failed.value.retryable
 
 
@@ -191,7 +116,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, Path]]:
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cluster, Path]]:
     """Give what a pod has: no kubeconfig, the address of the API server, and the files of a service account."""
     forget_kubeconfig(tmp_path, monkeypatch)
     account = tmp_path / "serviceaccount"
@@ -201,16 +126,10 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Serve
     (account / "token").write_text("secret", encoding="utf-8")
     monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(account / "token"))
     monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(account / "ca.crt"))
-    server = Server()
-    server.socket = context.wrap_socket(server.socket, server_side=True)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_port))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server, account
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Cluster(), context) as server:
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
+        yield server.cluster, account
 
 
 @pytest.mark.parametrize(
@@ -219,14 +138,14 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Serve
     ids=["of-the-pod", "of-the-manifest", "no-file", "empty-file"],
 )
 def test_in_a_pod_jobs_go_to_its_own_namespace(
-    file: str | None, asked: str | None, namespace: str, pod: tuple[Server, Path]
+    file: str | None, asked: str | None, namespace: str, pod: tuple[Cluster, Path]
 ) -> None:
-    server, account = pod
+    cluster, account = pod
     if file is not None:
         (account / "namespace").write_text(file, encoding="utf-8")
     created = ClusterClient().submit(manifest(namespace=asked))
     assert created.namespace == namespace
-    assert list(server.jobs) == [f"{namespace}/trainjobs/curate-x"]
+    assert len(cluster.all(GROUP, "trainjobs", namespace)) == 1
 
 
 def test_without_a_cluster_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

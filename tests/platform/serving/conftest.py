@@ -61,6 +61,7 @@ def start_words() -> StartWords:
     """Start a server process whose engine answers in words."""
 
     def start(model_dir: Path, **options: Any) -> AbstractContextManager[RunningServer]:
+        (model_dir / "config.json").touch()
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
         return start_server(model_dir, "words", env={"PYTHONPATH": path}, module="words_server", **options)
 

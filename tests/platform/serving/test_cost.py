@@ -15,6 +15,7 @@ from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.media import MediaSource
 from nvila_platform.serving.metrics import ServingMetrics
 from nvila_platform.serving.queue import EngineQueue
+from nvila_platform.serving.served import Served, Version
 
 RATES = VisualRates(single_image=1000, image=100, frame=10)
 IMAGE = MediaSource(kind="image", urls=("x",), param="p")
@@ -46,7 +47,7 @@ def test_the_queue_is_bounded_by_cost_and_says_how_much_is_visual(words: ModuleT
     queue = EngineQueue(
         capacity=9, max_cost=100, timeout_s=5.0, metrics=ServingMetrics(ModelIdentity(name="words"), registry)
     )
-    queue.start(words.WordsEngine())
+    queue.start(Served(Version(identity=ModelIdentity(name="words")), words.WordsEngine()))
 
     def load() -> float | None:
         return registry.get_sample_value("nvila:visual_load_tokens", {"model_name": "words"})

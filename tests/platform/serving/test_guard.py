@@ -150,7 +150,7 @@ def test_failures_below_the_limit_stay_failures() -> None:
 
 
 def test_responses_carry_lineage_security_headers_and_the_request_id() -> None:
-    headers = call(Guard(echo, IDENTITY, lambda _: None), headers={"x-request-id": "abc-1"}).headers
+    headers = call(Guard(echo, lambda: IDENTITY, lambda _: None), headers={"x-request-id": "abc-1"}).headers
     assert headers["x-request-id"] == "abc-1"
     assert headers["x-nvila-model-version"] == "3"
     assert headers["x-nvila-model-digest"] == "sha256:ab"
@@ -168,7 +168,7 @@ def test_unusable_request_ids_are_replaced(sent: str) -> None:
         seen.append(REQUEST_ID.get())
         await reply(send, b"")
 
-    got = call(Guard(app, IDENTITY, lambda _: None), headers={"x-request-id": sent} if sent else {})
+    got = call(Guard(app, lambda: IDENTITY, lambda _: None), headers={"x-request-id": sent} if sent else {})
     assert got.headers["x-request-id"] == seen[0] != sent
     assert len(seen[0]) == 32
 
@@ -178,7 +178,7 @@ def test_unhandled_failures_become_a_500_without_details(caplog: pytest.LogCaptu
         raise RuntimeError("secret")
 
     reasons: list[str] = []
-    response = call(Guard(fails, IDENTITY, reasons.append))
+    response = call(Guard(fails, lambda: IDENTITY, reasons.append))
     assert response.status == 500
     assert b"secret" not in response.body
     assert "secret" in caplog.text
@@ -195,7 +195,7 @@ def test_a_handler_whose_client_left_is_cancelled() -> None:
         finally:
             outcome.append("cleaned up")
 
-    assert call(Guard(waits, IDENTITY, lambda _: None), stay=False).status == 0
+    assert call(Guard(waits, lambda: IDENTITY, lambda _: None), stay=False).status == 0
     assert outcome == ["cleaned up"]
 
 
@@ -208,7 +208,7 @@ def test_a_finished_response_is_not_cancelled_by_the_disconnect() -> None:
         await asyncio.sleep(0.02)
         outcome.append("done")
 
-    assert call(Guard(lingers, IDENTITY, lambda _: None), stay=False).status == 200
+    assert call(Guard(lingers, lambda: IDENTITY, lambda _: None), stay=False).status == 200
     assert outcome == ["done"]
 
 
@@ -218,7 +218,7 @@ def test_cancelling_the_server_side_reaches_the_handler() -> None:
             await asyncio.Event().wait()
 
         scope: dict[str, Any] = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/", "headers": []}
-        task = asyncio.ensure_future(Guard(waits, IDENTITY, lambda _: None)(scope, asyncio.Event().wait, print))  # type: ignore[arg-type]
+        task = asyncio.ensure_future(Guard(waits, lambda: IDENTITY, lambda _: None)(scope, asyncio.Event().wait, print))  # type: ignore[arg-type]
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -229,7 +229,7 @@ def test_cancelling_the_server_side_reaches_the_handler() -> None:
 
 def test_the_access_log_is_one_line_with_the_encoded_path(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    call(Guard(echo, IDENTITY, lambda _: None), headers={"x-request-id": "abc"})
+    call(Guard(echo, lambda: IDENTITY, lambda _: None), headers={"x-request-id": "abc"})
     (record,) = caplog.records
     assert record.getMessage().startswith("POST /x%0Ay 200 ")
     assert record.request_id == "abc"  # type: ignore[attr-defined]

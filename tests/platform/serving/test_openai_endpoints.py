@@ -136,7 +136,7 @@ def test_the_conversation_reaches_the_engine_in_order(client: openai.OpenAI) -> 
 def test_the_model_list_names_version_and_digest(client: openai.OpenAI) -> None:
     (card,) = client.models.list().data
     assert (card.id, card.owned_by) == ("words", "nvila")
-    assert card.model_extra == {"version": VERSION, "digest": DIGEST}
+    assert card.model_extra == {"version": VERSION, "digest": DIGEST, "root": "words", "parent": None}
     assert client.models.retrieve("words").id == "words"
     with pytest.raises(openai.NotFoundError, match="did you mean"):
         client.models.retrieve("word")

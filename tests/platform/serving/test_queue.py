@@ -16,6 +16,7 @@ from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.metrics import ServingMetrics
 from nvila_platform.serving.queue import EngineQueue, Slot
+from nvila_platform.serving.served import Served, Version
 from nvila_platform.serving.stream import Stream
 
 
@@ -27,7 +28,7 @@ class Bench:
         metrics = ServingMetrics(ModelIdentity(name="words", version="1", digest="d"), self.registry)
         self.queue = EngineQueue(capacity=capacity, timeout_s=timeout_s, metrics=metrics, concurrency=concurrency)
         self.engine: Any = words.WordsEngine()
-        self.queue.start(self.engine)
+        self.queue.start(Served(Version(identity=ModelIdentity(name="words")), self.engine))
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(f"nvila:{name}", {"model_name": "words", **labels}) or 0.0

@@ -84,11 +84,12 @@ def test_the_sdks_deprecations_stay_out_of_the_log(server: RunningServer, http: 
 def test_a_port_in_use_is_reported_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "config.json").touch()
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         began = time.monotonic()
         argv = ["--model-dir", str(tmp_path), "--name", "m", "--port", str(port)]
-        code = main(argv, load=lambda _path: pytest.fail("loaded"))
+        code = main(argv, load=lambda _path, _adapters: pytest.fail("loaded"))
     assert code == 1
     assert time.monotonic() - began < 1.0
     error = capsys.readouterr().err
@@ -127,7 +128,7 @@ def test_unusable_addresses_are_config_errors(host: str, port: int, says: str, m
 
 def test_a_missing_model_directory_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model-dir", str(tmp_path / "none"), "--name", "m", "--port", "0"]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_a_server_that_ends_without_a_typed_error_shows_its_log(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 One word is one token. The last user message steers it:
 
+- `greet` answers with what the model folder's file `greeting` says,
 - `params` answers with the sampling parameters it was given,
 - `roles` with the roles of the conversation,
 - `count N` with N words, `slow N` with one word each 50 ms,
@@ -70,17 +71,26 @@ class WordsEngine:
 
     max_length = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, greeting: str = "hello") -> None:
+        self.greeting = greeting
         self.generations: list[WordsGeneration] = []
         self.asked: list[str] = []
+        self.adapted: dict[str, WordsEngine] = {}
 
     @classmethod
-    def load(cls, path: Path) -> WordsEngine:
+    def load(cls, path: Path, adapters: Mapping[str, Path]) -> WordsEngine:
         while (path / "wait").exists():
             time.sleep(0.02)
         if (path / "damaged").exists():
             raise CheckpointError("model.safetensors is damaged", "fetch it again")
-        return cls()
+        if (path / "mute").exists():
+            raise RuntimeError("secret /etc/path")
+        made = cls(path.joinpath("greeting").read_text() if (path / "greeting").exists() else "hello")
+        made.adapted = {name: cls.load(folder, {}) for name, folder in adapters.items()}
+        return made
+
+    def adapter(self, name: str) -> WordsEngine:
+        return self.adapted[name]
 
     def stream(
         self, messages: Sequence[Message], images: Mapping[str, Medium], params: SamplingParams
@@ -95,6 +105,8 @@ class WordsEngine:
         command, _, rest = text.partition(" ")
         if command in ("count", "slow"):
             words = [str(number) for number in range(int(rest))]
+        elif text == "greet":
+            words = [self.greeting]
         elif text == "params":
             words = [repr(params)]
         elif text == "roles":

@@ -1,0 +1,1 @@
+"""Deploying registered models: from an alias in the registry to an endpoint on a cluster, and back."""
