@@ -314,13 +314,11 @@ class Engine:
         self._encode_s += time.monotonic() - began
         for request, found in seen:
             features = [found[medium.digest] for medium in request.media if medium.digest in found]
-            failed = [one for one in features if isinstance(one, Exception)]
-            if failed:
+            failed = next((one for one in features if isinstance(one, Exception)), None)
+            if failed is not None:
                 with self._state:
                     if not request.done:
-                        self._delivery.fail(request, failed[0])
-                for one in failed:  # also those that nobody waits for any more
-                    drop_frames(one)
+                        self._delivery.fail(request, failed)
             elif len(features) == len(request.media):
                 request.set_features([one for one in features if isinstance(one, Tensor)])
 
