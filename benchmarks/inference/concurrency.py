@@ -59,7 +59,7 @@ def main() -> int:
         print(f"first token, known picture, {way}: {median(found):.2f}x ({min(found):.2f} to {max(found):.2f}) faster")
     if args.quick:
         return 0
-    what = f"tokens/s of {args.streams} concurrent streams over one at a time, bf16 SmolLM2-135M"
+    what = f"tokens/s of {args.streams} concurrent streams over one at a time, SmolLM2-135M, decoder {args.decoder}"
     claims = [
         claim("concurrency", what, ratios, "at least 4.0", median(ratios) >= _GOAL_TOGETHER, "one thread's time"),
         claim(

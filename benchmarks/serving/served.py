@@ -26,6 +26,7 @@ from nvila.training.config import ModelConfig
 NAME = "bench"
 _WORDS = 2000
 _TIMEOUT_S = 300.0
+_PIECE, _DONE = b'"delta":{"content":', b"data: [DONE]"
 
 
 @dataclass(slots=True)
@@ -127,6 +128,29 @@ async def ask(http: httpx.AsyncClient, request: dict[str, Any]) -> Seen:
             last = now
             seen.text += event["choices"][0]["delta"]["content"]
     seen.total_s = time.perf_counter() - began
+    return seen
+
+
+async def light_ask(base_url: str, request: dict[str, Any]) -> Seen:
+    """Stream one answer and look for nothing but its first piece and its end: a client that costs next to nothing."""
+    host, _, port = base_url.removeprefix("http://").partition(":")
+    sent = json.dumps(request).encode()
+    head = f"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    seen, began, tail = Seen(), time.perf_counter(), b""
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(f"{head}Content-Length: {len(sent)}\r\nConnection: close\r\n\r\n".encode() + sent)
+        while data := await reader.read(65536):
+            if not seen.first_s and _PIECE in tail + data:
+                seen.first_s = time.perf_counter() - began
+            if _DONE in tail + data:
+                seen.total_s = time.perf_counter() - began
+                seen.status = 200
+            tail = data[-64:]
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    assert seen.status == 200, "an answer was not complete"
     return seen
 
 

@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from nvila.errors import InfrastructureError, NvilaError
 from nvila_platform.artifacts import storage_errors
@@ -30,10 +31,11 @@ _TASK_ENVIRONMENT = {
 
 def run_compiled(
     package: Path,
-    arguments: Mapping[str, str],
+    arguments: Mapping[str, Any],
     settings: Settings,
     log_path: Path,
     notice: Callable[[str], None] = lambda _: None,
+    keep: Path | None = None,
 ) -> None:
     """Run a compiled pipeline; every task is a process of this interpreter.
 
@@ -48,6 +50,7 @@ def run_compiled(
         settings: Handed to the tasks through their environment.
         log_path: File for what kfp and the tasks print.
         notice: Tells the user that a signal came.
+        keep: Folder that gets what each task wrote for the Kubeflow UI, also when one fails; None keeps nothing.
 
     Raises:
         NvilaError: A task failed; the task's own error when it left one.
@@ -88,6 +91,16 @@ def run_compiled(
             if error is not None:
                 raise error[0] from e
             raise NvilaError(f"the pipeline stopped: {e}", f"see {log_path}") from e
+        finally:
+            if keep is not None:
+                _keep(Path(scratch.name) / "root", keep)
+
+
+def _keep(root: Path, target: Path) -> None:
+    """Move the artifacts of tasks, which kfp files under the name of the pipeline's run."""
+    for task in sorted(root.glob("*/*/")):
+        with storage_errors(target):
+            shutil.copytree(task, target / task.name, dirs_exist_ok=True)
 
 
 def _end_if_asked(stop: RunStop, error: NvilaError | None) -> None:

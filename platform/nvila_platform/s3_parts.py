@@ -36,7 +36,7 @@ class TransferLimits:
         patience_s: How long one part waits for a service that is away or overloaded before the transfer fails.
     """
 
-    part_bytes: int = 16 * MIB
+    part_bytes: int = 8 * MIB
     parallel: int = 6
     patience_s: float = 120.0
 

@@ -56,9 +56,14 @@ _VARIABLES = {
     "kfp_namespace": "NVILA_KFP_NAMESPACE",
     "prometheus_url": "NVILA_PROMETHEUS_URL",
     "prometheus_token": "NVILA_PROMETHEUS_TOKEN",
+    "train_job": "NVILA_TRAIN_JOB",
+    "train_nodes": "NVILA_TRAIN_NODES",
+    "train_gpus": "NVILA_TRAIN_GPUS",
 }
 # What is told to another machine by reference only, never in a manifest.
 SECRET_VARIABLES = ("NVILA_S3_ACCESS_KEY", "NVILA_S3_SECRET_KEY", "NVILA_ENDPOINT_API_KEY", "NVILA_KFP_TOKEN")
+# About the process that starts training, and not about those that train.
+PLACEMENT_VARIABLES = ("NVILA_TRAIN_JOB", "NVILA_TRAIN_NODES", "NVILA_TRAIN_GPUS")
 _LOG_FORMATS = ("auto", "text", "json")
 _TRACK_TRAINING = ("events", "direct")
 _LOOPBACK = "127.0.0.1"
@@ -100,6 +105,9 @@ class Settings:
         kfp_namespace: Namespace of runs, where Kubeflow serves several users.
         prometheus_url: Address of the Prometheus that judges a deployment.
         prometheus_token: Its bearer token; never printed.
+        train_job: Nodes of a cluster that training runs on, as JSON; empty for processes of this machine.
+        train_nodes: How many nodes, instead of what `train_job` says.
+        train_gpus: GPUs of each node, with one process each, instead of what `train_job` or the recipe says.
     """
 
     workspace: Path
@@ -128,6 +136,9 @@ class Settings:
     kfp_namespace: str = ""
     prometheus_url: str = ""
     prometheus_token: str = field(default="", repr=False)
+    train_job: str = ""
+    train_nodes: int | None = None
+    train_gpus: int | None = None
 
     @classmethod
     def load(cls, workspace: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
@@ -177,6 +188,9 @@ class Settings:
             kfp_namespace=values["kfp_namespace"],
             prometheus_url=values["prometheus_url"].rstrip("/"),
             prometheus_token=values["prometheus_token"],
+            train_job=values["train_job"],
+            train_nodes=_count("train_nodes", values),
+            train_gpus=_count("train_gpus", values),
         )
 
     def to_env(self) -> dict[str, str]:
@@ -248,6 +262,14 @@ def _number(name: str, values: Mapping[str, str]) -> float | None:
     if not math.isfinite(value) or value < 0:
         raise ConfigError(f"{_VARIABLES[name]}={text!r} is not a number of 0 or more", "write it as 2.5")
     return value
+
+
+def _count(name: str, values: Mapping[str, str]) -> int | None:
+    """Return a positive number; None when it is not set or 0, which a form writes for that."""
+    text = values[name]
+    if text and not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"{_VARIABLES[name]}={text!r} is not a whole number of 0 or more", "write it as 4")
+    return int(text or "0") or None
 
 
 def _metrics_address(text: str) -> str:

@@ -208,14 +208,15 @@ def test_a_part_that_is_off_leaves_nothing(render: Render, row: str, made: set[s
         assert {d["kind"] for d in documents} == {"ConfigMap"}
 
 
+TRAINING = ("trainjobs", "pods", "pods/log", "events")
 DEPLOYING = ("inferenceservices", "servingruntimes", "leases", "httproutes")
 
 
 @pytest.mark.parametrize(
     ("row", "roles"),
     [
-        ("defaults", {"models": ("trainjobs", *DEPLOYING)}),
-        ("pipelines-elsewhere", {"kubeflow-user": ("trainjobs",), "serving": DEPLOYING}),
+        ("defaults", {"models": (*TRAINING, *DEPLOYING)}),
+        ("pipelines-elsewhere", {"kubeflow-user": TRAINING, "serving": DEPLOYING}),
     ],
 )
 def test_pipelines_get_the_rights_they_need_where_they_need_them(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from tests.fake_kubernetes import Cluster
+from tests.fake_trainer import FakeTrainer
 
 from nvila import __version__
 
@@ -268,59 +271,64 @@ def test_the_token_is_mounted_where_the_script_looks_for_it(render: Render) -> N
 
 
 def test_trainjob_rights_are_the_calls_that_the_code_makes(
-    render: Render, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    render: Render, kubernetes_cluster: Cluster, tmp_path: Path
 ) -> None:
-    from nvila_platform.cluster.client import ClusterClient
-    from nvila_platform.cluster.trainjob import TrainJobSpec, train_job
+    """A job that waits in a queue, then for quota, then runs, logs and fails; the next try takes its place and ends."""
+    from nvila.errors import NvilaError
+    from nvila_platform.cluster.placement import JobPlacement
+    from nvila_platform.launch.job_progress import Patience
+    from nvila_platform.launch.train_job import TrainJobLauncher
 
-    called: set[tuple[str, str]] = set()
+    trainer = FakeTrainer(kubernetes_cluster)
+    folder = str(tmp_path.resolve())
+    placement = JobPlacement(image="nvila:1", claims={"work": folder}, queue="training")
+    launcher = TrainJobLauncher(placement, "work", print, patience=Patience(look_s=1))
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.record("get")
+    def until(verb: str, resource: str) -> None:
+        end = time.monotonic() + 20
+        while not kubernetes_cluster.calls_of(verb, resource):
+            assert time.monotonic() < end
+            time.sleep(0.02)
 
-        def do_POST(self) -> None:
-            self.record("create")
+    def play() -> None:
+        until("create", "trainjobs")
+        trainer.set_status(("Suspended", "True", "waits"))
+        until("list", "workloads")
+        (name,) = trainer.pod_names()
+        (pod,) = kubernetes_cluster.all("", "pods")
+        kubernetes_cluster.remove("", "pods", name)
+        trainer.set_status(("Suspended", "False", "goes on"))
+        until("list", "events")
+        kubernetes_cluster.put("", "pods", pod)
+        trainer.start()
+        trainer.set_status(("Suspended", "False", "runs"))
+        until("get", "pods/log")
+        trainer.fail()
 
-        def do_DELETE(self) -> None:
-            self.record("delete")
+    def run() -> None:
+        launcher.run("m", [], num_processes=1, env={}, log_path=Path(folder) / "log")
 
-        def record(self, verb: str) -> None:
-            called.add((verb, self.path.split("/")[6].partition("?")[0]))
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.end_headers()
-            self.wfile.write(b"{}")
+    thread = threading.Thread(target=play, daemon=True)
+    thread.start()
+    with pytest.raises(NvilaError):
+        run()
+    thread.join(20)
+    made = kubernetes_cluster.on_create
 
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
+    def complete(job: Document) -> None:
+        made(job)
+        trainer.complete()
 
-    with serving(Handler) as address:
-        config = tmp_path / "config"
-        config.write_text(
-            json.dumps(
-                {
-                    "apiVersion": "v1",
-                    "kind": "Config",
-                    "current-context": "here",
-                    "clusters": [{"name": "here", "cluster": {"server": address}}],
-                    "users": [{"name": "me", "user": {}}],
-                    "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-                }
-            )
-        )
-        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(config))
-        client = ClusterClient()
-        job = train_job(TrainJobSpec(name="job", image="nvila/pipelines:0.1.0", command=["true"], num_nodes=1))
-        client.submit(job)
-        client.status(job)
-        client.delete(job)
+    kubernetes_cluster.on_create = complete
+    run()
+    queue = yaml.safe_load((Path(__file__).parent / "platform_matrix.yaml").read_text("utf-8"))["queue-of-gpus"]
     granted = {
-        (verb, resource)
-        for document in render(CHART)
+        (verb, group, resource)
+        for document in render(CHART, queue, extra=("--api-versions", "kueue.x-k8s.io/v1beta2"))
         if document["kind"] == "Role" and document["metadata"]["name"].endswith("-trainjobs")
         for rule in document["rules"]
         for verb in rule["verbs"]
+        for group in rule["apiGroups"]
         for resource in rule["resources"]
     }
-    assert granted == called
+    assert granted == {(call.verb, call.group, call.resource) for call in kubernetes_cluster.calls}

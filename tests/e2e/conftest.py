@@ -56,9 +56,18 @@ class Workspace:
 
     def start(self, verb: str, *words: str, **variables: str) -> Command:
         """Start `nvila VERB micro --json` in the workspace."""
+        return self._start(verb, str(MICRO), *words, **variables)
+
+    def graph(self, name: str, *words: str, **variables: str) -> Command:
+        """Run `nvila pipeline run GRAPH` to its end, which must be a good one."""
+        command = self._start("pipeline", "run", name, *words, **variables)
+        assert command.finish() == 0, command.err
+        return command
+
+    def _start(self, *words: str, **variables: str) -> Command:
         env = {name: value for name, value in os.environ.items() if not name.startswith("NVILA_")}
         env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
-        command = [sys.executable, "-c", _NVILA, verb, str(MICRO), *words, "--workspace", str(self.path), "--json"]
+        command = [sys.executable, "-c", _NVILA, *words, "--workspace", str(self.path), "--json"]
         process = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.path.parent
         )

@@ -194,6 +194,25 @@ def bench_class() -> type[Bench]:
     return Bench
 
 
+class Result:
+    """An output artifact of Kubeflow, as far as steps know one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.metadata: dict[str, Any] = {}
+
+
+@pytest.fixture
+def task(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """This process, as a task of a run; its parent is not watched."""
+    for name, value in settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("nvila_pipelines.steps.component.die_with_parent", lambda *_: None)
+    monkeypatch.setattr("nvila_pipelines.steps.component.die_with", lambda _: None)
+    monkeypatch.setenv("NVILA_RUNNER_PID", str(os.getpid()))
+    return settings
+
+
 @pytest.fixture
 def one_task(tmp_path: Path) -> Callable[[str], Path]:
     """Compile a pipeline of one task with the body of a step; kfp's real local runner executes it."""

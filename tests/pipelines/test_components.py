@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.pipelines.conftest import Result
 
 import nvila
 from nvila.errors import DataError, InfrastructureError, NvilaError
@@ -20,7 +19,7 @@ from nvila_pipelines import components
 from nvila_pipelines.components.image import IMAGE
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.check import check_run
-from nvila_pipelines.steps.component import run_component, run_task
+from nvila_pipelines.steps.component import run_component, run_evaluation, run_task
 from nvila_pipelines.steps.context import StepContext
 from nvila_pipelines.steps.finish import finish_run
 from nvila_pipelines.steps.table import STEPS, StepSpec
@@ -33,7 +32,7 @@ ALL = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("__init__
 AROUND = {"check", "finish"}
 VERBS = {"tune_model", "quantize_model", "evaluate_model", "gate_model", "deploy_model", "promote"}
 FILES = [path for path in ALL if path.stem not in AROUND | VERBS]
-OTHERS = {"recipe", "run_id", "result", "form", "metrics", "report"}
+OTHERS = {"recipe", "run_id", "result", "confusion", "size", "metrics", "report"}
 
 
 def parsed(path: Path) -> ast.Module:
@@ -94,21 +93,35 @@ def test_the_image_is_pinned_to_the_version() -> None:
     assert "python" in name
 
 
-class Result:
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        self.metadata: dict[str, Any] = {}
+class Confusion(Result):
+    def log_confusion_matrix(self, categories: list[str], matrix: list[list[int]]) -> None:
+        self.metadata["confusionMatrix"] = (categories, matrix)
 
 
-@pytest.fixture
-def task(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """This process, as a task of a run; its parent is not watched."""
-    for name, value in settings.to_env().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("nvila_pipelines.steps.component.die_with_parent", lambda *_: None)
-    monkeypatch.setattr("nvila_pipelines.steps.component.die_with", lambda _: None)
-    monkeypatch.setenv("NVILA_RUNNER_PID", str(os.getpid()))
-    return settings
+@pytest.mark.parametrize(("source", "step"), [("train", "evaluate-wide"), ("quantize", "evaluate-quantized")])
+def test_the_form_of_an_evaluation_follows_from_its_model(
+    task: Settings, micro: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, step: str
+) -> None:
+    def answer(context: StepContext) -> dict[str, float]:
+        lines = [("yes", "yes"), ("no", "yes"), ("no", "nonsense")]
+        said = [{"answer": right, "prediction": given, "correct": right == given} for right, given in lines]
+        text = "".join(json.dumps(one) + "\n" for one in said)
+        (context.out_dir / "predictions.jsonl").write_text(text, encoding="utf-8")
+        return {"accuracy": 1 / 3}
+
+    monkeypatch.setattr(StepSpec, "load", lambda self: work)
+    results = {name: Result(tmp_path / name) for name in ("data", source)}
+    shown = Result(tmp_path / "metrics"), Result(tmp_path / "report")
+    for name in results:
+        run_component(name, micro.to_json(), "run-1", {}, results[name], *shown)
+    monkeypatch.setattr(StepSpec, "load", lambda self: answer)
+    confusion, scored = Confusion(tmp_path / "confusion"), Result(tmp_path / "scores")
+    inputs = {"data": results["data"].path, "model": results[source].path}
+    run_evaluation(micro.to_json(), "run-1", inputs, scored, *shown, confusion)
+    assert ArtifactRef.from_json(Path(scored.path).read_text()).step == step
+    expected = (["no", "yes", "(other)"], [[0, 1, 1], [0, 1, 0], [0, 0, 0]])
+    assert confusion.metadata["confusionMatrix"] == expected
+    assert json.loads(Path(confusion.path).read_text()) == dict(zip(("categories", "matrix"), expected, strict=True))
 
 
 def work(context: StepContext) -> dict[str, float]:

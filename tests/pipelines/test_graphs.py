@@ -151,10 +151,11 @@ def test_tasks_are_wired_as_the_table_says(spec: dict[str, Any]) -> None:
         assert wired == dict(step.inputs), name
 
 
-def test_the_two_evaluations_have_their_forms(spec: dict[str, Any]) -> None:
-    for form in ("wide", "quantized"):
-        parameters = _tasks(spec)[f"evaluate-{form}"]["inputs"]["parameters"]
-        assert parameters["form"]["runtimeValue"]["constant"] == form
+def test_the_two_evaluations_have_models_of_two_steps(spec: dict[str, Any]) -> None:
+    """From which the component knows the form."""
+    for form, source in (("wide", "train"), ("quantized", "quantize")):
+        model = _tasks(spec)[f"evaluate-{form}"]["inputs"]["artifacts"]["model"]
+        assert model["taskOutputArtifact"]["producerTask"] == source
 
 
 def test_register_and_serve_wait_for_the_gate(spec: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
@@ -22,6 +22,9 @@ from nvila.quantization.folding import Fold, apply_fold, fold_weights, folds_of,
 from nvila.quantization.scales import awq_scale, clip_weight, smooth_scale
 from nvila.quantization.schemes import quantize_linears, quantized_rows
 from nvila.quantization.statistics import InputStatistics, watching_inputs
+
+if TYPE_CHECKING:
+    from nvila.quantization.resume import PartStates
 
 # Clipping these moves attention scores, which depend on products of two rounded layers (as in llm-awq).
 _UNCLIPPED = ("q_proj", "k_proj")
@@ -104,6 +107,7 @@ def quantize_blocks(
     reporter: Reporter = SILENT,
     phase: str = "quantize",
     alpha: float = 0.5,
+    states: PartStates | None = None,
 ) -> list[LayerError]:
     """Quantize blocks in place, in order: SmoothQuant for `w8a8`, AWQ for `w4a16`, rounding for the others.
 
@@ -115,18 +119,29 @@ def quantize_blocks(
         reporter: Receives progress in blocks.
         phase: Name of the progress.
         alpha: Strength of SmoothQuant.
+        states: Blocks that an interrupted run has finished, and where those of this one are kept.
 
     Returns:
         The error of every linear layer.
     """
     errors: list[LayerError] = []
+    taken_over = 0
     for number, block in enumerate(blocks):
         reporter.progress(phase, number, len(blocks))
-        for one in _quantize_block(block, inputs, scheme, group_size, alpha, reporter, f"{phase}: block {number}"):
-            errors.append(LayerError(**{**_fields(one), "name": f"{number}.{one.name}"}))
+        found = None if states is None else states.load(number, block, reporter)
+        if found is None:
+            where = f"{phase}: block {number}"
+            found = _quantize_block(block, inputs, scheme, group_size, alpha, reporter, where)
+            if states is not None:
+                states.save(number, block, found)
+        else:
+            taken_over += 1
+        errors += [LayerError(**{**_fields(one), "name": f"{number}.{one.name}"}) for one in found]
         for index in range(len(inputs.hidden)):
             inputs.hidden[index].copy_(inputs.run(block, index))
     reporter.progress(phase, len(blocks), len(blocks))
+    if taken_over:
+        reporter.notice(f"{phase}: {taken_over} finished blocks of an interrupted run are used")
     return errors
 
 

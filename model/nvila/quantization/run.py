@@ -22,6 +22,7 @@ from nvila.quantization.capture import language_inputs, vision_inputs
 from nvila.quantization.config import PARTS, Part, QuantizationConfig
 from nvila.quantization.quantize import check_widths, part_module
 from nvila.quantization.report import Loss, PartReport, QuantizationReport, Scores, methods, scores_of
+from nvila.quantization.resume import PartStates
 from nvila.quantization.samples import AnswerMarks, SampleSet, mark_answers
 from nvila.quantization.saved import tensor_bytes
 from nvila.quantization.schemes import quantize_linears
@@ -42,6 +43,8 @@ class Measuring:
         speed: Whether to time requests.
         alpha: Strength of SmoothQuant.
         scratch: Folder for hidden states; None is the system's folder for temporary files.
+        states: Folder that keeps finished blocks, for a run that goes on where an interrupted one of the same model,
+            data and options was; None keeps nothing.
     """
 
     calibration: SampleSet | None = None
@@ -50,6 +53,7 @@ class Measuring:
     speed: bool = True
     alpha: float = 0.5
     scratch: Path | None = None
+    states: Path | None = None
 
     def __post_init__(self) -> None:
         if self.budget < 0:
@@ -157,6 +161,7 @@ def quantize_part(
         return ()
     capture = vision_inputs if part == "vision" else language_inputs
     blocks = cast("Iterable[nn.Module]", module if part == "vision" else model.model.language_model.layers)
+    kept = None if measuring.states is None else PartStates(measuring.states, part, scheme, config.group_size)
     with tempfile.TemporaryDirectory(prefix="nvila-quantize-", dir=measuring.scratch) as scratch:
         inputs = capture(model, _told(measuring.calibration, scorer, reporter, part), Path(scratch))
         if not inputs.hidden:
@@ -172,6 +177,7 @@ def quantize_part(
             reporter=reporter,
             phase=f"quantize {part}",
             alpha=measuring.alpha,
+            states=kept,
         )
 
 

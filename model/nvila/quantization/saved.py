@@ -102,6 +102,24 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
 
 
+def flat_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's weights as plain tensors, 4-bit values packed."""
+    flat: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        flat.update(_flatten(name, tensor))
+    return flat
+
+
+def fill_state(module: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Put weights of `flat_state` into a module of the same schemes.
+
+    Raises:
+        CheckpointError: Some are missing or of another shape.
+    """
+    for name, tensor in module.state_dict().items():
+        _assign(module, name, _filled(tensor, stored, name).to(tensor.device))
+
+
 def plain_tensors(tensor: Tensor) -> list[Tensor]:
     """Return the tensors that hold a parameter's values: itself, or those that a quantized one is made of."""
     return list(_inner_tensors(tensor).values())

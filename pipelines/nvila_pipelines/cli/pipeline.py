@@ -19,12 +19,13 @@ from nvila_platform.settings import Settings
 if TYPE_CHECKING:
     from nvila_pipelines.kubeflow_api import KubeflowApi
 
-SUMMARY = "compile, upload, start, schedule, list and stop pipelines on Kubeflow"
-ACTIONS = ("compile", "upload", "submit", "schedule", "list", "logs", "stop")
+SUMMARY = "run pipelines here; compile, upload, start, schedule, list and stop them on Kubeflow"
+ACTIONS = ("run", "compile", "upload", "submit", "schedule", "list", "logs", "stop")
 EPILOG = f"""\
 graphs: {", ".join(GRAPHS)}
 
 examples:
+  nvila pipeline run evaluate-endpoint endpoint=models:/nvila@champion    on this machine, as Kubeflow would
   nvila pipeline compile lifecycle --out lifecycle.yaml          the file that "Upload pipeline" of the UI takes
   nvila pipeline compile train --profile cluster.yaml --resource  custom resources for GitOps
   nvila pipeline upload lifecycle --profile cluster.yaml
@@ -41,7 +42,7 @@ environment: NVILA_KFP_ENDPOINT, NVILA_KFP_TOKEN, NVILA_KFP_NAMESPACE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's own arguments."""
     parser.usage = (
-        "%(prog)s {compile,upload,submit,schedule} GRAPH [PARAMETER=VALUE ...] [options]\n"
+        "%(prog)s {run,compile,upload,submit,schedule} GRAPH [PARAMETER=VALUE ...] [options]\n"
         "       %(prog)s list | logs RUN | stop RUN [options]"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     if args.action in ("list", "logs", "stop"):
         return _about_runs(args, settings)
     graph, words = _graph(args)
+    if args.action == "run":
+        return _run_here(graph, words, args, settings)
     with tempfile.TemporaryDirectory() as scratch:
         package = _package(graph, args, Path(scratch))
         if args.action == "compile":
@@ -119,6 +122,27 @@ def _compile(graph: str, package: Path, args: argparse.Namespace, settings: Sett
         emit_json({"graph": graph, "file": str(out.absolute())})
     else:
         emit(f"{graph}: {out.absolute()}")
+    return 0
+
+
+def _run_here(graph: str, words: list[str], args: argparse.Namespace, settings: Settings) -> int:
+    from nvila_pipelines.compile import shipped
+    from nvila_pipelines.kubeflow_api import arguments_of
+    from nvila_pipelines.local_graph import TASKS_FOLDER, run_graph
+    from nvila_platform.telemetry import ProgressView
+
+    if args.profile is not None:
+        raise ConfigError("--profile places tasks in a cluster, and run is on this machine", "leave it out")
+    arguments = arguments_of(shipped(graph), words)
+    with ProgressView(format=settings.log_format) as view:
+        done = run_graph(graph, arguments, settings, view)
+    tasks = done.directory / TASKS_FOLDER
+    if args.json:
+        emit_json({"graph": graph, "run_id": done.run_id, "tasks": str(tasks)})
+        return 0
+    for report in sorted(tasks.glob("*/report")):
+        text = report.read_text(encoding="utf-8")
+        emit(f"{report.parent.name}: {report}" if text.startswith("<") else f"{report.parent.name}\n\n{text}")
     return 0
 
 

@@ -161,6 +161,7 @@ def request_of(args: argparse.Namespace, settings: Settings) -> TuneRequest:
     from nvila_pipelines.cli.serve import find_model
     from nvila_pipelines.curation.spec import DataSpec
     from nvila_pipelines.tuning.request import TuneRequest
+    from nvila_pipelines.tuning.wide import wide_of
 
     device = _device(args.device)
     options: dict[str, Any] = {
@@ -178,8 +179,9 @@ def request_of(args: argparse.Namespace, settings: Settings) -> TuneRequest:
     for name in ("tasks", "guard"):
         if getattr(args, name, None):
             options[name] = tuple(word.strip() for word in getattr(args, name).split(","))
+    source = find_model(args.model, settings)
     return TuneRequest(
-        model=find_model(args.model, settings).directory,
+        model=wide_of(source.directory, source.digest, settings),
         data=DataSpec(data=args.data, mixtures=args.mixtures, media_dir=args.media_dir),
         method=method_of(args),
         task_data=_places(getattr(args, "task_data", None) or []),

@@ -17,19 +17,19 @@ def check(
     seed: str = "",
     min_accuracy: str = "",
     register_as: str = "",
-    kfp_run: str = "",
+    size: str = "0x0",
 ) -> NamedTuple("Checked", [("recipe", str), ("run_id", str)]):  # type: ignore[valid-type]  # the form that kfp reads
     """Check every parameter of the run before anything is worked on, and resolve the recipe.
 
     Args:
         recipe: Name of a built-in recipe, or a resolved recipe as JSON.
-        job: Name that Kubeflow gave the run.
+        job: NAME/ID that Kubeflow gave the run.
         run_id: Name of the run; empty takes Kubeflow's.
         overrides: Fields of the recipe to change, such as train.precision=bf16.
         seed: Seed of everything that is drawn; empty leaves the recipe's.
         min_accuracy: Accuracy that the gate asks for; empty leaves the recipe's.
         register_as: Name in the model registry.
-        kfp_run: Id of the run in Kubeflow, for the link to it.
+        size: NODESxGPUS of the training job, such as 4x8; 0 leaves what the profile says.
 
     Returns:
         The resolved recipe as JSON, and the name of the run.
@@ -37,4 +37,5 @@ def check(
     from nvila_pipelines.steps.check import check_run
 
     fields = {"seed": seed, "gate.min_accuracy": min_accuracy, "register.name": register_as}
-    return check_run(recipe, overrides, fields, run_id or job, kfp_run)
+    name, _, kfp_run = job.partition("/")
+    return check_run(recipe, overrides, fields, run_id or name, kfp_run, size)

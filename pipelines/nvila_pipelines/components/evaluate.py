@@ -2,7 +2,7 @@
 
 # Annotations are read at definition time, so they must not be postponed in this file.
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, Input, Markdown, Metrics, Model, Output
+from kfp.dsl import Artifact, ClassificationMetrics, Dataset, Input, Markdown, Metrics, Model, Output
 
 from nvila_pipelines.components.image import IMAGE
 
@@ -13,7 +13,7 @@ def evaluate(
     run_id: str,
     data: Input[Dataset],
     model: Input[Model],
-    form: str,
+    confusion: Output[ClassificationMetrics],
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Artifact],
@@ -25,11 +25,11 @@ def evaluate(
         run_id: Run that this task belongs to.
         data: The data set with the questions.
         model: The model to evaluate.
-        form: Which form of the model this is, `wide` or `quantized`.
+        confusion: Which answers the model takes for which.
         metrics: Numbers of the step.
         report: What the step found, as tables.
         result: Reference to scores and predictions in the artifact store.
     """
-    from nvila_pipelines.steps.component import run_component
+    from nvila_pipelines.steps.component import run_evaluation
 
-    run_component(f"evaluate-{form}", recipe, run_id, {"data": data.path, "model": model.path}, result, metrics, report)
+    run_evaluation(recipe, run_id, {"data": data.path, "model": model.path}, result, metrics, report, confusion)

@@ -13,6 +13,7 @@ def train(
     run_id: str,
     data: Input[Dataset],
     selection: Input[Dataset],
+    size: str,
     metrics: Output[Metrics],
     report: Output[HTML],
     result: Output[Model],
@@ -24,10 +25,12 @@ def train(
         run_id: Run that this task belongs to.
         data: The data set with images and captions.
         selection: The samples that curation kept.
+        size: NODESxGPUS of the training job, such as 4x8; 0 leaves what the profile says.
         metrics: Numbers of the step.
         report: Loss curves of the stages.
         result: Reference to the trained model, with every stage in the artifact store.
     """
     from nvila_pipelines.steps.component import run_component
 
-    run_component("train", recipe, run_id, {"data": data.path, "selection": selection.path}, result, metrics, report)
+    inputs = {"data": data.path, "selection": selection.path}
+    run_component("train", recipe, run_id, inputs, result, metrics, report, size=size)

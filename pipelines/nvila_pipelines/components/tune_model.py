@@ -23,7 +23,7 @@ def tune_model(
     Args:
         model: Base: models:/NAME@ALIAS, or a folder that the task sees.
         data: File, folder, s3:// address or mixture of image-text samples.
-        method: How it is tuned, such as lora or ln.
+        method: How vision and language part are tuned, such as ln+lora.
         register_as: Name in the model registry.
         options: More words of `nvila tune`.
         metrics: Scores before and after.

@@ -33,6 +33,8 @@ def build(profile: Profile) -> Any:
         min_accuracy: str = "",
         register_as: str = "",
         run_id: str = "",
+        nodes: int = 0,
+        gpus_per_node: int = 0,
     ) -> None:
         """Run the lifecycle of one recipe.
 
@@ -43,20 +45,23 @@ def build(profile: Profile) -> Any:
             min_accuracy: GATE: accuracy from 0 to 1 that the quantized model must reach; empty leaves the recipe's.
             register_as: RESULT: name in the model registry; empty leaves the recipe's.
             run_id: RESULT: name of the run, under which reports are filed; empty takes Kubeflow's.
+            nodes: HOW: nodes of the training job; 0 leaves the profile's.
+            gpus_per_node: HOW: GPUs of each of them, with one process each; 0 leaves the profile's.
         """
         job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        size = f"{nodes}x{gpus_per_node}"
         ending = place(finish(run_id=run_id, job=job), "finish").set_caching_options(False)
         with dsl.ExitHandler(ending, name="every step"):
             checked = place(
                 check(
                     recipe=recipe,
-                    job=job,
+                    job=f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}",
                     run_id=run_id,
                     overrides=overrides,
                     seed=seed,
                     min_accuracy=min_accuracy,
                     register_as=register_as,
-                    kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+                    size=size,
                 ),
                 "check",
             )
@@ -65,10 +70,10 @@ def build(profile: Profile) -> Any:
             common = {"recipe": checked.outputs["recipe"], "run_id": checked.outputs["run_id"]}
             source = place(data(**common), "data").outputs["result"]
             selection = place(curate(**common, data=source), "curate").outputs["result"]
-            wide = place(train(**common, data=source, selection=selection), "train").outputs["result"]
+            wide = place(train(**common, size=size, data=source, selection=selection), "train").outputs["result"]
             small = place(quantize(**common, data=source, model=wide), "quantize").outputs["result"]
-            wide_scores = place(evaluate(**common, data=source, model=wide, form="wide"), "evaluate")
-            small_scores = place(evaluate(**common, data=source, model=small, form="quantized"), "evaluate")
+            wide_scores = place(evaluate(**common, data=source, model=wide), "evaluate")
+            small_scores = place(evaluate(**common, data=source, model=small), "evaluate")
             verdict = place(
                 gate(**common, wide=wide_scores.outputs["result"], quantized=small_scores.outputs["result"]), "gate"
             )

@@ -13,30 +13,33 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvila.errors import ConfigError, nearest
+from nvila_pipelines.components.image import IMAGE
+from nvila_platform.cluster.placement import (
+    AbsolutePath,
+    Image,
+    JobPlacement,
+    Quantity,
+    ResourceName,
+    Toleration,
+)
 
 if TYPE_CHECKING:
     from kfp.dsl import PipelineTask
 
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[EPTGMK]i?)?$")]
 TASKS = (
     "check", "data", "curate", "train", "quantize", "evaluate", "gate", "register", "serve",
     "tune-model", "quantize-model", "evaluate-model", "gate-model", "promote",
     "deploy-model", "finish",
 )  # fmt: skip
+TRAIN = "train"
 _SHM = "dshm"
+# The first task checks what training will be given.
+_TOLD_OF_JOB = ("check", TRAIN)
+_OF_NODES = ("cpu", "memory", "gpus", "node_selector", "tolerations", "shm_gib")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Toleration(_Strict):
-    """As Kubernetes writes it."""
-
-    key: str
-    operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
 class Placement(_Strict):
@@ -56,11 +59,17 @@ class Placement(_Strict):
         shm_gib: Size of /dev/shm, which torch's data loaders use.
         timeout_s: Longest time of the task.
         retries: How often a task that failed for a passing reason (exit code 75) tries again.
+        claims: Persistent volume claims and where they are mounted: `{nvila-workspace: /data}`.
+        launcher: `trainjob` runs the training itself as a Kubeflow TrainJob, whose nodes get what this placement asks
+            for; the task only follows it. `train` alone has a choice.
+        nodes: Nodes of the job.
+        queue: LocalQueue of Kueue that admits it.
+        runtime: ClusterTrainingRuntime that starts it.
+        service_account: Of its pods.
+        pending_timeout_s: How long it may wait for nodes, beyond the time in a queue.
     """
 
-    image: Annotated[str, Field(pattern=r"^[^\s@:]+(:[0-9]+/[^\s@:]+)?(:[^\s@:/]+|@sha256:[0-9a-f]{64})$")] | None = (
-        None
-    )
+    image: Image | None = None
     cpu: Quantity | None = None
     memory: Quantity | None = None
     gpus: Annotated[int, Field(ge=0)] = 0
@@ -73,6 +82,13 @@ class Placement(_Strict):
     shm_gib: Annotated[float, Field(gt=0)] | None = None
     timeout_s: Annotated[int, Field(gt=0)] | None = None
     retries: Annotated[int, Field(ge=0, le=20)] = 0
+    claims: dict[ResourceName, AbsolutePath] = {}
+    launcher: Literal["local", "trainjob"] = "local"
+    nodes: Annotated[int, Field(ge=1)] = 1
+    queue: ResourceName | None = None
+    runtime: ResourceName = JobPlacement.model_fields["runtime"].default
+    service_account: ResourceName | None = None
+    pending_timeout_s: Annotated[int, Field(gt=0)] = JobPlacement.model_fields["pending_timeout_s"].default
 
 
 class Profile(_Strict):
@@ -88,9 +104,23 @@ class Profile(_Strict):
             return self.defaults
         return self.defaults.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
+    def job(self) -> JobPlacement | None:
+        """Return the nodes of training, or None when it runs in the task itself."""
+        placement = self.of(TRAIN)
+        if placement.launcher == "local":
+            return None
+        fields = set(JobPlacement.model_fields) & set(Placement.model_fields)
+        values = placement.model_dump(include=fields, exclude={"image"})
+        return JobPlacement.model_validate(values | {"image": placement.image or IMAGE})
+
     def place(self, task: PipelineTask, name: str) -> PipelineTask:
         """Put a task of a graph where the profile says, and return it."""
-        placement = self.of(name)
+        placement, job = self.of(name), self.job()
+        if job is not None and name in _TOLD_OF_JOB:
+            task.set_env_variable("NVILA_TRAIN_JOB", job.model_dump_json(exclude_defaults=True))
+        if job is not None and name == TRAIN:
+            # What it asks for goes to the nodes; the task that follows them needs no GPU.
+            placement = placement.model_copy(update={field: getattr(self.defaults, field) for field in _OF_NODES})
         if placement.image is not None:
             task.set_container_image(placement.image)
         if placement.cpu is not None:
@@ -128,6 +158,9 @@ def read_profile(path: Path) -> Profile:
     for name in profile.tasks:
         if name not in TASKS:
             raise ConfigError(f"profile {path}: there is no task '{name}'", nearest(name, TASKS))
+    for name, placement in (("defaults", profile.defaults), *(("tasks." + n, p) for n, p in profile.tasks.items())):
+        if placement.launcher == "trainjob" and name != f"tasks.{TRAIN}":
+            raise ConfigError(f"profile {path}: {name}.launcher is trainjob", f"only tasks.{TRAIN} can be a job")
     return profile
 
 
@@ -139,6 +172,7 @@ def _on_kubernetes(task: PipelineTask, placement: Placement) -> None:
         "config_maps": placement.config_maps,
         "shm": placement.shm_gib,
         "timeout": placement.timeout_s,
+        "claims": placement.claims,
     }
     if not any(wanted.values()):
         return
@@ -155,5 +189,7 @@ def _on_kubernetes(task: PipelineTask, placement: Placement) -> None:
     if placement.shm_gib is not None:
         size = f"{int(placement.shm_gib * 1024)}Mi"
         kubernetes.empty_dir_mount(task, volume_name=_SHM, mount_path="/dev/shm", medium="Memory", size_limit=size)  # noqa: S108  # where torch looks for it
+    for claim, path in placement.claims.items():
+        kubernetes.mount_pvc(task, pvc_name=claim, mount_path=path)
     if placement.timeout_s is not None:
         kubernetes.set_timeout(task, placement.timeout_s)

@@ -24,6 +24,8 @@ def build(profile: Profile) -> Any:
         overrides: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
         seed: str = "",
         run_id: str = "",
+        nodes: int = 0,
+        gpus_per_node: int = 0,
     ) -> None:
         """Train the model of a recipe.
 
@@ -32,17 +34,20 @@ def build(profile: Profile) -> Any:
             overrides: WHAT: fields of the recipe to change, as a list, such as ["train.precision=bf16"].
             seed: WHAT: seed of everything that is drawn; empty leaves the recipe's.
             run_id: RESULT: name of the run; empty takes Kubeflow's.
+            nodes: HOW: nodes of the training job; 0 leaves the profile's.
+            gpus_per_node: HOW: GPUs of each of them, with one process each; 0 leaves the profile's.
         """
         job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        size = f"{nodes}x{gpus_per_node}"
         ending = place(finish(run_id=run_id, job=job), "finish").set_caching_options(False)
         with dsl.ExitHandler(ending, name="every step"):
             asked = check(
                 recipe=recipe,
-                job=job,
+                job=f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}",
                 run_id=run_id,
                 overrides=overrides,
                 seed=seed,
-                kfp_run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+                size=size,
             )
             checked = place(asked, "check")
             # It names the run; a name from the cache would give this run the cached results of another.
@@ -50,7 +55,7 @@ def build(profile: Profile) -> Any:
             common = {"recipe": checked.outputs["recipe"], "run_id": checked.outputs["run_id"]}
             source = place(data(**common), "data").outputs["result"]
             selection = place(curate(**common, data=source), "curate").outputs["result"]
-            wide = place(train_stages(**common, data=source, selection=selection), "train").outputs["result"]
-            place(evaluate(**common, data=source, model=wide, form="wide"), "evaluate")
+            wide = place(train_stages(**common, size=size, data=source, selection=selection), "train").outputs["result"]
+            place(evaluate(**common, data=source, model=wide), "evaluate")
 
     return train

@@ -18,7 +18,7 @@ def build(profile: Profile) -> Any:
     def tune(
         data: str,
         model: str = "models:/nvila@champion",
-        method: str = "lora",
+        method: str = "ln+lora",
         register_as: str = "nvila-tuned",
         options: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
     ) -> None:
@@ -27,7 +27,7 @@ def build(profile: Profile) -> Any:
         Args:
             data: WHAT: file, folder, s3:// address or mixture of image-text samples.
             model: WHAT: base, models:/NAME@ALIAS.
-            method: HOW: frozen, ln, lora, qlora, dora or full.
+            method: HOW: VISION+LANGUAGE, each frozen, ln, lora, qlora, dora or full.
             register_as: RESULT: name in the model registry.
             options: HOW: more words of `nvila tune`, as a list, such as ["--epochs", "2"].
         """

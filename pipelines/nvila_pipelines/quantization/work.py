@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ STEP = "quantize"
 MODEL_FOLDER = "model"
 EXPORT_FOLDER = "exports"
 SIZES_FILE = "sizes.json"
+# A name with a dot is scratch, no output.
+_MERGED = ".merged"
+# Finished blocks of a run that was interrupted; the folder is this request's own, and goes when the result is whole.
+STATES_FOLDER = "blocks"
 
 
 def quantize_folder(request: QuantizationRequest, settings: Settings, reporter: Reporter) -> ArtifactRef:
@@ -105,25 +110,29 @@ def metrics_of(report: QuantizationReport) -> dict[str, float]:
 
 def _work(request: QuantizationRequest, out: Path, reporter: Reporter) -> dict[str, float]:
     from nvila.checkpoints.documents import carry_documents
+    from nvila.quantization.resume import forget
     from nvila.quantization.run import quantize_in_parts
     from nvila.quantization.saved import restore_part
 
-    model, processor = load_wide(request)
+    merged = merged_adapter(request, out / _MERGED)
+    model, processor = load_wide(merged)
     _, report = quantize_in_parts(
         model,
         processor,
         request.config,
         measuring_of(request, out),
-        restore=lambda part: restore_part(model, request.model, part),
+        restore=lambda part: restore_part(model, merged.model, part),
         reporter=reporter,
     )
     metrics = write_result(model, processor, report, out)
+    shutil.rmtree(out / _MERGED, ignore_errors=True)
     carry_documents(request.model, out / MODEL_FOLDER)
     shutil.rmtree(out / EXPORT_FOLDER, ignore_errors=True)
     for name in request.exports:
         reporter.progress(f"export {name}", 0, 1)
         metrics |= export_language(model, processor, name, out / EXPORT_FOLDER)
         reporter.progress(f"export {name}", 1, 1)
+    forget(out / STATES_FOLDER)
     return metrics
 
 
@@ -142,6 +151,23 @@ def export_language(
     return {f"{name.replace('-', '_')}_bytes": float(size)}
 
 
+def merged_adapter(request: QuantizationRequest, scratch: Path) -> QuantizationRequest:
+    """Return a request for the whole weights of a model; those of an adapter over its base are written first.
+
+    Raises:
+        CheckpointError: The base of an adapter is gone, or another one.
+    """
+    from nvila.assembly import load_model
+    from nvila.tuning.adapters import is_adapter
+    from nvila.tuning.run import save_merged
+
+    if not is_adapter(request.model):
+        return request
+    shutil.rmtree(scratch, ignore_errors=True)
+    save_merged(*load_model(request.model), scratch)
+    return replace(request, model=scratch)
+
+
 def load_wide(request: QuantizationRequest) -> tuple[NVILAForConditionalGeneration, NVILAProcessor]:
     """Load the wide model of a request.
 
@@ -153,6 +179,7 @@ def load_wide(request: QuantizationRequest) -> tuple[NVILAForConditionalGenerati
 
     from nvila.assembly import load_model
     from nvila.quantization.saved import is_quantized
+    from nvila.tuning.adapters import is_adapter, merge
 
     if is_quantized(request.model):
         raise ConfigError(f"{request.model} is quantized already", "name the wide model that it was made of")
@@ -162,6 +189,8 @@ def load_wide(request: QuantizationRequest) -> tuple[NVILAForConditionalGenerati
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     options: dict[str, Any] = {} if request.dtype is None else {"dtype": kinds[request.dtype]}
     model, processor = load_model(request.model, **options)
+    if is_adapter(request.model):
+        model = merge(model)
     model.to(request.device)  # type: ignore[arg-type]  # transformers types `to` as a function
     return model, processor
 
@@ -183,4 +212,5 @@ def measuring_of(request: QuantizationRequest, scratch: Path | None) -> Measurin
         alpha=request.alpha,
         speed=request.speed,
         scratch=scratch,
+        states=None if scratch is None else scratch / STATES_FOLDER,
     )

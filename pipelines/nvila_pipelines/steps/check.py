@@ -9,6 +9,7 @@ from typing import NamedTuple
 from nvila.errors import ConfigError
 from nvila_pipelines.recipe import Recipe, changed_recipe, load_recipe
 from nvila_pipelines.steps.component import run_task
+from nvila_pipelines.training.nodes import check_nodes, sized
 from nvila_platform.settings import Settings, runner_pid
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -22,7 +23,12 @@ class Checked(NamedTuple):
 
 
 def check_run(
-    recipe: str, overrides: Sequence[str], fields: Mapping[str, str], run_id: str, kfp_run: str = ""
+    recipe: str,
+    overrides: Sequence[str],
+    fields: Mapping[str, str],
+    run_id: str,
+    kfp_run: str = "",
+    size: str = "0x0",
 ) -> Checked:
     """Resolve a recipe and name the run.
 
@@ -32,6 +38,7 @@ def check_run(
         fields: Values by dotted key; an empty one leaves the recipe's.
         run_id: Name of the run.
         kfp_run: Id of the run in Kubeflow; its run in MLflow, which is made here, links to it.
+        size: NODESxGPUS of the training job.
 
     Raises:
         SystemExit: A parameter is wrong; the typed error was left for the parent process.
@@ -40,7 +47,10 @@ def check_run(
     name = _UNSAFE.sub("-", run_id).strip("-.")
 
     def work(settings: Settings) -> Recipe:
-        resolved = _resolve(recipe, words, name)
+        if not name:
+            raise ConfigError("the run has no name", "set the parameter run_id")
+        resolved = resolve_recipe(recipe, words)
+        check_nodes(resolved, sized(settings, size))
         # On this machine the run that started the tasks tells MLflow itself.
         if runner_pid() is None:
             from nvila_platform.pipeline_runs import kubeflow_tags, parent_run
@@ -52,9 +62,12 @@ def check_run(
     return Checked(found.to_json(), name)
 
 
-def _resolve(recipe: str, words: Sequence[str], name: str) -> Recipe:
-    if not name:
-        raise ConfigError("the run has no name", "set the parameter run_id")
+def resolve_recipe(recipe: str, words: Sequence[str]) -> Recipe:
+    """Return a recipe by its name, file or JSON form, with fields changed.
+
+    Raises:
+        ConfigError: There is no such recipe, or a field is wrong.
+    """
     if recipe.lstrip().startswith("{"):
         return changed_recipe(Recipe.from_json(recipe), words)
     return load_recipe(recipe, words)

@@ -20,6 +20,7 @@ from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.runner import TRACKING_RUN_FILE, RunContext, run_step, step_config
 from nvila_pipelines.steps.table import step_spec
 from nvila_pipelines.tracked_data import datasets_of
+from nvila_pipelines.training.nodes import sized
 from nvila_platform.artifacts import read_manifest, write_atomically
 from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
@@ -43,6 +44,13 @@ class OutputArtifact(Protocol):
     metadata: dict[str, Any]
 
 
+class ConfusionArtifact(OutputArtifact, Protocol):
+    """The part of a Kubeflow artifact of classification metrics that is written here."""
+
+    def log_confusion_matrix(self, categories: list[str], matrix: list[list[int]]) -> None:
+        """Take a matrix with a row for each right answer."""
+
+
 def run_component(
     step: str,
     recipe: str,
@@ -51,6 +59,8 @@ def run_component(
     result: OutputArtifact,
     metrics: OutputArtifact,
     report: OutputArtifact,
+    *,
+    size: str = "0x0",
 ) -> Path:
     """Run a step inside a Kubeflow task and write the reference to its result.
 
@@ -62,6 +72,7 @@ def run_component(
         result: Output artifact that gets the reference.
         metrics: Output artifact that gets the step's numbers.
         report: Output artifact that gets what the UI shows of the step.
+        size: NODESxGPUS of the training job; 0 leaves what the task's settings say.
 
     Returns:
         The local directory of the result.
@@ -72,7 +83,7 @@ def run_component(
 
     def work(settings: Settings) -> tuple[ArtifactRef, Path]:
         refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
-        run = RunContext(run_id=run_id, settings=settings)
+        run = RunContext(run_id=run_id, settings=sized(settings, size))
         found = Recipe.from_json(recipe)
         with _Tracked(step, found, refs, run):
             ref = run_step(step, found, refs, run)
@@ -83,6 +94,41 @@ def run_component(
     result.metadata.update(json.loads(ref.to_json()))
     show_step(step, directory, metrics, report)
     return directory
+
+
+def run_evaluation(
+    recipe: str,
+    run_id: str,
+    inputs: Mapping[str, str],
+    result: OutputArtifact,
+    metrics: OutputArtifact,
+    report: OutputArtifact,
+    confusion: ConfusionArtifact,
+) -> None:
+    """Run the evaluation of a model, whose form follows from the step that made it.
+
+    Args:
+        recipe: Resolved recipe as JSON.
+        run_id: Run that the task belongs to.
+        inputs: Files with references to `data` and `model`.
+        result: Output artifact that gets the reference.
+        metrics: Output artifact that gets the step's numbers.
+        report: Output artifact that gets what the UI shows of the step.
+        confusion: Output artifact that gets which answers were taken for which.
+
+    Raises:
+        SystemExit: As in `run_component`.
+    """
+    from nvila_pipelines.report.confusion import confusion_matrix
+    from nvila_pipelines.report.outputs import predictions
+
+    made_by = ArtifactRef.from_json(Path(inputs["model"]).read_text(encoding="utf-8")).step
+    step = "evaluate-quantized" if made_by == "quantize" else "evaluate-wide"
+    directory = run_component(step, recipe, run_id, inputs, result, metrics, report)
+    categories, matrix = confusion_matrix(predictions(directory))
+    confusion.log_confusion_matrix(categories, matrix)
+    # Without a file kfp would take the artifact for missing.
+    write_text(confusion, json.dumps({"categories": categories, "matrix": matrix}))
 
 
 def run_task(name: str, run_id: str, work: Callable[[Settings], T]) -> T:

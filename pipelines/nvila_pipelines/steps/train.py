@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nvila_pipelines.steps.context import StepContext
 from nvila_platform.artifacts import write_atomically
+from nvila_platform.settings import PLACEMENT_VARIABLES
 from nvila_platform.training.backup import restore
 from nvila_platform.training.backup_store import open_backups
 from nvila_platform.training.history import HISTORY_FILE, read_history
@@ -24,8 +25,10 @@ def run(context: StepContext) -> dict[str, float]:
 
     Outputs: `<number>-<stage>/` for every stage, `model/`, `metrics.jsonl`.
     """
-    from nvila_platform.launch import LocalLauncher
+    from nvila_pipelines.training.nodes import check_nodes, open_launcher
 
+    # Before anything is fetched: a batch that cannot be dealt out fails in seconds.
+    processes = check_nodes(context.recipe, context.settings)
     config, out = context.recipe.train_config(), context.out_dir
     backups = open_backups(context.settings, out.name)
     if backups is not None:
@@ -44,13 +47,13 @@ def run(context: StepContext) -> dict[str, float]:
         encoding="utf-8",
     )
     section = context.recipe.train
-    env = context.settings.to_env()
+    env = {name: value for name, value in context.settings.to_env().items() if name not in PLACEMENT_VARIABLES}
     if section.num_threads is not None:
         env["OMP_NUM_THREADS"] = str(section.num_threads)
-    LocalLauncher().run(
+    open_launcher(context.settings, out.name, context.reporter.notice).run(
         "nvila_pipelines.steps.train_process",
         [str(spec)],
-        num_processes=section.num_processes,
+        num_processes=processes,
         env=env,
         log_path=context.log_path,
     )

@@ -39,6 +39,13 @@ def connect(namespace: str = "") -> tuple[Any, str]:
     return client.ApiClient(settings), namespace or found
 
 
+def in_pod() -> bool:
+    """Whether this process runs in a pod of a cluster."""
+    from kubernetes.config import incluster_config
+
+    return Path(incluster_config.SERVICE_TOKEN_FILENAME).is_file()
+
+
 def _context_namespace(config: Any) -> str:
     """Return the namespace of the kubeconfig's current context."""
     _, active = config.list_kube_config_contexts()

@@ -15,13 +15,11 @@ AbsolutePath = Annotated[str, Field(pattern=r"^/[^\s]+$")]
 _DAY_S = 86_400
 
 
-class Strict(BaseModel):
-    """A section without unknown fields."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Toleration(Strict):
+class Toleration(_Strict):
     """As Kubernetes writes it."""
 
     key: str
@@ -30,7 +28,7 @@ class Toleration(Strict):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
-class JobPlacement(Strict):
+class JobPlacement(_Strict):
     """The nodes of a training job.
 
     Args:

@@ -14,6 +14,7 @@ from nvila_platform.serving.errors import ApiError, as_api_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import AsgiApp, Event, Receive, Scope, Send, send_json
 from nvila_platform.serving.served import LINEAGE, Lineage
+from nvila_platform.serving.tracing import TRACE, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,17 @@ class Guard:
         app: The wrapped ASGI application.
         identity: Names the served model, for the lineage headers of answers that no model of its own has given.
         on_reject: Called with the error code of a failure that no handler answered.
+        tracing: Makes the spans of requests; None makes none.
     """
 
-    def __init__(self, app: AsgiApp, identity: Callable[[], ModelIdentity], on_reject: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        app: AsgiApp,
+        identity: Callable[[], ModelIdentity],
+        on_reject: Callable[[str], None],
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._tracing = tracing
         self._app = app
         self._identity = identity
         self._on_reject = on_reject
@@ -65,6 +74,8 @@ class Guard:
 
         exchange = _Exchange(receive, send, headers)
         started = time.monotonic()
+        trace = None if self._tracing is None else self._tracing.begin(scope)
+        TRACE.set(trace)
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADER_BYTES:
                 raise ApiError(431, "headers_too_large", f"the headers have over {_MAX_HEADER_BYTES} bytes")
@@ -76,6 +87,8 @@ class Guard:
                 await send_json(exchange.send, error.status, error.body_for(scope["path"]), error.headers)
         finally:
             _log_access(scope, exchange, request_id, time.monotonic() - started)
+            if trace is not None:
+                trace.end(request_id, exchange.status, abandoned=exchange.abandoned)
 
 
 class _Exchange:

@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 
 from nvila.errors import NvilaError
 from nvila_platform.serving.auth import Gatekeeper
+from nvila_platform.serving.description import describe_bodies
 from nvila_platform.serving.drift import drift_router
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.guard import Guard
@@ -103,10 +104,11 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         self._listener = listener
         self._options = options
         self._updater: Updater | None = None
-        rejected = service.metrics.rejected
+        rejected = service.rejected
         # Built here: a key file that cannot be used is known before the model is loaded.
         limited = BodyLimit(app, service.limits, rejected)
-        self.config.app = Guard(Gatekeeper(limited, options.access, rejected), lambda: service.identity, rejected)
+        checked = Gatekeeper(limited, options.access, rejected)
+        self.config.app = Guard(checked, lambda: service.identity, rejected, service.tracing)
         self._drain = Drain(self._server, service, options.drain_s)
         self.config.host = listener.getsockname()[0]
         self.config.server_header = False
@@ -128,6 +130,7 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
             # Neither a page nor a description of what could be tried.
             app.router.routes = [one for one in app.router.routes if getattr(one, "path", "") != app.openapi_url]
         else:
+            describe_bodies(app)
             app.include_router(playground_router(self._service))
 
     def _add_exception_handlers(self, app: FastAPI) -> None:
@@ -185,7 +188,7 @@ def add_error_handlers(app: FastAPI, service: ChatService) -> None:
     """Answer every error of `app` in the shape of the protocol it happened in."""
 
     def answer(request: Request, error: ApiError) -> Response:
-        service.metrics.rejected(error.code)
+        service.rejected(error.code)
         return JSONResponse(error.body_for(request.url.path), error.status, headers=error.headers)
 
     async def own(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ The KServe SDK's own OpenAI module needs vLLM installed and flattens messages to
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from nvila_platform.serving.answers import (
     TextCompletion,
     TextLogprobs,
 )
+from nvila_platform.serving.description import body_of
 from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.guard import REQUEST_ID
 from nvila_platform.serving.identity import ModelIdentity
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from nvila.inference.engine import Delta, Usage
 
 PREFIX = "/openai/v1"
+_EMPTY = '"content":""'
 
 
 async def _until_sent() -> AsyncIterator[ExitStack]:
@@ -89,8 +92,9 @@ def build_router(service: ChatService) -> APIRouter:
         answered_by(identity)
         return JSONResponse(_card(service.version, identity).model_dump())
 
-    router.add_api_route("/chat/completions", chat, methods=["POST"], response_model=None)
-    router.add_api_route("/completions", completions, methods=["POST"], response_model=None)
+    post: dict[str, Any] = {"methods": ["POST"], "response_model": None}
+    router.add_api_route("/chat/completions", chat, **post, openapi_extra=body_of(ChatRequest))
+    router.add_api_route("/completions", completions, **post, openapi_extra=body_of(CompletionRequest))
     router.add_api_route("/models", models, methods=["GET"], response_model=None)
     router.add_api_route("/models/{model}", model, methods=["GET"], response_model=None)
     return router
@@ -124,6 +128,7 @@ class _Events:
         self.envelope = _envelope(target, "chatcmpl" if isinstance(request, ChatRequest) else "cmpl")
         self._request = request
         self._prompts = prompts
+        self._frames: dict[int, tuple[str, str]] = {}
 
     def opening(self) -> str:
         """Return what is sent before any piece."""
@@ -150,6 +155,10 @@ class _ChatEvents(_Events):
         return "".join(self._event(ChunkChoice(index=number, delta=delta)) for number, delta in deltas)
 
     def piece(self, number: int, delta: Delta) -> str:
+        if delta.text and not (delta.finish_reason or self._request.logprobs):
+            # Nearly every piece; models of pydantic for each would hold up the step of the engine.
+            before, after = self._frame(number)
+            return f"{before}{json.dumps(delta.text, ensure_ascii=False)}{after}"
         text = ""
         if delta.text or delta.logprobs:
             reported = ChoiceLogprobs.of(delta.logprobs) if self._request.logprobs else None
@@ -161,6 +170,13 @@ class _ChatEvents(_Events):
     def last(self) -> str:
         usage = self.usage()
         return "" if usage is None else _event(ChatChunk(**self.envelope, choices=[], usage=usage))
+
+    def _frame(self, number: int) -> tuple[str, str]:
+        """Return what stands around the text of a piece."""
+        if number not in self._frames:
+            before, key, after = self._event(ChunkChoice(index=number, delta=ChunkDelta(content=""))).partition(_EMPTY)
+            self._frames[number] = before + key.removesuffix('""'), after
+        return self._frames[number]
 
     def _event(self, choice: ChunkChoice) -> str:
         return _event(ChatChunk(**self.envelope, choices=[choice]))
@@ -188,7 +204,7 @@ async def _stream(service: ChatService, streams: Sequence[Stream], made: _Events
         opening = made.opening()
         if opening:
             yield opening
-        async for text in events(streams, keep_alive_s, made.piece, made.last, service.metrics.rejected):
+        async for text in events(streams, keep_alive_s, made.piece, made.last, service.rejected):
             yield text
 
     # X-Accel-Buffering keeps proxies from collecting the stream into one piece.

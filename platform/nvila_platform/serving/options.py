@@ -11,6 +11,7 @@ from nvila.errors import ConfigError
 from nvila_platform.drift.reference import Reference
 from nvila_platform.serving.addresses import HostRules, rules
 from nvila_platform.serving.auth import AccessRules
+from nvila_platform.serving.tracing import check_endpoint
 from nvila_platform.serving.updates import UpdateOptions
 
 DRIFT_SHARE = 0.1
@@ -28,6 +29,7 @@ class ServerOptions:
         drain_s: Seconds between the stop signal, when readiness drops, and the closing of the port.
         drift: What traffic is compared with; None watches nothing.
         drift_share: Share of the requests that are looked at.
+        otlp_endpoint: Collector that traces are sent to; empty sends none.
 
     Raises:
         ConfigError: They do not go together.
@@ -40,8 +42,10 @@ class ServerOptions:
     drain_s: float = 0.0
     drift: Reference | None = None
     drift_share: float = DRIFT_SHARE
+    otlp_endpoint: str = ""
 
     def __post_init__(self) -> None:
+        check_endpoint(self.otlp_endpoint)
         if self.production and not self.access.closed:
             raise ConfigError(
                 "a server in production lets nobody in without a key", "give --api-keys or --trusted-header"
@@ -69,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drift-share", type=float, default=DRIFT_SHARE, metavar="N", help="share of requests (default: %(default)s)"
     )
+    group.add_argument("--otlp-endpoint", default="", metavar="URL", help="send traces there, such as http://HOST:4318")
     group.add_argument("--drain", type=float, default=0.0, metavar="SECONDS", help="serve on, not ready, after SIGTERM")
 
 
@@ -120,4 +125,5 @@ def options_of(args: argparse.Namespace) -> ServerOptions:
         drain_s=args.drain,
         drift=Reference.read(args.drift) if args.drift is not None else None,
         drift_share=args.drift_share,
+        otlp_endpoint=args.otlp_endpoint,
     )

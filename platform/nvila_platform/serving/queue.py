@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Literal
 from nvila_platform.serving.cost import Cost
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.phases import PhaseClock
-from nvila_platform.serving.stream import End, Job, Stream
+from nvila_platform.serving.stream import End, Job, Mailbox, Stream
+from nvila_platform.serving.tracing import TRACE
 
 if TYPE_CHECKING:
     from nvila.data.records import Message
@@ -75,6 +76,7 @@ class EngineQueue:
         self._pending: deque[Job] = deque()
         self._closed = False
         # Only the event loop's thread touches these.
+        self._mailbox: Mailbox | None = None
         self._admitted = 0
         self._cost = 0
         self._service_s = 1.0
@@ -188,6 +190,11 @@ class EngineQueue:
         wait_s = min(_LONGEST_RETRY_S, max(1, math.ceil(self._service_s * self._admitted / self._concurrency)))
         return ApiError(429, "queue_full", f"{why}; try again in about {wait_s} s", retry_after_s=wait_s)
 
+    def _mailbox_of(self, loop: asyncio.AbstractEventLoop) -> Mailbox:
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return self._mailbox
+
     def _submit(self, job: Job) -> None:
         with self._wake:
             self._pending.append(job)
@@ -230,7 +237,7 @@ class EngineQueue:
     def _generate(self, job: Job) -> None:
         if job.cancelled.is_set():
             return
-        clock = PhaseClock(self._metrics, job.admitted_at, job.submitted_at)
+        clock = PhaseClock(self._metrics, job.admitted_at, job.submitted_at, job.trace)
         generation = job.generation = job.target.engine.stream(job.messages, job.media, job.params)
         # The engine has made tensors of them; the pixels need not live as long as the answer.
         job.media = {}
@@ -294,7 +301,8 @@ class Slot:
             admitted_at=self._admitted_at,
             deadline=self._deadline,
             submitted_at=time.monotonic(),
-            loop=asyncio.get_running_loop(),
+            mailbox=self._queue._mailbox_of(asyncio.get_running_loop()),
+            trace=TRACE.get(),
         )
         stream = Stream(job, self._queue._cancel)
         self._streams.append(stream)

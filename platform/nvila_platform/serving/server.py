@@ -23,6 +23,7 @@ from nvila_platform.launch.outcome import leave_error
 from nvila_platform.serving.limits import Limits
 from nvila_platform.serving.options import ServerOptions, add_arguments, options_of, updates_of
 from nvila_platform.serving.source import ModelSource, engine_loader, parse_adapters
+from nvila_platform.serving.tracing import open_tracing
 from nvila_platform.serving.updates import UpdateOptions, Updater
 from nvila_platform.settings import Settings
 from nvila_platform.telemetry import configure_logging
@@ -229,7 +230,8 @@ def _build(
         watch = DriftWatch(options.drift, share=options.drift_share)
         register_drift(version.identity.name, watch, REGISTRY)
         traffic = TrafficWatch(watch)
-    service = ChatService(version, limits, metrics, door=door, store=store, traffic=traffic)
+    tracing = open_tracing(options.otlp_endpoint, version.identity.name) if options.otlp_endpoint else None
+    service = ChatService(version, limits, metrics, door=door, store=store, traffic=traffic, tracing=tracing)
     return service, NvilaServer(service, listener, grace_s, options)
 
 

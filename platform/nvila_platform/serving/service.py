@@ -15,8 +15,10 @@ from nvila_platform.serving.engine_metrics import register_engines
 from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.media import MediaIntake
 from nvila_platform.serving.queue import EngineQueue, Slot
+from nvila_platform.serving.schema import ChatRequest
 from nvila_platform.serving.served import answered_by
 from nvila_platform.serving.stream import Completion, Stream
+from nvila_platform.serving.tracing import TRACE
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from nvila_platform.serving.metrics import ServingMetrics
     from nvila_platform.serving.schema import GenerationRequest
     from nvila_platform.serving.served import Served, Target, Version
+    from nvila_platform.serving.tracing import Tracing
 
 
 class ChatService:
@@ -42,6 +45,7 @@ class ChatService:
         door: Fetches media from other hosts; None refuses them.
         store: Holds media that requests name; None refuses them.
         traffic: Watches requests for drift; None watches nothing.
+        tracing: Makes the spans of requests; None makes none.
     """
 
     def __init__(
@@ -53,8 +57,10 @@ class ChatService:
         door: MediaDoor | None = None,
         store: MediaStore | None = None,
         traffic: TrafficWatch | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.traffic = traffic
+        self.tracing = tracing
         self.version = version
         self.limits = limits
         self.metrics = metrics
@@ -100,6 +106,15 @@ class ChatService:
         """End what still runs."""
         self.queue.close()
         self.decoder.close()
+        if self.tracing is not None:
+            self.tracing.close()
+
+    def rejected(self, code: str) -> None:
+        """Record that the request at hand is answered with an error."""
+        self.metrics.rejected(code)
+        trace = TRACE.get()
+        if trace is not None:
+            trace.failed(code)
 
     def cost(self, target: Target, request: GenerationRequest, conversations: Sequence[Sequence[ChatMessage]]) -> Cost:
         """Estimate what a request costs, before any of its media is read.
@@ -127,9 +142,14 @@ class ChatService:
         Raises:
             ApiError: A medium cannot be used.
         """
-        conversation, media = await read_conversation(
-            messages, self._intake, slot.target.rates.num_frames, self.metrics
-        )
+        trace, began = TRACE.get(), time.monotonic()
+        if trace is not None:
+            operation = "chat" if isinstance(request, ChatRequest) else "text_completion"
+            trace.asked(slot.target.identity, request, operation)
+        num_frames = slot.target.rates.num_frames
+        conversation, media = await read_conversation(messages, self._intake, num_frames, self.metrics)
+        if trace is not None and media:
+            trace.phase("media", began, time.monotonic(), media_count=len(media))
         streams = [slot.submit(conversation, media, request.sampling(choice)) for choice in range(request.n)]
         if self.traffic is not None:
             await self.traffic.see(conversation, media, streams)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from nvila_platform.serving.errors import ApiError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nvila_platform.serving.engine import Generation
     from nvila_platform.serving.media import Medium
     from nvila_platform.serving.served import Target
+    from nvila_platform.serving.tracing import RequestTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,11 @@ class End:
     """The last event of an answer."""
 
     usage: Usage
+
+
+# Quoted, because the engine is imported only for its types.
+Event: TypeAlias = "Delta | End | ApiError"
+Events: TypeAlias = "asyncio.Queue[Event]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +40,40 @@ class Completion:
     finish_reason: str
     usage: Usage
     logprobs: Sequence[TokenLogprob] = ()
+
+
+class Mailbox:
+    """Carries events from worker threads into an event loop, and wakes it once for all that come together.
+
+    Waking it is a system call, after which two threads want the interpreter; a step of the model has an event for every
+    request in it.
+
+    Args:
+        loop: Where the readers are.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._events: list[tuple[Events, Event]] = []
+
+    def post(self, reader: Events, event: Event) -> None:
+        """Hand an event to a reader, from any thread.
+
+        Raises:
+            RuntimeError: The loop is closed.
+        """
+        with self._lock:
+            self._events.append((reader, event))
+            first = len(self._events) == 1
+        if first:
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            events, self._events = self._events, []
+        for reader, event in events:
+            reader.put_nowait(event)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -47,15 +87,16 @@ class Job:
     admitted_at: float
     deadline: float
     submitted_at: float
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Delta | End | ApiError] = field(default_factory=asyncio.Queue)
+    mailbox: Mailbox
+    trace: RequestTrace | None = None
+    events: Events = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     generation: Generation | None = None
 
-    def post(self, event: Delta | End | ApiError) -> None:
+    def post(self, event: Event) -> None:
         """Hand an event to the event loop, from any thread."""
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.mailbox.post(self.events, event)
         except RuntimeError:
             # The loop is closed: nobody is left to read.
             self.cancelled.set()
@@ -151,8 +192,7 @@ class Stream:
         left_s = max(0.0, self._job.deadline - time.monotonic())
         last = within_s is None or left_s <= within_s
         try:
-            async with asyncio.timeout(left_s if last else within_s):
-                event = await self._job.events.get()
+            event = await self._soon(left_s if last or within_s is None else within_s)
         except TimeoutError as e:
             if not last:
                 return None
@@ -164,3 +204,15 @@ class Stream:
             self._done = True
             raise event
         return event
+
+    async def _soon(self, within_s: float) -> Event:
+        """Return the next event.
+
+        Raises:
+            TimeoutError: There was none in time.
+        """
+        events = self._job.events
+        if within_s > 0 and not events.empty():
+            return events.get_nowait()  # without a timer
+        async with asyncio.timeout(within_s):
+            return await events.get()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tests.pipelines.conftest import Nvila
 
 from nvila.assembly import load_model
@@ -208,9 +209,14 @@ def test_a_licence_goes_along_from_base_to_tuned_to_quantized(
     tuned = nvila("tune", copy, pictures, *QUICK)
     assert tuned.code == 0, tuned.err
     assert "must not be used commercially" in caplog.text
+    assert (Path(tuned.out.rpartition("model: ")[2].splitlines()[0]) / "nvila_adapter.json").is_file()
     words = ("--vision", "none", "--language", "fp8", "--no-speed", "--register", "small@candidate")
-    small = nvila("quantize", "models:/nvila-tuned@candidate", *words)
+    small = nvila("quantize", "models:/nvila-tuned@candidate", *words, "--json")
     assert small.code == 0, small.err
+    # What was learned is in the weights, not beside them.
+    names = json.loads(small.out.splitlines()[-1])["path"]
+    assert not [name for name in load_file(Path(names) / "model" / "model.safetensors") if "lora" in name]
+    assert not list(Path(names).glob(".merged"))
     settings = Settings.load(Path("nvila-workspace"), {})
     for name in ("nvila-tuned", "small"):
         tags = version_tags(settings, resolve(settings, f"models:/{name}@candidate"))
