@@ -251,7 +251,8 @@ def inner(tmp_path: Path) -> Path:
     """A tests folder with our conftest and one golden file."""
     folder = tmp_path / "tests"
     (folder / "golden").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/conftest.py", folder)
+    for name in ("conftest.py", "fake_kubernetes.py", "fake_trainer.py"):
+        shutil.copy(ROOT / "tests" / name, folder)
     (folder / "golden/page.txt").write_text("old\nsame\n")
     return folder
 

@@ -40,10 +40,11 @@ def serving_pod(documents: list[Document]) -> Document:
     """Return the pod that KServe makes of the two resources, as far as the chart decides it."""
     runtime = by_kind(documents, "ServingRuntime")["spec"]
     service = by_kind(documents, "InferenceService")
-    own = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "autoScaling", "annotations"}
+    own = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "autoScaling", "annotations", "labels"}
     predictor = {key: value for key, value in service["spec"]["predictor"].items() if key not in own}
     labels = {
         **service["metadata"]["labels"],
+        **service["spec"]["predictor"].get("labels", {}),
         "app": f"isvc.{service['metadata']['name']}-predictor",
         "component": "predictor",
         "serving.kserve.io/inferenceservice": service["metadata"]["name"],

@@ -56,10 +56,8 @@ LEASES = Kind(api="coordination.k8s.io/v1", plural="leases", name="Lease")
 ROUTES = Kind(api="gateway.networking.k8s.io/v1", plural="httproutes", name="HTTPRoute")
 
 
-class ConflictError(NvilaError):
-    """Somebody else changed the resource meanwhile."""
-
-    code = "conflict"
+class ConflictError(InfrastructureError):
+    """Somebody else changed the resource meanwhile; it may pass when it is tried again."""
 
 
 class ResourceApi:
@@ -311,7 +309,7 @@ class _Read:
         self.headers = answer.headers
 
 
-class _MissingError(NvilaError):
+class _MissingError(ConfigError):
     """There is no such resource, or no such kind."""
 
 

@@ -221,11 +221,11 @@ def test_artifacts_of_this_machine_are_out_of_a_clusters_reach(world: World, nvi
     from nvila_platform.registration import register_model
     from nvila_platform.store import ArtifactRef
 
-    ref = ArtifactRef(step="quantize", key="3" * 64, digest="3" * 64, uri="/home/me/artifacts/quantize/3")
+    ref = ArtifactRef(step="quantize", key="3" * 64, digest="3" * 64, uri="/srv/nvila/artifacts/quantize/3")
     register_model(world.settings, "eye", ref, None, {"nvila.gate.state": "passed"})
     done = nvila("deploy", "eye/3")
     assert done.code == 2
-    assert "models:/eye/3 is in the folder /home/me/artifacts/quantize/3" in done.err
+    assert "models:/eye/3 is in the folder /srv/nvila/artifacts/quantize/3" in done.err
     done = nvila("deploy", "eye/3", "model.storageUri=pvc://models/eye", "--timeout", 5, "--json")
     assert done.code == 0, done.err
     assert world.predictor()["model"]["storageUri"] == "pvc://models/eye"
