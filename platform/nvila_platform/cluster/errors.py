@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +22,20 @@ class TakenError(ConfigError):
     """There is a resource of this name already."""
 
 
+class ConflictError(InfrastructureError):
+    """Somebody else changed the resource meanwhile; it may pass when it is tried again."""
+
+
+Typed = Callable[[Any, str], NvilaError]
+
+
 @contextmanager
-def cluster_errors(what: str) -> Iterator[None]:
+def cluster_errors(what: str, typed: Typed | None = None) -> Iterator[None]:
     """Turn what the client raises into typed errors.
 
     Args:
         what: Resource that is asked for, with its namespace.
+        typed: Names what the API server refuses, from the client's exception and `what`; None does it for jobs.
 
     Raises:
         ConfigError: There is none of this name, there is one already, or the cluster refuses it.
@@ -40,15 +48,13 @@ def cluster_errors(what: str) -> Iterator[None]:
     try:
         yield
     except ApiException as e:
-        raise _typed(e, what) from e
-    except HTTPError as e:
-        raise InfrastructureError(
-            f"the cluster cannot be reached for {what}: {first_line(e)}", "try again later"
-        ) from e
+        raise (typed or _job_error)(e, what) from e
+    except (HTTPError, OSError) as e:
+        raise InfrastructureError(f"the cluster cannot be reached ({what}): {first_line(e)}", "try again later") from e
 
 
-def _typed(error: Any, what: str) -> NvilaError:
-    status, said = int(error.status or 0), _said(error)
+def _job_error(error: Any, what: str) -> NvilaError:
+    status, said = int(error.status or 0), said_by(error)
     if status == 409:
         return TakenError(f"{what} exists already", "choose another name with --job-name, or delete it first")
     # A webhook that refuses a value says 403 by default, as if it were about rights.
@@ -63,11 +69,19 @@ def _typed(error: Any, what: str) -> NvilaError:
     return InfrastructureError(f"the cluster failed on {what} with status {status}: {said}", "try again later")
 
 
-def _said(error: Any) -> str:
+def said_by(error: Any) -> str:
+    """Return what the API server says of a refusal, cut to a readable length."""
+    return str(status_of(error).get("message") or error.body or error.reason or "no reason given").strip()[:500]
+
+
+def status_of(error: Any) -> dict[str, Any]:
+    """Return the `Status` that came with a refusal; empty where none came."""
+    body = error.body
     try:
-        return str(json.loads(error.body)["message"])
-    except (ValueError, KeyError, TypeError):
-        return str(error.body or error.reason or "no reason given").strip()[:300]
+        found = json.loads(body.decode("utf-8", "replace") if isinstance(body, bytes) else body)
+    except (ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def first_line(error: Exception) -> str:

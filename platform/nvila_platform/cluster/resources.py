@@ -10,14 +10,13 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from nvila.errors import CapabilityError, ConfigError, InfrastructureError, NvilaError
 from nvila_platform.cluster.connection import connect
-from nvila_platform.cluster.errors import first_line
+from nvila_platform.cluster.errors import ConflictError, NotThereError, cluster_errors, said_by, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +53,6 @@ INFERENCE_SERVICES = Kind(api="serving.kserve.io/v1beta1", plural="inferenceserv
 SERVING_RUNTIMES = Kind(api="serving.kserve.io/v1alpha1", plural="servingruntimes", name="ServingRuntime")
 LEASES = Kind(api="coordination.k8s.io/v1", plural="leases", name="Lease")
 ROUTES = Kind(api="gateway.networking.k8s.io/v1", plural="httproutes", name="HTTPRoute")
-
-
-class ConflictError(InfrastructureError):
-    """Somebody else changed the resource meanwhile; it may pass when it is tried again."""
 
 
 class ResourceApi:
@@ -101,7 +96,7 @@ class ResourceApi:
         """
         try:
             return self._call("GET", self._path(kind, name), self._what(kind, name, "get"))
-        except _MissingError:
+        except NotThereError:
             return None
 
     def find(self, kind: Kind, selector: str = "") -> list[Resource]:
@@ -115,7 +110,7 @@ class ResourceApi:
         what = self._what(kind, "", "list")
         try:
             return list(self._call("GET", self._path(kind), what, query=query)["items"])
-        except _MissingError as e:
+        except NotThereError as e:
             raise CapabilityError(f"the cluster has no {kind.plural}.{kind.group}", "") from e
 
     def create(self, kind: Kind, manifest: Mapping[str, Any]) -> bool:
@@ -130,7 +125,7 @@ class ResourceApi:
             self._call("POST", self._path(kind), what, query={"fieldManager": MANAGER}, body=manifest)
         except ConflictError:
             return False
-        except _MissingError as e:
+        except NotThereError as e:
             raise CapabilityError(f"the cluster has no {kind.plural}.{kind.group}", "") from e
         return True
 
@@ -148,7 +143,7 @@ class ResourceApi:
         query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
         try:
             return self._call("PATCH", self._path(kind, name), self._what(kind, name, "patch"), query=query, body=body)
-        except _MissingError as e:
+        except NotThereError as e:
             raise CapabilityError(f"the cluster has no {kind.plural}.{kind.group}", "") from e
 
     def delete(self, kind: Kind, name: str) -> None:
@@ -160,7 +155,7 @@ class ResourceApi:
         """
         try:
             self._call("DELETE", self._path(kind, name), self._what(kind, name, "delete"))
-        except _MissingError:
+        except NotThereError:
             logger.debug("%s %s is gone already", kind.name, name)
 
     def watch(self, kind: Kind, name: str, *, timeout_s: float) -> Iterator[Resource | None]:
@@ -224,7 +219,7 @@ class ResourceApi:
             "timeoutSeconds": str(max(1, round(seconds))),
         }
         what = self._what(kind, name, "watch")
-        with _failures(what):
+        with cluster_errors(what, _typed):
             try:
                 answer = self._send("GET", self._path(kind), query, None, stream=True, timeout_s=seconds + 5)
             except Exception as e:
@@ -252,7 +247,7 @@ class ResourceApi:
     ) -> Resource:
         from kubernetes.client import ApiException
 
-        with _failures(what):
+        with cluster_errors(what, _typed):
             try:
                 answer = self._send(method, path, query or {}, body, stream=False, timeout_s=_TIMEOUT_S)
             except ApiException as e:
@@ -309,10 +304,6 @@ class _Read:
         self.headers = answer.headers
 
 
-class _MissingError(ConfigError):
-    """There is no such resource, or no such kind."""
-
-
 def _lines(answer: Any) -> Iterator[bytes]:
     """Yield the lines of a stream as they come."""
     buffer = b""
@@ -321,26 +312,11 @@ def _lines(answer: Any) -> Iterator[bytes]:
         yield from filter(None, whole)
 
 
-@contextmanager
-def _failures(what: str) -> Iterator[None]:
-    """Turn what the client raises into typed errors."""
-    from kubernetes.client import ApiException
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield
-    except ApiException as e:
-        raise _typed(e, what) from e
-    except (HTTPError, OSError) as e:
-        raise InfrastructureError(f"the cluster cannot be reached to {what}: {first_line(e)}", "try again later") from e
-
-
 def _typed(error: Any, what: str) -> NvilaError:
     status = int(error.status or 0)
-    said = _status(error)
-    text = str(said.get("message") or error.body or error.reason or "no reason given").strip()[:500]
+    said, text = status_of(error), said_by(error)
     if status == 404:
-        return _MissingError(text)
+        return NotThereError(text)
     if status == 409 and any(one.get("reason") == "FieldManagerConflict" for one in _causes(said)):
         return ConfigError(f"cannot {what}, somebody else manages it: {text}", "choose another name with --name")
     if status == 409:
@@ -357,15 +333,6 @@ def _typed(error: Any, what: str) -> NvilaError:
             f"this user may not {what}: {text}", "ask for the right; the roles of charts/nvila-platform grant it"
         )
     return InfrastructureError(f"the cluster failed to {what} with status {status}: {text}", "try again later")
-
-
-def _status(error: Any) -> dict[str, Any]:
-    body = error.body
-    try:
-        found = json.loads(body.decode("utf-8", "replace") if isinstance(body, bytes) else body)
-    except (ValueError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _causes(said: Mapping[str, Any]) -> list[dict[str, Any]]:

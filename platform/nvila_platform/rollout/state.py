@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from nvila.errors import ConfigError
+from nvila_platform.cluster.errors import ConflictError
 from nvila_platform.cluster.inference_service import ENDPOINT_LABEL, Revision
-from nvila_platform.cluster.resources import LEASES, ConflictError, Resource, ResourceApi
+from nvila_platform.cluster.resources import LEASES, Resource, ResourceApi
 
 # `starting`: pods of the target are made ready, without traffic; `stepping`: it gets its share and is watched;
 # `promoting`: it becomes the stable one; `naming`: the registry learns of it; `undoing`: it is taken away again.
