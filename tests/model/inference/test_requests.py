@@ -300,6 +300,32 @@ def test_the_error_of_a_cancelled_one_does_not_keep_a_forgotten_stream(
             hook.remove()
 
 
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_errors_of_several_pictures_do_not_keep_a_forgotten_stream(
+    build_engine: Build, ask: Ask, pictures: Pictures, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    engine = build_engine(blocks=200)
+    bad = engine.stream(ask("a", "b"), pictures, GREEDY)
+    calls = []
+
+    def refuse(*_: Any) -> None:
+        calls.append(1)
+        if cancelled:
+            bad.close()
+        raise RuntimeError("no such picture")
+
+    monkeypatch.setattr(engine._variants.base.encoder, "_codes", refuse)
+
+    def ask_and_forget() -> None:
+        forgotten = engine.stream(ask(text="what shape is it?"), pictures, SamplingParams(max_tokens=60))
+        next(forgotten)
+
+    ask_and_forget()
+    assert calls
+    assert_empty(engine)
+
+
 def poison(marker: int, how: str) -> Callable[..., Any]:
     """Make a hook that raises, or makes NaN, wherever the embedding of a token occurs."""
 
