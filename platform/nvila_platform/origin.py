@@ -152,6 +152,7 @@ def ask_endpoint(url: str) -> Served:
             said = json.load(answer)
         served = Served(url=url, name=said["model"], version=said["version"], digest=said["digest"])
     except urllib.error.HTTPError as e:
+        e.close()  # it is the answer, whose connection is open
         if e.code == HTTPStatus.SERVICE_UNAVAILABLE:
             raise InfrastructureError(f"{address}: the model is not ready", "try again later") from e
         raise ConfigError(f"{address} answers {e.code}", "give the address of a server of `nvila serve`") from e

@@ -112,6 +112,7 @@ def _ask(url: str, key: str | None) -> dict[str, Any]:
             found: dict[str, Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as e:
+        e.close()  # it is the answer, whose connection is open
         fix = {
             401: "give a key with --api-key",
             404: "start the server with --drift FILE; make the file with nvila drift reference",

@@ -102,6 +102,7 @@ def test_the_report_tells_steady_from_drifted(
     assert nvila("drift", "report", url, "--json").last_json["drifted"] == ["brightness"]
 
 
+@pytest.mark.usefixtures("all_closed")
 def test_the_key_is_taken_from_the_option_or_the_environment(
     nvila: Callable[..., Any], endpoint: tuple[str, DriftWatch, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

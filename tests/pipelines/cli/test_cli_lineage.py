@@ -210,6 +210,7 @@ def test_what_cannot_be_found_is_one_line(nvila: Callable[..., Any], asked: str,
     assert done.out == ""
 
 
+@pytest.mark.usefixtures("all_closed")
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
