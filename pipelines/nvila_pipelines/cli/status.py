@@ -22,8 +22,8 @@ examples:
   nvila status nvila --watch         until it is ready and no rollout is under way
   nvila status nvila --json
 """
+# Also without an event of the endpoint: a rollout ends in its Lease, which is not watched.
 _LOOK_S = 5.0
-_WATCH_S = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def _looks(api: ResourceApi, name: str) -> Iterator[None]:
             yield
             time.sleep(_LOOK_S)
             continue
-        for _ in api.watch(INFERENCE_SERVICES, name, timeout_s=_WATCH_S):
+        for _ in api.watch(INFERENCE_SERVICES, name, timeout_s=_LOOK_S):
             yield
 
 

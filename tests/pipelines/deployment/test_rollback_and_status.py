@@ -135,7 +135,11 @@ def test_a_status_can_be_watched_until_it_rests(world: World, nvila: Nvila) -> N
         timer.join()
     assert done.code == 0
     assert done.out.count("endpoint") >= 2
-    assert " yes " in done.out.splitlines()[-1] or "yes" in done.out
+    before, last = done.out.rsplit("endpoint", 1)
+    assert "ModelLoadFailed" in before
+    assert "rollout of" in before
+    assert last.splitlines()[1].split()[5] == "yes"
+    assert "rollout of" not in last
 
 
 def test_knative_shows_shares_of_revisions(world: World, canary: Nvila, nvila: Nvila) -> None:
