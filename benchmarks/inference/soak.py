@@ -13,6 +13,7 @@ python benchmarks/inference/soak.py --quick         # 20 seconds, no result file
 from __future__ import annotations
 
 import argparse
+import ctypes
 import random
 import sys
 import threading
@@ -49,6 +50,7 @@ class Tally:
     dirty_rounds: int = 0
     preemptions: int = 0
     rss: list[tuple[float, float]] = field(default_factory=list)
+    live: list[tuple[float, int]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -106,7 +108,9 @@ def main() -> int:
         ),
     ]
     rss = [(round(at, 1), round(mib, 2)) for at, mib in tally.rss[:: max(1, len(tally.rss) // 200)]]
+    live = [(round(mib, 2), blocks) for mib, blocks in tally.live[:: max(1, len(tally.live) // 200)]]
     details = {"seconds": seconds, "outcomes": dict(tally.outcomes), "wrong": tally.wrong[:20], "rss_mib": rss}
+    details["live_mib_and_python_blocks"] = live
     print(f"written: {write_result('inference-soak', claims, details)}")
     return 0
 
@@ -124,6 +128,7 @@ def soak(seconds: float, *, seed: int = 0, tell: bool = False) -> Tally:
             _round(engine, questions, tally, min(left, _ROUND_S), seed + 1000 * number)
             number += 1
             tally.rss.append((time.monotonic() - began, resident_mib()))
+            tally.live.append((live_mib(), sys.getallocatedblocks()))
             if tell and number % 6 == 0:
                 print(f"{time.monotonic() - began:.0f} s: {tally.asked} requests, {len(tally.wrong)} wrong", flush=True)
     finally:
@@ -149,6 +154,37 @@ def resident_mib() -> float:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     raise RuntimeError("/proc/self/status has no VmRSS")
+
+
+class _MallInfo(ctypes.Structure):
+    """What glibc says of its heaps (mallinfo2), bytes; only two of its fields are read."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keep",
+        )
+    ]
+
+
+def live_mib() -> float:
+    """Return the memory that is in use by somebody, without what the allocator keeps for later.
+
+    Memory that is in use and stays the same while resident memory grows is no leak but holes between blocks.
+    """
+    mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+    mallinfo.restype = _MallInfo
+    found = mallinfo()
+    return float(found.uordblks + found.hblkhd) / 2**20
 
 
 def _round(engine: Engine, questions: Sequence[Question], tally: Tally, seconds: float, seed: int) -> None:
