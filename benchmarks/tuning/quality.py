@@ -1,9 +1,9 @@
 """Quality of tuning methods and of learning-rate ratios on a transfer task.
 
 A base learns easy-VQA (captions, then questions) and is tuned on pages of handwritten digits in large print, which it
-has never seen. Every method chooses its rate and its ratio among as many, by the held-out loss of short runs, with a seed
-of their own; then it is tuned with every seed on the same pages and names the digits of other pages. The ratios are
-those of ln+lora at the rate that it chose, in runs a quarter as long. Finished cells are kept in the folder of --work.
+has never seen. Every method chooses its rate and its ratio among as many, by the held-out loss of short runs, with a
+seed of their own; then it is tuned with every seed on the same pages and names the digits of other pages. The ratios
+are those of ln+lora at the rate that it chose, in runs a quarter as long. Finished cells are kept in --work.
 
 python benchmarks/tuning/quality.py --work runs   # three seeds
 python benchmarks/tuning/quality.py --quick       # one seed, two methods, few steps: does it run?
