@@ -66,6 +66,20 @@ component: predictor
 {{- end }}
 
 {{/*
+Name of the service that leads to the endpoint.
+*/}}
+{{- define "nvila-serving.serviceName" -}}
+{{- $service := .Values.endpoint.service }}
+{{- if and (not .Values.endpoint.create) (not $service.name) }}
+{{- fail "endpoint.create is off, and `nvila deploy` leaves a service for each revision: set endpoint.service.name, .namespace and .host to those of KServe's gateway, or turn off route.enabled and tests.enabled" }}
+{{- end }}
+{{- if and (not $service.name) (or $service.namespace $service.host) }}
+{{- fail "endpoint.service.namespace and .host belong to a service that is named: set endpoint.service.name too" }}
+{{- end }}
+{{- default (printf "%s-predictor" (include "nvila-serving.fullname" .)) $service.name }}
+{{- end }}
+
+{{/*
 Image reference: by digest where one is given, otherwise by tag.
 */}}
 {{- define "nvila-serving.image" -}}
