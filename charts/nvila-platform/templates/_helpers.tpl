@@ -58,7 +58,7 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 {{- end }}
 
 {{/*
-Image reference, by digest where one is given, otherwise by tag. Takes `root`, `image` and `path`, its key in the values.
+Image reference, by digest where one is given, otherwise by tag; the chart's own choices are pinned besides. Takes `root`, `image` and `path`, its key in the values.
 */}}
 {{- define "nvila-platform.image" -}}
 {{- if eq .image.tag "latest" }}
@@ -72,7 +72,12 @@ Image reference, by digest where one is given, otherwise by tag. Takes `root`, `
 {{- if .image.digest }}
 {{- printf "%s@%s" $name .image.digest }}
 {{- else }}
-{{- printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) }}
+{{- $tagged := printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) }}
+{{- $digests := .root.Files.Get "files/image-digests.yaml" | fromYaml }}
+{{- with get $digests $tagged }}
+{{- $tagged = printf "%s@%s" $tagged . }}
+{{- end }}
+{{- $tagged }}
 {{- end }}
 {{- end }}
 
