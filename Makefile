@@ -50,6 +50,7 @@ charts: setup
 	@# The alert rules' own checks; a machine that cannot have it skips them and says so.
 	@$(BIN)/python scripts/prometheus.py || true
 	@$(BIN)/python scripts/chart_docs.py --check
+	@$(BIN)/python scripts/upgrade_diff.py
 	@for chart in charts/*/Chart.yaml; do $(HELM) lint --strict --quiet "$${chart%/Chart.yaml}" || exit 1; done
 
 docs-check: setup

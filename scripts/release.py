@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pin_images import unpinned
+from upgrade_diff import RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKSUMS = "SHA256SUMS"
@@ -76,6 +77,9 @@ def checked_version(root: Path, *, final: bool = False) -> str:
                 )
     for image in unpinned(root):
         raise ReleaseError(f"{image} is not pinned by digest; run: make pin-images")
+    recorded = _found(root / RECORD, r'^ "version": "(.+)"$') if final else version
+    if recorded != version:
+        raise ReleaseError(f"{RECORD} is of {recorded}; check and renew it: python scripts/upgrade_diff.py --record")
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     dated = re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE)
     if not dated and (final or "\n## [Unreleased]\n" not in changelog):

@@ -46,6 +46,7 @@ def tree(tmp_path: Path) -> Path:
         (root / "charts" / "nvila-platform" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "charts" / "nvila-platform" / name, root / "charts" / "nvila-platform" / name)
     shutil.copytree(ROOT / "docker", root / "docker")
+    shutil.copy(ROOT / "charts" / "released.json", root / "charts")
     (root / "model" / "nvila").mkdir(parents=True)
     shutil.copy(ROOT / "model" / "nvila" / "_version.py", root / "model" / "nvila")
     (root / "CHANGELOG.md").write_text("# Changelog\n\n## [Unreleased]\n\n- All of it.\n")
@@ -107,6 +108,17 @@ def test_an_image_without_a_digest_is_refused(tree: Path, file: str, pattern: st
     path.write_text(re.sub(pattern, "", path.read_text()))
     with pytest.raises(release.ReleaseError, match=rf"{named} is not pinned by digest; run: make pin-images"):
         release.checked_version(tree)
+
+
+def test_a_final_release_records_its_charts(tree: Path) -> None:
+    date_the_changelog(tree)
+    record = tree / "charts" / "released.json"
+    record.write_text(record.read_text().replace('"version": "0.1.0"', '"version": "0.0.9"'))
+    git(tree, "commit", "--quiet", "-am", "Release")
+    with pytest.raises(release.ReleaseError, match=r"charts/released.json is of 0.0.9; check and renew it"):
+        release.checked_version(tree, final=True)
+    # A rehearsal is before that.
+    assert release.checked_version(tree) == "0.1.0"
 
 
 def test_outside_of_git_it_says_so(tmp_path: Path) -> None:
