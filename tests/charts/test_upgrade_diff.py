@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-
 ROOT = Path(__file__).resolve().parents[2]
 POSTGRES = "charts/nvila-platform/templates/postgres"
 MLFLOW = "charts/nvila-platform/templates/mlflow"
+HELPERS = "charts/nvila-platform/templates/_helpers.tpl"
 
 pytestmark = pytest.mark.usefixtures("helm")
 
