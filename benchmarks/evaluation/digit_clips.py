@@ -37,7 +37,7 @@ from nvila.vision.temporal import num_video_tokens
 
 TILE, PATCH, PROJECTOR = 16, 8, "mlp_downsample_2x2_fix"
 DIGIT_SIDE = DIGIT * TILE // SIZE
-_FULL, _QUICK = (1000, 400, 400), (20, 8, 8)
+_FULL, _QUICK = (1000, 1200, 1200), (20, 8, 8)
 _LEAST_SEEDS = 3
 # Frames, and how many of them are pooled.
 VARIANTS = {"8": (8, 1), "32-pooled": (32, 4), "32": (32, 1)}

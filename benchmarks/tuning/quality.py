@@ -1,9 +1,9 @@
 """Quality of tuning methods and of learning-rate ratios on a transfer task.
 
 A base learns easy-VQA (captions, then questions) and is tuned on pages of handwritten digits in large print, which it
-has never seen. Every method chooses its rate and its ratio among as many, by the held-out loss of runs half as long,
-with a seed of their own; then it is tuned with every seed on the same pages and names the digits of other pages.
-The ratios are those of ln+lora at the rate that it chose. Finished cells are kept in the folder of --work.
+has never seen. Every method chooses its rate and its ratio among as many, by the held-out loss of short runs, with a
+seed of their own; then it is tuned with every seed on the same pages and names the digits of other pages. The ratios
+are those of ln+lora at the rate that it chose, in runs a quarter as long. Finished cells are kept in --work.
 
 python benchmarks/tuning/quality.py --work runs   # three seeds
 python benchmarks/tuning/quality.py --quick       # one seed, two methods, few steps: does it run?
@@ -54,17 +54,19 @@ def main() -> int:
         chosen: dict[str, Cell] = {}
         for method in ("full+full", "ln+lora") if args.quick else args.methods:
             chosen[method] = table.choose(method)
-            # First what is compared, then the other ratios.
-            ratios = [chosen[method].ratio, *(table.ratios if method == "ln+lora" else ())]
-            for ratio in ratios:
-                for seed in seeds:
-                    cell = replace(chosen[method], ratio=ratio, seed=seed, steps=table.steps)
-                    runs[cell] = table.run(cell)
+            for seed in seeds:
+                cell = replace(chosen[method], seed=seed, steps=table.steps)
+                runs[cell] = table.run(cell)
+        for ratio in table.ratios if "ln+lora" in chosen else ():
+            for seed in seeds:
+                cell = replace(chosen["ln+lora"], ratio=ratio, seed=seed, steps=table.ratio_steps)
+                runs[cell] = table.run(cell)
     name = "tuning-quality-quick" if args.quick else "tuning-quality"
     own = {method: {"rate": cell.rate, "ratio": cell.ratio} for method, cell in chosen.items()}
-    details = {"base": table.before, "steps": table.steps, "chosen": own, "trials": table.trials}
+    steps = {"steps": table.steps, "ratio_steps": table.ratio_steps}
+    details = {"base": table.before, **steps, "chosen": own, "trials": table.trials}
     lines = [{**asdict(cell), **found} for cell, found in runs.items()]
-    print(f"written: {write_result(name, claims(lines, own), {**details, 'runs': lines})}")
+    print(f"written: {write_result(name, claims(lines, own, **steps), {**details, 'runs': lines})}")
     return 0
 
 
@@ -78,7 +80,7 @@ class Table:
 
     def __init__(self, work: Path, *, quick: bool) -> None:
         self.ratios = RATIOS[:1] if quick else RATIOS
-        self.steps, self._trial_steps, self._asked = (6, 4, 30) if quick else (500, 250, 250)
+        self.steps, self.ratio_steps, self._trial_steps, self._asked = (8, 6, 4, 30) if quick else (2000, 500, 250, 250)
         self._work = work
         self._base = train_base(work / "base", (10, 10) if quick else (300, 300))
         self._data = open_pages(self._base, work / "index", 100 if quick else 4000)
@@ -105,17 +107,19 @@ class Table:
         return trials[losses.index(min(losses))]
 
 
-def claims(runs: list[dict[str, Any]], chosen: dict[str, dict[str, float]]) -> list[Claim]:
+def claims(
+    runs: list[dict[str, Any]], chosen: dict[str, dict[str, float]], *, steps: int, ratio_steps: int
+) -> list[Claim]:
     """Return the figures, in points of accuracy."""
 
     def values(method: str, ratio: float | None = None) -> list[float]:
-        wanted = chosen[method]["ratio"] if ratio is None else ratio
-        return [100 * run["accuracy"] for run in runs if (run["method"], run["ratio"]) == (method, wanted)]
+        wanted = (method, chosen[method]["ratio"], steps) if ratio is None else (method, ratio, ratio_steps)
+        return [100 * run["accuracy"] for run in runs if (run["method"], run["ratio"], run["steps"]) == wanted]
 
     found = []
     for method, how_chosen in chosen.items():
         what = f"accuracy of {method} on test pages, percent, by seed"
-        notes = f"rate {how_chosen['rate']:g}"
+        notes = f"{steps} steps, rate {how_chosen['rate']:g}"
         notes += "" if method.startswith("frozen") else f", ratio {how_chosen['ratio']:g}"
         found.append(claim(f"accuracy-{method}", what, values(method), "reported", True, notes))
     if not {"full+full", "ln+lora"} <= chosen.keys():
@@ -132,7 +136,7 @@ def claims(runs: list[dict[str, Any]], chosen: dict[str, dict[str, float]]) -> l
             f"means {mean(full):.1f} and {mean(best):.1f}; each with its own rate and ratio, see the details",
         )
     )
-    ratios = sorted({run["ratio"] for run in runs if run["method"] == "ln+lora"})
+    ratios = sorted({run["ratio"] for run in runs if (run["method"], run["steps"]) == ("ln+lora", ratio_steps)})
     means = {ratio: mean(values("ln+lora", ratio)) for ratio in ratios}
     best_ratio, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
     gain = [a - b for a, b in zip(values("ln+lora", best_ratio), values("ln+lora", worst), strict=True)]
@@ -143,7 +147,7 @@ def claims(runs: list[dict[str, Any]], chosen: dict[str, dict[str, float]]) -> l
             gain,
             "shown",
             True,
-            "; ".join(f"ratio {ratio:g}: {value:.1f}" for ratio, value in means.items()),
+            f"{ratio_steps} steps; " + "; ".join(f"ratio {ratio:g}: {value:.1f}" for ratio, value in means.items()),
         )
     )
     return found

@@ -22,7 +22,7 @@ from nvila.data.video import load_video
 from nvila.errors import ConfigError, DataError
 from nvila.processing import NVILAProcessor
 from nvila.training.config import ModelConfig, StageConfig, Tiling, TrainConfig
-from nvila.training.media import Feed, StageMedia
+from nvila.training.media import Feed, FrameCache, StageMedia
 from nvila.training.observer import StageStart, StepRecord
 from nvila.training.run import train
 
@@ -116,6 +116,29 @@ def test_a_stage_of_single_tiles_cuts_nothing(model_config: ModelConfig) -> None
     assert found["pixel_values"].shape == (1, 3, 32, 32)
     assert found["image_blocks"].tolist() == [[0, 0]]
     assert media.layouts([Part(type="image", value="wide")])[0].runs == (processor.num_image_tokens,)
+
+
+@pytest.mark.parametrize(("budget", "reads"), [(2**20, 2), (2 * 3 * 32 * 32, 3), (0, 4)], ids=["all", "one", "none"])
+def test_videos_are_decoded_once_while_they_fit(model_config: ModelConfig, budget: int, reads: int) -> None:
+    _, processor = built(config(model_config, "resize", frames=2))
+    read: list[str] = []
+
+    def encoded(key: str) -> bytes:
+        read.append(key)
+        return TABLE.encoded(key)
+
+    media = StageMedia(
+        processor=processor, tile=True, image=TABLE.image, video=encoded, frames=FrameCache(budget=budget)
+    )
+    keys = [sample.messages[0].content[0].value for number in range(2) for sample in moving_shapes.questions(number)]
+    keys = sorted(set(keys))
+    expected = processor.video_processor([TABLE.encoded(key) for key in keys])
+    for _ in range(2):
+        found = media.tensors([], keys)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(values, expected[name]) for name, values in found.items())
+    assert len(keys) == 2
+    assert len(read) == reads
 
 
 def test_a_stage_sets_frames_and_pooling_from_there_on(model_config: ModelConfig, tmp_path: Path) -> None:

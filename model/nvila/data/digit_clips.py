@@ -8,6 +8,7 @@ training clip. The source of a question is its kind.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,8 +44,10 @@ class DigitClips:
 
     def __init__(self) -> None:
         self._digits = DigitsVQA()
-        self._members: dict[Split, list[int]] = {"train": self._digits.members("train")}
-        self._members["test"] = self._digits.members("test")
+        self._members: dict[tuple[Split, int], list[int]] = defaultdict(list)  # by what they are
+        for split in CLIPS:
+            for number in self._digits.members(split):
+                self._members[split, self._digits.digit(number)].append(number)
 
     def questions(self, split: Split, kinds: Collection[str] = (*WORD_KINDS, *SPAN_KINDS)) -> Iterator[Sample]:
         """Yield the questions of some kinds about the clips of a split; videos are keyed `<split>/<clip>`."""
@@ -59,7 +62,7 @@ class DigitClips:
         split: Split = "test" if key.startswith("test/") else "train"
         choose = random.Random(f"digit-clips {key}")
         wanted = choose.sample(range(len(WORDS)), choose.randint(2, 4))
-        numbers = [choose.choice([n for n in self._members[split] if self._digits.digit(n) == d]) for d in wanted]
+        numbers = [choose.choice(self._members[split, digit]) for digit in wanted]
         lengths = [choose.randint(_SHORTEST, _LONGEST) for _ in numbers]
         # What is left of the clip is shared out before, between and after; one black frame at least between two.
         spare = FRAMES - sum(lengths) - (len(numbers) - 1)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nvila.data.conversation import ConversationEncoder, Encoded
 from nvila.data.media_layout import MediaLayout
 from nvila.data.records import Part, Sample
 from nvila.data.tensors import PixelCache, encode_groups
-from nvila.data.video import Video
 from nvila.processing import NVILAProcessor
 from nvila.training.config import SINGLE_TILE, ModelConfig, StageConfig
 
@@ -36,6 +36,33 @@ class MediaTensors(Protocol):
         """Return pixels, and what belongs to them, in the order of the keys."""
 
 
+# A step of a small model takes less time than decoding its videos; this holds some thousand short ones.
+KEPT_VIDEO_BYTES = 2**29
+
+
+@dataclass(slots=True)
+class FrameCache:
+    """Tiles of videos as bytes, kept while they fit.
+
+    Args:
+        budget: Bytes to keep at most; what comes later is decoded each time.
+    """
+
+    budget: int = KEPT_VIDEO_BYTES
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return the tiles of a video, (T, 3, size, size), made when they are not kept."""
+        found = self._kept.get(key)
+        if found is None:
+            found = make()
+            if self._bytes + found.nbytes <= self.budget:
+                self._kept[key] = found
+                self._bytes += found.nbytes
+        return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMedia:
     """How a stage looks at media, by the model's own processor: training and answering see the same pixels.
@@ -45,12 +72,14 @@ class StageMedia:
         tile: Cut images as the model does; False gives one tile an image.
         image: Reads an image by its key.
         video: Reads the bytes of a video by its key.
+        frames: Keeps decoded videos.
     """
 
     processor: NVILAProcessor
     tile: bool
     image: ImageSource
     video: Callable[[str], bytes]
+    frames: FrameCache = field(default_factory=FrameCache)
 
     @classmethod
     def of(
@@ -72,7 +101,9 @@ class StageMedia:
             plans = [self.processor.image_processor.plan(*one.size, tile=self.tile) for one in loaded]
             inputs |= self.processor.image_processor.tensors(loaded, plans)
         if videos:
-            inputs |= self.processor.video_processor([self._frames(key) for key in videos])
+            levels = [self._levels(key) for key in videos]
+            inputs["pixel_values_videos"] = self.processor.video_processor.normalise(torch.cat(levels))
+            inputs["video_frames"] = torch.tensor([len(one) for one in levels], dtype=torch.long)
         return inputs
 
     def _layout(self, key: str) -> MediaLayout:
@@ -82,11 +113,12 @@ class StageMedia:
     def _video_layout(self, key: str) -> MediaLayout:
         videos = self.processor.video_processor
         # Evenly sampled videos need not be read to know how many frames they give.
-        return self.processor.media_tokens.video(len(self._frames(key)) if videos.fps else videos.num_frames)
+        return self.processor.media_tokens.video(len(self._levels(key)) if videos.fps else videos.num_frames)
 
-    def _frames(self, key: str) -> Video:
-        loaded: Video = self.processor.video_processor.load(self.video(key))
-        return loaded
+    def _levels(self, key: str) -> Tensor:
+        videos = self.processor.video_processor
+        levels: Tensor = self.frames.get(key, lambda: videos.frame_levels(videos.load(self.video(key))))
+        return levels
 
 
 class Feed:

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 def run(context: StepContext) -> dict[str, float]:
     """Quantize the parts of the model, measure each, and leave wide what loses more than its budget.
 
+    A step that was interrupted goes on behind its last finished block.
+
     Outputs: `model/`, `quantization.json`, `sizes.json`.
     """
     from nvila.assembly import load_model
     from nvila.checkpoints.documents import carry_documents
+    from nvila.quantization.resume import forget
     from nvila.quantization.run import quantize_in_parts
     from nvila.quantization.saved import restore_part
-    from nvila_pipelines.quantization.work import write_result
+    from nvila_pipelines.quantization.work import STATES_FOLDER, write_result
 
     folder = context.inputs["model"] / "model"
     model, processor = load_model(folder)
@@ -42,6 +45,7 @@ def run(context: StepContext) -> dict[str, float]:
     # The speed stays out of the files: equal models must give an equal digest.
     metrics = write_result(model, processor, _without_speed(report), context.out_dir)
     carry_documents(folder, context.out_dir / "model")
+    forget(context.out_dir / STATES_FOLDER)
     return {**metrics, **_speeds(report)}
 
 
@@ -49,6 +53,7 @@ def _measuring(context: StepContext) -> Measuring:
     """Calibrate on what was trained on, and measure on what was held out."""
     from nvila.quantization.run import Measuring
     from nvila.quantization.samples import split_samples
+    from nvila_pipelines.quantization.work import STATES_FOLDER
 
     config, data = context.recipe.quantize, context.inputs["data"]
     budget = config.budget
@@ -67,7 +72,13 @@ def _measuring(context: StepContext) -> Measuring:
         context.reporter.notice("quantize.data names no data set: weights are rounded to nearest, nothing is measured")
         return Measuring(budget=budget, speed=False)
     measured = evaluation if config.evaluation_samples else None
-    return Measuring(calibration=calibration, evaluation=measured, budget=budget, scratch=context.out_dir)
+    return Measuring(
+        calibration=calibration,
+        evaluation=measured,
+        budget=budget,
+        scratch=context.out_dir,
+        states=context.out_dir / STATES_FOLDER,
+    )
 
 
 def _split(data: Path, name: str) -> CountedStream:

@@ -196,6 +196,20 @@ def test_overload_is_shed_by_policy(shed: str, build_engine: Build, ask: Ask, pi
     assert_empty(engine)
 
 
+def test_a_full_cache_lets_requests_wait_and_then_sheds(build_engine: Build, ask: Ask, pictures: Pictures) -> None:
+    prompt = build_engine().stream(ask("a"), pictures, GREEDY).usage.prompt_tokens
+    engine = build_engine(blocks=-(-prompt // 4) + 4, max_running=2, max_waiting=1)
+    params = SamplingParams(max_tokens=12)
+    running = [engine.stream(ask(key), pictures, params) for key in "abc"]
+    said = [next(running[0]).text]
+    assert (engine.stats().running, engine.stats().waiting) == (1, 2)  # places for two, blocks for one
+    with pytest.raises(OverloadedError, match="wait already"):
+        engine.stream(ask("d"), pictures, params)
+    texts = ["".join([*(said if one is running[0] else ()), *(delta.text for delta in one)]) for one in running]
+    assert texts == [build_engine().generate([(ask(key), pictures)], params)[0].text for key in "abc"]
+    assert_empty(engine)
+
+
 def test_deadline_ends_a_request_and_no_other(build_engine: Build, ask: Ask, pictures: Pictures) -> None:
     engine = build_engine(blocks=200)
     late = engine.stream(ask("a"), pictures, GREEDY, timeout_s=0.01)

@@ -15,6 +15,7 @@ from nvila.curation.scoring import AnswerScore
 from nvila.data.dataset import load_samples
 from nvila.data.records import read_jsonl, vqa_sample
 from nvila.errors import DataError
+from nvila.quantization.resume import PartStates
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.curate import _merged_deltas, _ranked, scorer_subset
 from nvila_platform.artifacts import file_sha256
@@ -245,6 +246,30 @@ def test_quantization_is_the_same_every_time_and_starts_over(
     left_behind.write_bytes(b"half")
     again = bench.run("quantize", {"data": data_dir, "model": trained[1]})[1]
     assert hashes(again) == hashes(quantized[1])
+
+
+def test_quantization_that_was_interrupted_goes_on_behind_its_last_block(
+    quantized: tuple[dict[str, float], Path],
+    trained: tuple[dict[str, float], Path],
+    bench: Any,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = PartStates.save
+
+    def save_and_stop(self: PartStates, number: int, *rest: Any) -> None:
+        save(self, number, *rest)
+        if self.part == "language":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartStates, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("quantize", {"data": data_dir, "model": trained[1]})
+    monkeypatch.undo()
+    again = bench.run("quantize", {"data": data_dir, "model": trained[1]})[1]
+    used = [notice for notice in bench.reporter.notices if "of an interrupted run are used" in notice]
+    assert [notice.split(":")[0] for notice in used] == ["quantize vision", "quantize language"]
+    assert hashes(again) == hashes(quantized[1])  # without `blocks/`
 
 
 @pytest.mark.parametrize("form", ["wide", "quantized"])
