@@ -1,7 +1,7 @@
 """Draw the dashboards of charts/nvila-observability from what a Prometheus answers, without Grafana.
 
 A PNG for each dashboard, each panel where the dashboard has it: numbers for `stat` and `gauge`, lines for `timeseries`,
-bars for the rest. A query without an answer says `no data`, as Grafana does. The pictures of docs/ are made
+rows for the rest. A query without an answer says `no data`, as Grafana does. The pictures of docs/ are made
 by it in tests/charts/test_dashboards_answer.py, from a real server and a real Prometheus.
 
 Usage:
@@ -179,17 +179,19 @@ def _panel(axes: Axes, panel: Panel, found: list[Series]) -> None:
     if panel["type"] == "timeseries":
         _lines(axes, found, unit)
     else:
-        bars = found[:12]
-        axes.barh([name[:40] for name, _ in bars], [points[-1][1] for _, points in bars], color="#3366cc")
-        axes.invert_yaxis()
-        axes.xaxis.set_major_formatter(lambda value, _: shown(value, unit))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        rows = [f"{name[:60]}  {shown(points[-1][1], unit)}" for name, points in found[:12]]
+        axes.text(0.02, 0.95, "\n".join(rows), size=6.5, color=INK, ha="left", va="top")
 
 
 def _lines(axes: Axes, found: list[Series], unit: str) -> None:
     end = max(points[-1][0] for _, points in found)
     for name, points in found[:8]:
         axes.plot([(at - end) / 60 for at, _ in points], [value for _, value in points], linewidth=1, label=name[:40])
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    low, high = axes.get_ylim()
+    # Room above for the names.
+    axes.set_ylim(min(0.0, low), high + 0.25 * (high - min(0.0, low)))
     axes.grid(visible=True, color="#e4e7eb", linewidth=0.5)
     axes.xaxis.set_major_formatter(lambda minutes, _: f"{minutes:g} min")
     axes.xaxis.set_major_locator(_few())

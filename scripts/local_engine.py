@@ -34,7 +34,7 @@ def missing() -> str:
 
 
 def open_store(folder: Path) -> Builder:
-    """Open or make the storage in a folder; finished layers in it are used again.
+    """Open or make the storage in a folder; images in it stay.
 
     Raises:
         ReleaseError: The base could not be made.
@@ -46,7 +46,7 @@ def open_store(folder: Path) -> Builder:
     os.environ["BUILDAH_ISOLATION"] = "chroot"
     if buildah(storage, "images", "--quiet", "--filter", f"reference={BASE}") == "":
         _make_base(folder, storage, kept)
-    options = ("--pull-never", "--layers", "--network", "host", *volumes)
+    options = ("--pull-never", "--network", "host", *volumes)
     return Builder(engine="buildah", options=storage, build_options=options)
 
 

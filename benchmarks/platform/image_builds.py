@@ -35,11 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import images
 import local_engine
 from bench_result import Claim, claim, write_result
-from release import ReleaseError
+from release import ReleaseError, checked_version
 
 MIB = 1 << 20
 PARTS = ("answers", "ready", "answered")
 PEER = "environment"
+REGISTRY = "localhost/nvila"
 _LIMIT_S = 300
 # Megabytes of the unpacked image that still count as light: no torch in it.
 _LIGHT_MIB = 1500
@@ -50,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build images without a daemon and measure them.")
     parser.add_argument("--store", type=Path, help="folder of the storage, kept (default: a temporary one)")
     parser.add_argument("--images", nargs="+", choices=images.IMAGES, default=["pipelines", "serve"], metavar="NAME")
+    parser.add_argument("--built", action="store_true", help="take the images that the storage has, build none")
     parser.add_argument("--repeats", type=int, default=5, help="cold starts of each way (default: 5)")
     parser.add_argument("--quick", action="store_true", help="the light image alone, and no starts")
     args = parser.parse_args()
@@ -62,7 +64,7 @@ def main() -> int:
         store.mkdir(parents=True, exist_ok=True)
         try:
             builder = local_engine.open_store(store)
-            details = {name: measure(builder, name, Path(scratch)) for name in names}
+            details = {name: measure(builder, name, Path(scratch), built=args.built) for name in names}
             starts = cold_starts(builder, details["serve"]["tag"], args.repeats) if "serve" in details else {}
         except ReleaseError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -73,10 +75,13 @@ def main() -> int:
     return 0
 
 
-def measure(builder: images.Builder, name: str, scratch: Path) -> dict[str, Any]:
-    """Build one image; returns its tag, seconds, sizes in MiB and number of packages."""
+def measure(builder: images.Builder, name: str, scratch: Path, *, built: bool) -> dict[str, Any]:
+    """Build one image, or take it; returns its tag, seconds, sizes in MiB and number of packages."""
     began = time.monotonic()
-    tag = images.build(builder, name, registry="localhost/nvila", base=local_engine.BASE, cpu=False)
+    if built:
+        tag = f"{REGISTRY}/{name}:{checked_version(images.ROOT)}"
+    else:
+        tag = images.build(builder, name, registry=REGISTRY, base=local_engine.BASE, cpu=False)
     seconds = time.monotonic() - began
     folder = scratch / f"{name}-oci"
     # As a registry keeps it: gzipped layers.
@@ -85,7 +90,7 @@ def measure(builder: images.Builder, name: str, scratch: Path) -> dict[str, Any]
     shutil.rmtree(folder)
     return {
         "tag": tag,
-        "build_s": round(seconds, 1),
+        "build_s": None if built else round(seconds, 1),
         "unpacked_mib": round(unpacked(builder, tag) / MIB, 1),
         "packed_mib": round(packed / MIB, 1),
         "packages": packages(builder, tag),

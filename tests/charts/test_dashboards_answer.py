@@ -220,6 +220,7 @@ def test_every_query_of_every_dashboard_returns_data(
     picture: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setattr(cost, "open_gpus", lambda: OneGpu())
     documents = render(CHART, extra=("--api-versions", "monitoring.coreos.com/v1"))
@@ -262,6 +263,8 @@ def test_every_query_of_every_dashboard_returns_data(
         # The pictures of docs/ are of what is asked here; NVILA_UPDATE_PICTURES=1 renews them.
         pictures = ROOT / "docs" / "images" if os.environ.get("NVILA_UPDATE_PICTURES") else tmp_path / "pictures"
         said = draw_all(address, pictures)
+    record_property("queries", len(asked))
+    record_property("answered", len(asked) - len(silent))
     assert [where for where, _ in silent] == []
     assert len(asked) >= 60
     for path in DASHBOARDS:

@@ -40,7 +40,7 @@ def builder(images: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     engine = importlib.import_module("local_engine")
     if lacks := engine.missing():
         pytest.skip(f"needs {lacks}")
-    # A storage that is kept makes the next run short: finished layers are used again.
+    # A storage that is kept saves the next run the base image.
     kept = os.environ.get("NVILA_IMAGE_STORE", "")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("images")
     try:

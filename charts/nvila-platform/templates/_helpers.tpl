@@ -208,3 +208,27 @@ Where S3 is and who we are there, as the project's own settings name it.
   value: {{ include "nvila-platform.s3Secure" . | quote }}
 {{ include "nvila-platform.s3Credentials" (dict "root" . "access" "NVILA_S3_ACCESS_KEY" "secret" "NVILA_S3_SECRET_KEY") }}
 {{- end }}
+
+{{/*
+Refuse when the release's namespace lacks a secret or a key of it. Takes `root`, `name`, `value`, the value that names it,
+and `keys`. Only with a cluster: without one a lookup gives nothing, with one at least an empty list. Helm reads the
+namespace's secrets anyhow, so it needs no more rights than an installation.
+*/}}
+{{- define "nvila-platform.requireSecret" -}}
+{{- $namespace := .root.Release.Namespace }}
+{{- if lookup "v1" "Secret" $namespace "" }}
+{{- $make := printf "kubectl -n %s create secret generic %s" $namespace .name }}
+{{- range .keys }}
+{{- $make = printf "%s --from-literal=%s=..." $make . }}
+{{- end }}
+{{- $found := lookup "v1" "Secret" $namespace .name }}
+{{- if not $found }}
+{{- fail (printf "%s names secret %q, which namespace %s does not have: %s; or set checkSecrets=false where something makes it later" .value .name $namespace $make) }}
+{{- end }}
+{{- range .keys }}
+{{- if not (hasKey (default dict $found.data) .) }}
+{{- fail (printf "%s names secret %q, which has no key %q: make it anew, %s" $.value $.name . $make) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}

@@ -18,6 +18,7 @@ from nvila.errors import ConfigError, nearest
 CHART_ONLY = (
     "nameOverride",
     "fullnameOverride",
+    "checkSecrets",
     "endpoint",
     "route",
     "networkPolicy",
