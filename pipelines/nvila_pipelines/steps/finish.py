@@ -17,7 +17,7 @@ _ENDED: dict[str, Ended] = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}
 _LONGEST = 500
 
 
-def finish_run(run_id: str, state: str, message: str, *, followed: bool) -> None:
+def finish_run(run_id: str, state: str, message: str, *, followed: bool = True) -> None:
     """Record the outcome of a run; in MLflow, end the runs of tasks that were killed.
 
     Args:
