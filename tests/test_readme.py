@@ -70,6 +70,21 @@ def test_documented_make_targets_exist() -> None:
     assert not unknown, "\n".join(unknown)
 
 
+def test_documented_tests_exist() -> None:
+    named = [
+        (document.name, path, test)
+        for document in DOCUMENTS
+        for path, test in re.findall(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", document.read_text(encoding="utf-8"))
+    ]
+    assert named, "docs/faults.md names a test for each row"
+    gone = [
+        f"{document}: {path}::{test}"
+        for document, path, test in named
+        if not (file := ROOT / "tests" / path).is_file() or f"def {test}(" not in file.read_text(encoding="utf-8")
+    ]
+    assert not gone, "\n".join(gone)
+
+
 def test_documented_nvila_commands_parse(capsys: pytest.CaptureFixture[str]) -> None:
     parser = nvila_parser()
     wrong = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import sys
 import warnings
@@ -32,6 +33,19 @@ class PipelineRun:
     error: str = ""
 
 
+def check_cron(text: str) -> str:
+    """Return a schedule in Kubeflow's form.
+
+    Raises:
+        ConfigError: It has another form.
+    """
+    if not _CRON.fullmatch(text.strip()):
+        raise ConfigError(
+            f"{text!r} is no schedule", 'write six fields, seconds first: "0 0 2 * * *" is every day at two'
+        )
+    return text.strip()
+
+
 class KubeflowApi:
     """Talks to the endpoint that the settings name.
 
@@ -48,6 +62,8 @@ class KubeflowApi:
             raise ConfigError("NVILA_KFP_ENDPOINT is not set", "name the API of Kubeflow Pipelines, or use --endpoint")
         self._endpoint, self._namespace = settings.kfp_endpoint, settings.kfp_namespace or None
         self._experiment = experiment
+        # It would tell of every try before the one error that says what to do.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         with self._failures("connecting"):
             from kfp import client
 
@@ -85,21 +101,13 @@ class KubeflowApi:
         return str(made.run_id)
 
     def schedule(self, package: Path, name: str, cron: str, arguments: Mapping[str, Any]) -> str:
-        """Start runs again and again, one at a time; returns the id of the schedule.
-
-        Raises:
-            ConfigError: The schedule has another form than Kubeflow's.
-        """
-        if not _CRON.fullmatch(cron.strip()):
-            raise ConfigError(
-                f"{cron!r} is no schedule", 'write six fields, seconds first: "0 0 2 * * *" is every day at two'
-            )
+        """Start runs again and again, one at a time; returns the id of the schedule."""
         with self._failures(f"scheduling '{name}'"):
             experiment = self._client.create_experiment(self._experiment, namespace=self._namespace)
             made = self._client.create_recurring_run(
                 experiment_id=experiment.experiment_id,
                 job_name=name,
-                cron_expression=cron.strip(),
+                cron_expression=cron,
                 max_concurrency=1,
                 no_catchup=True,
                 pipeline_package_path=str(package),

@@ -13,6 +13,7 @@ from nvila_pipelines.steps.runner import FINISHED, REUSED, TRACKING_RUN_FILE, Ru
 from nvila_pipelines.steps.table import STEPS
 from nvila_pipelines.tracked_data import datasets_of
 from nvila_platform.artifacts import write_atomically
+from nvila_platform.cost import of_lifecycle, usage_of
 from nvila_platform.store import open_store
 from nvila_platform.telemetry import Event
 from nvila_platform.tracking import Tracker, open_tracker
@@ -40,6 +41,7 @@ class TrackingBridge:
         self._steps: dict[str, Tracker] = {}
         self._finished: list[Tracker] = []
         self._datasets: set[tuple[str, str]] = set()
+        self._used: list[dict[str, float]] = []
         self._known = False
 
     def add(self, event: Event) -> None:
@@ -54,6 +56,7 @@ class TrackingBridge:
         metrics = {name: value for name, value in event.metrics.items() if math.isfinite(value)}
         if event.phase == FINISHED:
             tracker.log_metrics(metrics)
+            self._used.append(usage_of(metrics))
             self._parent.log_metrics({f"{event.step}/{name}": value for name, value in metrics.items()})
             # Not closed yet: that waits for MLflow, which may still be starting.
             tracker.finish("FINISHED")
@@ -75,7 +78,9 @@ class TrackingBridge:
         self._parent.set_tags(tags)
 
     def close(self, status: Status) -> None:
-        """End the runs that are still open and give MLflow some time to take what is left."""
+        """Sum up what the steps used, end the runs that are still open and give MLflow some time for what is left."""
+        if used := of_lifecycle(self._used):
+            self._parent.log_metrics(used)
         deadline = time.monotonic() + _CLOSE_S
         for tracker in (*self._finished, *self._steps.values(), self._parent):
             tracker.close(status, timeout_s=max(_LEAST_CLOSE_S, deadline - time.monotonic()))

@@ -130,6 +130,16 @@ def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
+def of_lifecycle(steps: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return what the steps of a run used together, under the names of the run's metrics in MLflow.
+
+    Example:
+        >>> of_lifecycle([{"core_hours": 1.0}, {"core_hours": 2.0}])
+        {'lifecycle/core_hours': 3.0}
+    """
+    return {f"lifecycle/{name}": value for name, value in summed(steps).items()}
+
+
 def usage_of(metrics: Mapping[str, float], part: str = "") -> dict[str, float]:
     """Pick what `Usage.metrics` named out of a step's metrics.
 

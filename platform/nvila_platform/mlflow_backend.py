@@ -36,6 +36,8 @@ _ENVIRONMENT = {
 _REJECTIONS = frozenset(
     {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
 )
+# These say that whoever asks is not known (any more) or may not do it.
+_NO_RIGHTS = frozenset({"CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED", "UNAUTHENTICATED"})
 _LOCK_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
@@ -101,6 +103,13 @@ def is_rejection(error: Exception) -> bool:
         return False
     # A 404 page from something else on that address carries the same code; only MLflow answers with JSON.
     return not str(error).startswith("API request to endpoint")
+
+
+def lacks_rights(error: Exception) -> bool:
+    """Whether MLflow, or a gateway before it, does not take the credentials, or not for this."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.error_code in _NO_RIGHTS
 
 
 def retrying(call: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from nvila_platform.cost import of_lifecycle, usage_of
 from nvila_platform.mlflow_backend import (
     artifact_location,
     configure_environment,
@@ -28,6 +29,8 @@ Ended = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_TAG = "nvila.run_id"
 KFP_TAG = "nvila.kfp_run_id"
 URL_TAG = "nvila.run_url"
+# On the run of a step that found its work done: its figures are those of another run.
+REUSED_TAG = "nvila.reused"
 _PARENT = "mlflow.parentRunId"
 
 
@@ -60,7 +63,8 @@ def parent_run(settings: Settings, run_id: str, tags: Mapping[str, str] | None =
             return given
         client = connect(settings)
         experiment = _experiment(client, settings)
-        parents = [run for run in _runs(client, experiment, run_id) if _PARENT not in run.data.tags]
+        named = _runs(client, experiment, f"tags.`{RUN_TAG}` = '{run_id}'")
+        parents = [run for run in named if _PARENT not in run.data.tags]
         if parents:
             return str(parents[0].info.run_id)
         made = client.create_run(experiment, tags={RUN_TAG: run_id, **(tags or {})}, run_name=run_id)
@@ -71,16 +75,24 @@ def parent_run(settings: Settings, run_id: str, tags: Mapping[str, str] | None =
 
 
 def end_runs(settings: Settings, run_id: str, status: Ended, tags: Mapping[str, str]) -> None:
-    """End every MLflow run of a pipeline run that a killed task left running, and tag the parent."""
+    """End the MLflow runs that killed tasks of a pipeline run left open; tag the parent and sum up what was used."""
     configure_environment()
     try:
         client = connect(settings)
-        found = _runs(client, _experiment(client, settings), run_id)
+        experiment = _experiment(client, settings)
+        found = {run.info.run_id: run for run in _runs(client, experiment, f"tags.`{RUN_TAG}` = '{run_id}'")}
         given = parent_from_environment()
-        parents = [run.info.run_id for run in found if _PARENT not in run.data.tags]
+        parents = [one for one, run in found.items() if _PARENT not in run.data.tags]
+        for parent in [given] if given is not None else parents:
+            # A verb that tracks itself knows its parent alone.
+            children = _runs(client, experiment, f"tags.`{_PARENT}` = '{parent}'")
+            found |= {run.info.run_id: run for run in children}
+        used = of_lifecycle(usage_of(run.data.metrics) for run in found.values() if REUSED_TAG not in run.data.tags)
         for parent in [given] if given is not None else parents:
             _tag(client, parent, tags)
-        for run in found:
+            for name, value in used.items():
+                client.log_metric(parent, name, value)
+        for run in found.values():
             # Who gave us a run ends it.
             if run.info.status == "RUNNING" and run.info.run_id != given:
                 client.set_terminated(run.info.run_id, status)
@@ -100,5 +112,5 @@ def _experiment(client: MlflowClient, settings: Settings) -> str:
     return str(client.create_experiment(settings.experiment, artifact_location=artifact_location(settings)))
 
 
-def _runs(client: MlflowClient, experiment: str, run_id: str) -> list[Run]:
-    return list(client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run_id}'", order_by=["start_time ASC"]))
+def _runs(client: MlflowClient, experiment: str, which: str) -> list[Run]:
+    return list(client.search_runs([experiment], which, order_by=["start_time ASC"]))

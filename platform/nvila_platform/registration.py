@@ -60,8 +60,7 @@ def register_model(
         ConfigError: The name is none that MLflow takes.
         InfrastructureError: The registry failed; nothing of the attempt is left in it.
     """
-    if not _MODEL_NAME.fullmatch(name):
-        raise ConfigError(f"model name {name!r} cannot be registered", "use letters, digits, '.', '_' and '-'")
+    _check_name(name)
     with failures(settings, f"registering {name!r}"):
         client = connect(settings)
         known = _registered_already(client, name, ref)
@@ -71,6 +70,23 @@ def register_model(
         if card is not None and (warning := licence_warning(card.origin.licence)) is not None:
             logger.warning("%s: %s", name, warning)
         return _register(client, settings, name, ref, run_id, tags, card)
+
+
+def registered_version(settings: Settings, name: str, ref: ArtifactRef) -> ModelVersion | None:
+    """Return the version that an artifact has under a name already.
+
+    Raises:
+        ConfigError: The name is none that MLflow takes.
+        InfrastructureError: The registry failed.
+    """
+    _check_name(name)
+    with failures(settings, f"looking {name!r} up"):
+        return _registered_already(connect(settings), name, ref)
+
+
+def _check_name(name: str) -> None:
+    if not _MODEL_NAME.fullmatch(name):
+        raise ConfigError(f"model name {name!r} cannot be registered", "use letters, digits, '.', '_' and '-'")
 
 
 def _register(

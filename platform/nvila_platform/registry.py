@@ -21,7 +21,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nvila.errors import ArtifactError, ConfigError, InfrastructureError, NvilaError, nearest
-from nvila_platform.mlflow_backend import connect, database_path, is_rejection, one_line, retrying, without_password
+from nvila_platform.mlflow_backend import (
+    connect,
+    database_path,
+    is_rejection,
+    lacks_rights,
+    one_line,
+    retrying,
+    without_password,
+)
 from nvila_platform.store import ArtifactRef
 
 if TYPE_CHECKING:
@@ -285,13 +293,23 @@ def model_version(made: Any) -> ModelVersion:
 
 @contextmanager
 def failures(settings: Settings, action: str) -> Iterator[None]:
-    """Turn whatever MLflow raises into the one error that says: try again when the registry is back."""
+    """Turn whatever MLflow raises into the one error that says: try again when the registry is back.
+
+    Raises:
+        ConfigError: The credentials have expired, or lack the rights; trying again is useless.
+        InfrastructureError: All else.
+    """
     try:
         yield
     except NvilaError:
         raise
     except Exception as error:  # MLflow raises its own, requests', SQLAlchemy's and the system's errors
         where = without_password(settings.tracking_uri)
+        if lacks_rights(error):
+            raise ConfigError(
+                f"{action} failed: MLflow at {where} does not take the credentials, or not for this: {one_line(error)}",
+                "set a fresh MLFLOW_TRACKING_TOKEN (or _USERNAME and _PASSWORD), or ask for the rights",
+            ) from error
         raise InfrastructureError(
             f"{action} failed: {one_line(error)}", f"check that MLflow at {where} works, then run again"
         ) from error

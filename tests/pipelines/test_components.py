@@ -197,7 +197,7 @@ def test_parameters_are_checked_before_anything_is_done(
 
 
 def test_the_end_of_a_run_is_recorded(task: Settings) -> None:
-    finish_run("run-1", "FAILED", "the step train failed")
+    finish_run("run-1", "FAILED", "the step train failed", followed=True)
     outcome = json.loads((task.workspace / "runs" / "run-1" / "outcome.json").read_text())
     assert (outcome["state"], outcome["message"]) == ("FAILED", "the step train failed")
 

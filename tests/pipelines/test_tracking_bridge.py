@@ -190,6 +190,15 @@ def test_a_finished_run_is_complete_in_mlflow_when_the_bridge_is_closed(settings
     assert not list((settings.workspace / "tracking-buffer").glob("*"))
 
 
+def test_what_the_steps_used_together_goes_to_the_parent(bridge: TrackingBridge, trackers: list[Recorded]) -> None:
+    for step, hours in (("data", 1.0), ("curate", 2.0)):
+        bridge.add(event(step, "start"))
+        bridge.add(event(step, "finished", 1, core_hours=hours, loss=5.0))
+    bridge.add(event("train", "reused", 1, core_hours=100.0))
+    bridge.close("FAILED")
+    assert ("metrics 0", {"lifecycle/core_hours": 3.0}) in trackers[0].told
+
+
 def test_tags_go_to_the_parent(bridge: TrackingBridge, trackers: list[Recorded]) -> None:
     bridge.set_tags({"nvila.gate.state": "refused"})
     assert trackers[0].told[-1] == ("tags", {"nvila.gate.state": "refused"})

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nvila.errors import ArtifactError, ConfigError, InfrastructureError
 from nvila_platform import mlflow_backend
+from nvila_platform.mlflow_ui import start_ui
 from nvila_platform.registration import register_model
 from nvila_platform.registry import ModelVersion, resolve, set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef
+
+if TYPE_CHECKING:
+    from tests.platform.conftest import FaultyProxy
 
 
 def _ref(number: int = 1) -> ArtifactRef:
@@ -185,3 +190,22 @@ def test_unreachable_registry_is_an_infrastructure_error(tracked: Settings) -> N
         _register(settings)
     with pytest.raises(InfrastructureError, match="resolving"):
         resolve(settings, "models:/nvila@champion")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_credentials_that_are_not_taken_are_no_outage(
+    tracked: Settings, faulty: Callable[[str], FaultyProxy], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """As behind a gateway whose token has expired; with a fresh one the same call goes through."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "an-old-secret")
+    with start_ui(tracked, port=0) as server:
+        gateway = faulty(server.url.removeprefix("http://"))
+        settings = replace(tracked, tracking_uri=f"http://{gateway.endpoint}")
+        gateway.answer(status, "the token has expired")
+        with pytest.raises(ConfigError, match=f"registering 'nvila' failed: .* {status} ") as caught:
+            _register(settings)
+        assert caught.value.exit_code == 2
+        assert "MLFLOW_TRACKING_TOKEN" in str(caught.value.hint)
+        assert "an-old-secret" not in f"{caught.value.message} {caught.value.hint}"
+        gateway.pass_on()
+        assert _register(settings).version == 1

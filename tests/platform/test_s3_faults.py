@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nvila.errors import InfrastructureError, ResourceError
+from nvila.errors import ConfigError, InfrastructureError, ResourceError
 from nvila_platform.artifacts import content_key, read_manifest, utc_now, write_manifest
 from nvila_platform.s3_parts import MIB, TransferLimits
 from nvila_platform.s3_store import S3Store
@@ -243,6 +243,22 @@ def test_a_slow_service_is_waited_for_and_progress_is_told(
     told.clear()
     open_at(s3, proxy.endpoint, tmp_path / "two").fetch(ref, Told())
     assert {(phase, total) for phase, _, total in told} == {("download", 6)}
+
+
+def test_an_identity_that_expires_in_the_middle_is_named(
+    s3: S3Service, faulty: Callable[[str], FaultyProxy], tmp_path: Path
+) -> None:
+    proxy = faulty(s3.endpoint)
+    store = open_at(s3, proxy.endpoint, tmp_path / "one")
+    directory = work(store, size=4 * MIB)
+    when(lambda: proxy.sent > MIB, partial(proxy.answer, 400, "ExpiredToken"))
+    proxy.bytes_per_second = 2 * MIB
+    with pytest.raises(ConfigError, match="ExpiredToken") as caught:
+        store.publish(directory)
+    assert "NVILA_S3_ACCESS_KEY" in str(caught.value.hint)
+    proxy.pass_on()
+    proxy.bytes_per_second = None
+    same_files(directory, open_at(s3, s3.endpoint, tmp_path / "two").fetch(store.publish(directory)))
 
 
 def test_a_full_service_is_no_reason_to_try_again(

@@ -31,6 +31,7 @@ is the population stability index: under 0.1 nothing happened, over 0.25 look in
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's own arguments."""
     parser.usage = "%(prog)s reference DATA --out FILE [options]\n       %(prog)s report URL [options]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument(WORDS, nargs="*", metavar="SUBJECT PLACE", help="reference and data; or report and an address")
     made = parser.add_argument_group("reference")

@@ -28,6 +28,7 @@ gone. What came from outside, such as a downloaded data set, is named; there is 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's own arguments."""
     parser.usage = "%(prog)s REF [options]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("reference", metavar="REF", help="http://..., models:/NAME@ALIAS, a digest, or a folder")
     parser.add_argument("--verify", action="store_true", help="read every artifact again and check its digests")

@@ -89,6 +89,10 @@ def _graph(args: argparse.Namespace) -> tuple[str, list[str]]:
         raise ConfigError(f"{words[0]} is a parameter of a run, which {args.action} does not start", "leave it out")
     if args.action == "schedule" and not args.cron:
         raise ConfigError("no schedule is given", 'add --cron "0 0 2 * * *"')
+    if args.action == "schedule":
+        from nvila_pipelines.kubeflow_api import check_cron
+
+        args.cron = check_cron(args.cron)
     return graph, words
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nvila.quantization.config import Scheme
     from nvila_pipelines.curation.spec import DataSpec
     from nvila_pipelines.quantization.request import QuantizationRequest
+    from nvila_pipelines.verb_run import VerbRun
     from nvila_platform.store import ArtifactRef
 
 SUMMARY = "make a model smaller and faster: W8A8 vision, 4-bit language, measured part by part"
@@ -121,20 +122,21 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     name, alias = _registration(args.register)
     prepare_workspace(settings)
     request = make_request(args, settings)
-    from nvila_pipelines.quantization.work import quantize_folder
+    from nvila_pipelines.quantization.work import quantize_folder, verb_run
     from nvila_platform.store import open_store
     from nvila_platform.telemetry import ProgressView
 
-    with ProgressView(format=settings.log_format) as view:
-        reporter = view.reporter("quantize")
-        if request.data is None:
-            reporter.notice("no --data: weights are rounded to nearest, and nothing is measured")
-        ref = quantize_folder(request, settings, reporter)
-    folder = open_store(settings).fetch(ref)
-    if args.out is not None:
-        shutil.copytree(folder, args.out, dirs_exist_ok=True)
-        folder = args.out.absolute()
-    version = register(settings, name, alias, ref, folder) if name is not None else None
+    with verb_run(request, settings) as tracked:
+        with ProgressView(format=settings.log_format) as view:
+            reporter = view.reporter("quantize")
+            if request.data is None:
+                reporter.notice("no --data: weights are rounded to nearest, and nothing is measured")
+            ref = quantize_folder(request, settings, reporter, tracked if name is not None else None)
+        folder = open_store(settings).fetch(ref)
+        if args.out is not None:
+            shutil.copytree(folder, args.out, dirs_exist_ok=True)
+            folder = args.out.absolute()
+        version = register(settings, tracked, name, alias, ref, folder) if name is not None else None
     show(folder, ref, version, as_json=args.json)
     return 0
 
@@ -192,13 +194,12 @@ def data_spec(args: argparse.Namespace) -> DataSpec:
     return DataSpec(data=_lasting(args.data), **places)
 
 
-def register(settings: Settings, name: str, alias: str | None, ref: ArtifactRef, folder: Path) -> str:
+def register(settings: Settings, tracked: VerbRun, name: str, alias: str | None, ref: ArtifactRef, folder: Path) -> str:
     """Register an artifact with the figures of its report; return its address."""
     from nvila.checkpoints.documents import read_origin
     from nvila_pipelines.quantization.work import MODEL_FOLDER, STEP
     from nvila_platform.lineage import trace
     from nvila_platform.model_card import make_card
-    from nvila_platform.registration import register_model
     from nvila_platform.registry import set_alias
     from nvila_platform.store import open_store
 
@@ -211,7 +212,7 @@ def register(settings: Settings, name: str, alias: str | None, ref: ArtifactRef,
     tags |= {f"nvila.lineage.{key}": digest for key, digest in manifest.inputs.items()}
     weights = read_origin(folder / MODEL_FOLDER)
     card = make_card(name, trace(store, ref.digest), weights, figures=manifest.metrics)
-    version = register_model(settings, name, ref, None, tags, card)
+    version = tracked.register(name, ref, manifest.metrics, tags, card)
     if alias is not None:
         set_alias(settings, name, alias, version.version)
     return f"models:/{name}@{alias}" if alias is not None else f"models:/{name}/{version.version}"

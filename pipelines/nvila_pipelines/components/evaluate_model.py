@@ -12,6 +12,7 @@ def evaluate_model(
     model: str,
     tasks: str,
     options: list[str],
+    job: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Artifact],
@@ -22,10 +23,11 @@ def evaluate_model(
         model: Address of an OpenAI endpoint, models:/NAME@ALIAS, or a folder that the task sees.
         tasks: Names and tags of tasks, separated by commas.
         options: More words of `nvila evaluate`.
+        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
         metrics: Scores by task.
         report: The same as a table.
         result: What the command said, as JSON.
     """
     from nvila_pipelines.steps.verb import run_verb
 
-    run_verb("evaluate", [model, "--tasks", tasks, *options], metrics, report, result)
+    run_verb("evaluate", [model, "--tasks", tasks, *options], job, metrics, report, result)

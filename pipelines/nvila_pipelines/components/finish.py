@@ -21,4 +21,4 @@ def finish(
     """
     from nvila_pipelines.steps.finish import finish_run
 
-    finish_run(run_id or job, status.state, status.error_message or "")
+    finish_run(run_id or job, status.state, status.error_message or "", followed=bool(run_id))

@@ -12,6 +12,7 @@ def gate_model(
     model: str,
     policy: str,
     options: list[str],
+    job: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Artifact],
@@ -22,6 +23,7 @@ def gate_model(
         model: models:/NAME@ALIAS, or a folder that the task sees.
         policy: The policy as YAML text (`nvila gate --help` shows one).
         options: More words of `nvila gate`.
+        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
         metrics: Numbers of the verdict.
         report: The verdict as a table.
         result: The verdict as JSON.
@@ -31,4 +33,4 @@ def gate_model(
     """
     from nvila_pipelines.steps.verb import run_gate_verb
 
-    return run_gate_verb(model, policy, options, metrics, report, result)
+    return run_gate_verb(model, policy, options, job, metrics, report, result)

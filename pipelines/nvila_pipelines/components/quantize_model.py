@@ -13,6 +13,7 @@ def quantize_model(
     data: str,
     register_as: str,
     options: list[str],
+    job: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Model],
@@ -24,6 +25,7 @@ def quantize_model(
         data: Samples to calibrate and measure on; empty rounds to nearest and measures nothing.
         register_as: Name in the model registry.
         options: More words of `nvila quantize`.
+        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
         metrics: Sizes, losses and speeds.
         report: The same as a table.
         result: Reference to the quantized model in the artifact store.
@@ -34,4 +36,4 @@ def quantize_model(
     from nvila_pipelines.steps.verb import run_verb
 
     words = [model, *(["--data", data] if data else []), "--register", f"{register_as}@candidate", *options]
-    return str(run_verb("quantize", words, metrics, report, result)["model"])
+    return str(run_verb("quantize", words, job, metrics, report, result)["model"])

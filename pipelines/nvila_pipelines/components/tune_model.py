@@ -36,4 +36,4 @@ def tune_model(
     from nvila_pipelines.steps.verb import run_verb
 
     words = [model, data, "--method", method, "--name", register_as, *options]
-    return str(run_verb("tune", words, metrics, report, result)["model"])
+    return str(run_verb("tune", words, "", metrics, report, result)["model"])

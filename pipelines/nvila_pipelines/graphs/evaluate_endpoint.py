@@ -29,8 +29,9 @@ def build(profile: Profile) -> Any:
         """
         job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
         ending = place(finish(run_id="", job=job), "finish").set_caching_options(False)
+        this = f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}"
         with dsl.ExitHandler(ending, name="every step"):
-            measured = evaluate_model(model=endpoint, tasks=tasks, options=options)
+            measured = evaluate_model(model=endpoint, tasks=tasks, options=options, job=this)
             place(measured, "evaluate-model").set_caching_options(False)
 
     return evaluate_endpoint

@@ -49,11 +49,12 @@ def build(profile: Profile) -> Any:
         """
         job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
         ending = place(finish(run_id="", job=job), "finish").set_caching_options(False)
+        this = f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}"
         with dsl.ExitHandler(ending, name="every step"):
-            small = quantize_model(model=model, data=data, register_as=register_as, options=quantize_options)
+            small = quantize_model(model=model, data=data, register_as=register_as, options=quantize_options, job=this)
             place(small, "quantize-model").set_caching_options(False)
             version = small.outputs["Output"]
-            verdict = gate_model(model=version, policy=policy, options=gate_options)
+            verdict = gate_model(model=version, policy=policy, options=gate_options, job=this)
             place(verdict, "gate-model").set_caching_options(False)
             with dsl.If(verdict.outputs["Output"] == True, name="gate passed"):  # noqa: E712  # compiled into a condition
                 with dsl.If(deploy_as == "", name="registry alone"):

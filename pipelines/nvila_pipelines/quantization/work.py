@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvila.errors import ConfigError
 from nvila_pipelines.quantization.request import QuantizationRequest
+from nvila_pipelines.verb_run import VerbRun, dataset
 from nvila_platform.artifacts import code_version, content_key, storage_errors, utc_now, write_manifest
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nvila.quantization.run import Measuring
     from nvila_platform.settings import Settings
     from nvila_platform.store import ArtifactRef
+    from nvila_platform.tracking_datasets import DatasetInput
 
 STEP = "quantize"
 MODEL_FOLDER = "model"
@@ -32,8 +34,26 @@ _MERGED = ".merged"
 STATES_FOLDER = "blocks"
 
 
-def quantize_folder(request: QuantizationRequest, settings: Settings, reporter: Reporter) -> ArtifactRef:
+def verb_run(request: QuantizationRequest, settings: Settings) -> VerbRun:
+    """Return the run in MLflow of a request, for versions that are made of its result."""
+    config, inputs, key = _identity(request)
+    datasets: tuple[DatasetInput, ...] = ()
+    if request.data is not None:
+        counts = {"calibrate": float(request.calibrate), "measure": float(request.measure)}
+        datasets = (dataset(request.data, inputs["data"], "calibration", counts),)
+    return VerbRun(settings, STEP, key, {"model": inputs["model"], **config}, datasets)
+
+
+def quantize_folder(
+    request: QuantizationRequest, settings: Settings, reporter: Reporter, run: VerbRun | None = None
+) -> ArtifactRef:
     """Quantize, measure and export a model; work that is finished is reused.
+
+    Args:
+        request: What is asked for.
+        settings: Of the platform.
+        reporter: Receives progress.
+        run: Follows the work in MLflow; None follows nothing.
 
     Returns:
         The artifact: `model/`, `quantization.json`, `sizes.json` and what was exported.
@@ -44,15 +64,15 @@ def quantize_folder(request: QuantizationRequest, settings: Settings, reporter: 
     from nvila_platform.store import open_store, reuse
 
     store = open_store(settings)
-    config = request.to_config()
-    inputs = {"model": request.model_digest} | ({"data": request.data_digest} if request.data_digest else {})
-    key = content_key(STEP, config, inputs, code_version())
+    config, inputs, key = _identity(request)
     with store.lock(STEP, key, reporter):
         ref = reuse(store, STEP, key, reporter)
         if ref is not None:
             reporter.notice("this was done before with the same model, data and options")
             return ref
         out, started_at = store.work_dir(STEP, key), utc_now()
+        if run is not None:
+            run.open()
         with storage_errors(out):
             metrics = _work(request, out, reporter)
         write_manifest(
@@ -66,6 +86,13 @@ def quantize_folder(request: QuantizationRequest, settings: Settings, reporter: 
             metrics=metrics,
         )
         return store.publish(out)
+
+
+def _identity(request: QuantizationRequest) -> tuple[dict[str, Any], dict[str, str], str]:
+    """Return configuration, digests of the inputs, and the key that follows from them."""
+    config = request.to_config()
+    inputs = {"model": request.model_digest} | ({"data": request.data_digest} if request.data_digest else {})
+    return config, inputs, content_key(STEP, config, inputs, code_version())
 
 
 def write_result(

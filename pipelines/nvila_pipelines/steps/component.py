@@ -21,7 +21,7 @@ from nvila_pipelines.steps.runner import TRACKING_RUN_FILE, RunContext, run_step
 from nvila_pipelines.steps.table import step_spec
 from nvila_pipelines.tracked_data import datasets_of
 from nvila_pipelines.training.nodes import sized
-from nvila_platform.artifacts import read_manifest, write_atomically
+from nvila_platform.artifacts import read_manifest, utc_now, write_atomically
 from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
 from nvila_platform.launch.stopping import GO_ON, Terminated, stoppable_task
@@ -204,6 +204,7 @@ class _Tracked:
         self._step, self._recipe, self._inputs, self._run = step, recipe, inputs, run
         self._tracker: Any = None
         self._load: Any = None
+        self._began = utc_now()
 
     def __enter__(self) -> None:
         if runner_pid() is not None:
@@ -229,6 +230,10 @@ class _Tracked:
         self._load.stop()
         ref = self._run.results().get(self._step)
         if kind is None and ref is not None:
-            self._tracker.log_metrics(dict(open_store(self._run.settings).manifest(ref).metrics))
-            self._tracker.set_tags({"nvila.digest": ref.digest})
+            from nvila_platform.pipeline_runs import REUSED_TAG
+
+            manifest = open_store(self._run.settings).manifest(ref)
+            self._tracker.log_metrics(dict(manifest.metrics))
+            reused = {REUSED_TAG: "true"} if manifest.started_at < self._began else {}
+            self._tracker.set_tags({"nvila.digest": ref.digest} | reused)
         self._tracker.close("FINISHED" if kind is None else "FAILED")

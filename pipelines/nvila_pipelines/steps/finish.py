@@ -17,24 +17,24 @@ _ENDED: dict[str, Ended] = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}
 _LONGEST = 500
 
 
-def finish_run(run_id: str, state: str, message: str) -> None:
+def finish_run(run_id: str, state: str, message: str, *, followed: bool = True) -> None:
     """Record the outcome of a run; in MLflow, end the runs of tasks that were killed.
 
     Args:
         run_id: Name of the run.
         state: SUCCEEDED, FAILED or CANCELLED.
         message: What failed; empty where nothing did.
+        followed: Whether a run on this machine has somebody who tells MLflow what its steps do.
     """
-    run_task("finish", run_id, lambda settings: _finish(settings, run_id, state, message))
+    run_task("finish", run_id, lambda settings: _finish(settings, run_id, state, message, followed))
 
 
-def _finish(settings: Settings, run_id: str, state: str, message: str) -> None:
+def _finish(settings: Settings, run_id: str, state: str, message: str, followed: bool) -> None:
     folder = settings.workspace / "runs" / run_id
     folder.mkdir(parents=True, exist_ok=True)
     outcome = {"run_id": run_id, "state": state, "message": message, "at": utc_now()}
     write_atomically(folder / OUTCOME_FILE, json.dumps(outcome, indent=2) + "\n")
-    # On this machine the run that started the tasks tells MLflow itself.
-    if runner_pid() is None:
+    if runner_pid() is None or not followed:
         from nvila_platform.pipeline_runs import end_runs
 
         tags = {"nvila.outcome": state, "nvila.failure": message[:_LONGEST]}

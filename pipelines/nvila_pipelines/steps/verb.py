@@ -15,12 +15,14 @@ from typing import Any
 from nvila.errors import ConfigError, NvilaError
 from nvila_pipelines.report.kubeflow import markdown_table, numbers_of
 from nvila_pipelines.steps.component import OutputArtifact, run_task, write_metrics, write_text
+from nvila_pipelines.steps.verb_tracking import below_pipeline
 from nvila_platform.settings import Settings
 
 
 def run_verb(
     verb: str,
     words: Sequence[str],
+    job: str,
     metrics: OutputArtifact,
     report: OutputArtifact,
     result: OutputArtifact,
@@ -32,6 +34,7 @@ def run_verb(
     Args:
         verb: Name of the verb.
         words: Its arguments.
+        job: NAME/ID of the pipeline's run, whose run in MLflow gets one of this task; empty for none.
         metrics: Gets the numbers.
         report: Gets them as a table.
         result: Gets all that the verb says with --json.
@@ -43,7 +46,14 @@ def run_verb(
     Raises:
         SystemExit: The verb failed; its typed error was left for the parent process.
     """
-    said = run_task(verb, "", lambda settings: _said(verb, [*words, "--json"], settings, refusal))
+
+    def work(settings: Settings) -> dict[str, Any]:
+        with below_pipeline(settings, job, verb) as tell:
+            answer = _said(verb, [*words, "--json"], settings, refusal)
+            tell(words, answer)
+        return answer
+
+    said = run_task(verb, "", work)
     numbers = numbers_of(said)
     write_metrics(metrics, numbers)
     rows = [[name, f"{value:.6g}"] for name, value in numbers.items()]
@@ -58,6 +68,7 @@ def run_gate_verb(
     model: str,
     policy: str,
     options: Sequence[str],
+    job: str,
     metrics: OutputArtifact,
     report: OutputArtifact,
     result: OutputArtifact,
@@ -67,7 +78,7 @@ def run_gate_verb(
         file = Path(folder) / "policy.yaml"
         file.write_text(policy, encoding="utf-8")
         words = [model, "--policy", str(file), *options]
-        said = run_verb("gate", words, metrics, report, result, refusal=True)
+        said = run_verb("gate", words, job, metrics, report, result, refusal=True)
     checks = [
         [one["name"], str(one["value"]), str(one["limit"]), "passed" if one["passed"] else "**refused**"]
         for one in said["checks"]
@@ -97,7 +108,7 @@ def run_deploy_verb(
             file = Path(folder) / "policy.yaml"
             file.write_text(policy, encoding="utf-8")
             words += ["--policy", str(file)]
-        said = run_verb("deploy", words, metrics, report, result, refusal=True)
+        said = run_verb("deploy", words, "", metrics, report, result, refusal=True)
     steps = said["verdicts"]
     rows = [
         [

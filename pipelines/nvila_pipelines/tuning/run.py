@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from nvila_pipelines.tuning.report import write_report
 from nvila_pipelines.tuning.request import TuneRequest
 from nvila_pipelines.tuning.scoring import BASE, TUNED, Scores, score_model
 from nvila_pipelines.tuning.training import ratio_text, train, train_in_processes
+from nvila_pipelines.verb_run import VerbRun, dataset
 from nvila_platform.artifacts import (
     code_version,
     content_key,
@@ -30,6 +32,7 @@ from nvila_platform.store import ArtifactRef, open_store, reuse
 if TYPE_CHECKING:
     from nvila.tuning.ratio import RatioTrial
     from nvila_platform.telemetry import ProgressView
+    from nvila_platform.tracking import Tracker
 
 STEP = "tune"
 SUMMARY_FILE = "summary.json"
@@ -81,13 +84,13 @@ def tune_model(request: TuneRequest, settings: Settings, view: ProgressView) -> 
     config = request.to_dict() | {"base_digest": digest, "tune": tune_dict(prepared)}
     key = content_key(STEP, config, inputs, code_version())
     store = open_store(settings)
-    with store.lock(STEP, key, reporter):
+    with store.lock(STEP, key, reporter), _verb_run(request, settings, prepared, key, inputs) as run:
         ref = reuse(store, STEP, key, reporter)
         reused = ref is not None
         if ref is None:
             out, started_at, meter = store.work_dir(STEP, key), utc_now(), UsageMeter(settings)
             with storage_errors(out):
-                summary, timing = _work(request, prepared, digest, out, settings, view)
+                summary, timing = _work(request, prepared, digest, out, settings, view, run.open())
             write_manifest(
                 out,
                 step=STEP,
@@ -102,8 +105,18 @@ def tune_model(request: TuneRequest, settings: Settings, view: ProgressView) -> 
         directory = store.fetch(ref)
         summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
         _check_guard(request, summary, directory)
-        registered = _register(request, settings, ref, summary, directory) if request.name is not None else None
+        registered = _register(request, settings, run, ref, summary, directory) if request.name is not None else None
     return TuneOutcome(ref=ref, directory=directory, summary=summary, registered=registered, reused=reused)
+
+
+def _verb_run(
+    request: TuneRequest, settings: Settings, prepared: Prepared, key: str, inputs: Mapping[str, str]
+) -> VerbRun:
+    """Return the run in MLflow of a request."""
+    numbers = {name: float(count) for name, count in _samples(prepared).items()}
+    data = dataset(request.data, inputs["data"], "training", numbers)
+    params = {"base": inputs["base"], "method_name": request.method.name, **request.to_dict()}
+    return VerbRun(settings, STEP, key, params, (data,))
 
 
 def artifact_digest(folder: Path) -> str | None:
@@ -121,41 +134,44 @@ def tune_dict(prepared: Prepared) -> dict[str, Any]:
 
 
 def _work(
-    request: TuneRequest, prepared: Prepared, digest: str, out: Path, settings: Settings, view: ProgressView
+    request: TuneRequest,
+    prepared: Prepared,
+    digest: str,
+    out: Path,
+    settings: Settings,
+    view: ProgressView,
+    tracker: Tracker,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Do everything between the data and the artifact; returns its summary, and the times, which are not part of it."""
     from nvila.checkpoints.documents import carry_documents
-    from nvila_platform.tracking import open_tracker
 
     reporter = view.reporter(STEP)
-    with open_tracker(settings, f"{STEP} {out.name}", tags={"nvila.step": STEP}) as tracker:
-        tracker.log_params({"method": request.method.name, "base": digest[:12], **request.to_dict()})
-        before = score_model(request, prepared, request.model, BASE, out, settings, view)
-        if request.processes > 1:
-            train_in_processes(request, prepared, digest, out, settings, view, tracker.handle)
-        trained = train(request, prepared, digest, out, settings, reporter, tracker)
-        prepared, tuned, trials = trained.prepared, trained.tuned, trained.trials
-        carry_documents(request.model, tuned.directory)
-        if trials:
-            reporter.notice(ratio_text(trials))
-        memory = memory_check(prepared, tuned.peak_bytes)
-        if memory["error"] is not None:
-            reporter.notice(
-                f"peak memory of a step: {memory['measured']:,} bytes measured, {memory['predicted']:,} planned "
-                f"({memory['error']:+.1%})"
-            )
-        timing = time_check(prepared, tuned.step_seconds)
-        if timing:
-            reporter.notice(
-                f"time of a step: {timing['seconds_per_step']:.3g} s measured, "
-                f"{timing['planned_seconds_per_step']:.3g} s planned ({timing['step_time_error']:+.0%})"
-            )
-        after = score_model(request, prepared, tuned.directory, TUNED, out, settings, view)
-        summary = _summary(request, prepared, tuned, before, after, trials)
-        write_atomically(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-        write_report(out, summary, settings.workspace / "cache" / "matplotlib")
-        tracker.log_metrics({**summary["metrics"], **timing})
-        tracker.log_artifact(out / "report.html")
+    before = score_model(request, prepared, request.model, BASE, out, settings, view)
+    if request.processes > 1:
+        train_in_processes(request, prepared, digest, out, settings, view, tracker.handle)
+    trained = train(request, prepared, digest, out, settings, reporter, tracker)
+    prepared, tuned, trials = trained.prepared, trained.tuned, trained.trials
+    carry_documents(request.model, tuned.directory)
+    if trials:
+        reporter.notice(ratio_text(trials))
+    memory = memory_check(prepared, tuned.peak_bytes)
+    if memory["error"] is not None:
+        reporter.notice(
+            f"peak memory of a step: {memory['measured']:,} bytes measured, {memory['predicted']:,} planned "
+            f"({memory['error']:+.1%})"
+        )
+    timing = time_check(prepared, tuned.step_seconds)
+    if timing:
+        reporter.notice(
+            f"time of a step: {timing['seconds_per_step']:.3g} s measured, "
+            f"{timing['planned_seconds_per_step']:.3g} s planned ({timing['step_time_error']:+.0%})"
+        )
+    after = score_model(request, prepared, tuned.directory, TUNED, out, settings, view)
+    summary = _summary(request, prepared, tuned, before, after, trials)
+    write_atomically(out / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    write_report(out, summary, settings.workspace / "cache" / "matplotlib")
+    tracker.log_metrics({**summary["metrics"], **timing})
+    tracker.log_artifact(out / "report.html")
     return summary, timing
 
 
@@ -180,11 +196,7 @@ def _summary(
         "name": request.method.name,
         "rates": dict(prepared.tune.rates),
         "parts": {part: {"total": one.total, "trained": one.num_trained} for part, one in prepared.parts.items()},
-        "samples": {
-            "train": len(prepared.data.store),
-            "held_out": 0 if prepared.data.held_out is None else prepared.data.held_out.count(),
-            "set_aside": prepared.data.store.num_bad,
-        },
+        "samples": _samples(prepared),
         "losses": [{"step": one.step, "loss": one.loss} for one in tuned.losses],
         "best_step": None if tuned.best is None else tuned.best.step,
         "scores": {"before": before.values, "after": after.values, "guard": list(request.guard)},
@@ -195,6 +207,12 @@ def _summary(
         "scorer": request.scorer,
         "metrics": metrics,
     }
+
+
+def _samples(prepared: Prepared) -> dict[str, int]:
+    data = prepared.data
+    held_out = 0 if data.held_out is None else data.held_out.count()
+    return {"train": len(data.store), "held_out": held_out, "set_aside": data.store.num_bad}
 
 
 def memory_check(prepared: Prepared, measured: int | None) -> dict[str, Any]:
@@ -233,21 +251,21 @@ def _check_guard(request: TuneRequest, summary: dict[str, Any], directory: Path)
 
 
 def _register(
-    request: TuneRequest, settings: Settings, ref: ArtifactRef, summary: dict[str, Any], directory: Path
+    request: TuneRequest, settings: Settings, run: VerbRun, ref: ArtifactRef, summary: dict[str, Any], directory: Path
 ) -> str:
     from nvila.checkpoints.documents import read_origin
     from nvila.tuning.run import MODEL_FOLDER
     from nvila_platform.lineage import trace
     from nvila_platform.model_card import make_card
-    from nvila_platform.registration import register_model
     from nvila_platform.registry import set_alias
 
     assert request.name is not None
-    lineage = trace(open_store(settings), ref.digest)
+    store = open_store(settings)
+    lineage = trace(store, ref.digest)
     tags = {f"nvila.lineage.{node.step}": node.digest for node in lineage.walk() if node.step}
     tags |= {"nvila.code_version": lineage.code_version, "nvila.method": summary["name"]}
     weights = read_origin(directory / MODEL_FOLDER)
     card = make_card(request.name, lineage, weights, scores=summary["scores"]["after"])
-    version = register_model(settings, request.name, ref, None, tags, card)
+    version = run.register(request.name, ref, store.manifest(ref).metrics, tags, card)
     set_alias(settings, request.name, ALIAS, version.version)
     return version.model_uri

@@ -364,7 +364,13 @@ def test_a_service_that_is_away_is_worth_another_try(
     closed_endpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["pipeline", "list", "--endpoint", f"http://{closed_endpoint}"]) == 75
-    assert "cannot be reached" in capsys.readouterr().err
+    problem, fix = capsys.readouterr().err.splitlines()
+    assert "cannot be reached" in problem
+    assert "NVILA_KFP_ENDPOINT" in fix
+    # A wrong schedule is named before anybody is asked.
+    words = ["schedule", "tune", "data=x", "--cron", "daily", "--endpoint", f"http://{closed_endpoint}"]
+    assert main(["pipeline", *words]) == 2
+    assert "'daily' is no schedule" in capsys.readouterr().err
 
 
 def test_without_an_endpoint_the_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:

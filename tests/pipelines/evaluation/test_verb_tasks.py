@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.pipelines.conftest import Nvila, Result
@@ -12,6 +13,7 @@ from nvila.errors import ConfigError, NvilaError
 from nvila_pipelines.steps.verb import move_alias, run_gate_verb, run_verb
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
 from nvila_platform.launch.outcome import left_error
+from nvila_platform.mlflow_backend import connect
 from nvila_platform.registration import register_model
 from nvila_platform.registry import resolve, set_alias
 from nvila_platform.settings import Settings
@@ -37,11 +39,18 @@ def said(file: Path) -> NvilaError:
     return left[0]
 
 
+def runs_of(settings: Settings) -> list[Any]:
+    client = connect(settings)
+    experiment = client.get_experiment_by_name(settings.experiment)
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]))
+
+
 def test_what_a_verb_says_becomes_artifacts(
     task: Settings, model_folder: Path, shown: tuple[Result, Result, Result]
 ) -> None:
     metrics, report, result = shown
-    found = run_verb("evaluate", [str(model_folder), "--tasks", "easy_vqa", *QUICK], *shown)
+    found = run_verb("evaluate", [str(model_folder), "--tasks", "easy_vqa", *QUICK], "", *shown)
     assert json.loads(Path(result.path).read_text()) == found
     numbers = json.loads(Path(metrics.path).read_text())
     assert numbers == metrics.metadata
@@ -51,7 +60,7 @@ def test_what_a_verb_says_becomes_artifacts(
 
 def test_words_that_the_verb_does_not_take_are_named(error: Path, shown: tuple[Result, Result, Result]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_verb("evaluate", ["x", "--tusks", "easy_vqa"], *shown)
+        run_verb("evaluate", ["x", "--tusks", "easy_vqa"], "", *shown)
     assert ended.value.code == 2
     assert isinstance(said(error), ConfigError)
     assert "--tusks" in said(error).message
@@ -60,7 +69,7 @@ def test_words_that_the_verb_does_not_take_are_named(error: Path, shown: tuple[R
 
 def test_an_error_of_the_verb_is_left_for_the_parent(error: Path, shown: tuple[Result, Result, Result]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_verb("evaluate", ["/nowhere", "--tasks", "easy_vqa"], *shown)
+        run_verb("evaluate", ["/nowhere", "--tasks", "easy_vqa"], "", *shown)
     assert ended.value.code == 2
     assert "/nowhere" in said(error).message
 
@@ -69,19 +78,19 @@ def test_a_refusal_is_an_answer_of_the_gate_and_of_no_other_verb(
     error: Path, model_folder: Path, shown: tuple[Result, Result, Result], tmp_path: Path
 ) -> None:
     strict = "{tasks: {easy_vqa: {min_score: 1.1}}}"
-    assert run_gate_verb(str(model_folder), strict, QUICK, *shown) is False
+    assert run_gate_verb(str(model_folder), strict, QUICK, "", *shown) is False
     assert "**refused**" in Path(shown[1].path).read_text()
     assert not json.loads(Path(shown[2].path).read_text())["passed"]
     policy = tmp_path / "policy.yaml"
     policy.write_text(strict)
     with pytest.raises(SystemExit) as ended:
-        run_verb("gate", [str(model_folder), "--policy", str(policy), *QUICK], *shown)
+        run_verb("gate", [str(model_folder), "--policy", str(policy), *QUICK], "", *shown)
     assert ended.value.code == 1
     assert "nvila gate ended with 1" in said(error).message
 
 
 def test_a_model_that_passes_the_gate(task: Settings, model_folder: Path, shown: tuple[Result, Result, Result]) -> None:
-    assert run_gate_verb(str(model_folder), "{tasks: {easy_vqa: {min_score: 0.0}}}", QUICK, *shown) is True
+    assert run_gate_verb(str(model_folder), "{tasks: {easy_vqa: {min_score: 0.0}}}", QUICK, "", *shown) is True
     assert "| passed |" in Path(shown[1].path).read_text()
 
 
@@ -116,6 +125,13 @@ def test_a_graph_runs_here_from_its_compiled_form(nvila: Nvila, model_folder: Pa
     assert (tasks.parent / "pipeline.yaml").is_file()
     (outcome,) = Path("nvila-workspace").glob("runs/*/outcome.json")
     assert json.loads(outcome.read_text())["state"] == "SUCCEEDED"
+    parent, task = runs_of(Settings.load(Path("nvila-workspace"), {}))
+    assert parent.info.run_name == json.loads(outcome.read_text())["run_id"]
+    assert parent.data.tags["nvila.outcome"] == "SUCCEEDED"
+    assert task.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert task.data.params["arguments"].startswith(f"{model_folder} --tasks easy_vqa")
+    assert "results.easy_vqa.exact_match_none" in task.data.metrics
+    assert {run.info.status for run in (parent, task)} == {"FINISHED"}
 
 
 def test_a_task_that_fails_ends_the_run_with_its_error_and_what_was_shown_stays(nvila: Nvila) -> None:
@@ -124,6 +140,7 @@ def test_a_task_that_fails_ends_the_run_with_its_error_and_what_was_shown_stays(
     assert "/nowhere" in done.err.splitlines()[-2]
     (outcome,) = Path("nvila-workspace").glob("runs/*/outcome.json")
     assert json.loads(outcome.read_text())["state"] == "FAILED"
+    assert [run.info.status for run in runs_of(Settings.load(Path("nvila-workspace"), {}))] == ["FAILED", "FAILED"]
 
 
 @pytest.mark.parametrize(
