@@ -141,6 +141,20 @@ def test_videos_are_decoded_once_while_they_fit(model_config: ModelConfig, budge
     assert len(read) == reads
 
 
+def test_an_image_is_read_once_for_the_layouts_of_all_its_samples(model_config: ModelConfig) -> None:
+    _, processor = built(config(model_config, "dynamic_s2"))
+    read: list[str] = []
+
+    def image(key: str) -> Any:
+        read.append(key)
+        return TABLE.image(key)
+
+    media = StageMedia(processor=processor, tile=True, image=image, video=TABLE.encoded)
+    first, again, other = (media.layouts([Part(type="image", value=key)]) for key in ("wide", "wide", "tall"))
+    assert first == again != other
+    assert read == ["wide", "tall"]
+
+
 def test_a_stage_sets_frames_and_pooling_from_there_on(model_config: ModelConfig, tmp_path: Path) -> None:
     samples = [sample for number in range(2) for sample in moving_shapes.questions(number)]
     model = config(model_config, "resize", frames=2)

@@ -73,6 +73,7 @@ class StageMedia:
         image: Reads an image by its key.
         video: Reads the bytes of a video by its key.
         frames: Keeps decoded videos.
+        sizes: Keeps the sizes of images: many samples ask about one.
     """
 
     processor: NVILAProcessor
@@ -80,6 +81,7 @@ class StageMedia:
     image: ImageSource
     video: Callable[[str], bytes]
     frames: FrameCache = field(default_factory=FrameCache)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -107,7 +109,9 @@ class StageMedia:
         return inputs
 
     def _layout(self, key: str) -> MediaLayout:
-        plan = self.processor.image_processor.plan(*self.image(key).size, tile=self.tile)
+        if key not in self.sizes:
+            self.sizes[key] = self.image(key).size
+        plan = self.processor.image_processor.plan(*self.sizes[key], tile=self.tile)
         return self.processor.media_tokens.image(plan, tiled=self.tile)
 
     def _video_layout(self, key: str) -> MediaLayout:
