@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import images
 import local_engine
 from bench_result import Claim, claim, write_result
-from release import ReleaseError, checked_version
+from release import ROOT, ReleaseError, checked_version
 
 MIB = 1 << 20
 PARTS = ("answers", "ready", "answered")
@@ -79,7 +79,7 @@ def measure(builder: images.Builder, name: str, scratch: Path, *, built: bool) -
     """Build one image, or take it; returns its tag, seconds, sizes in MiB and number of packages."""
     began = time.monotonic()
     if built:
-        tag = f"{REGISTRY}/{name}:{checked_version(images.ROOT)}"
+        tag = f"{REGISTRY}/{name}:{checked_version(ROOT)}"
     else:
         tag = images.build(builder, name, registry=REGISTRY, base=local_engine.BASE, cpu=False)
     seconds = time.monotonic() - began

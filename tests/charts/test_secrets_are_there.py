@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CHARTS = Path(__file__).resolve().parents[2] / "charts"
 SECRETS = {"nvila-s3": ["access-key", "secret-key"], "nvila-postgres": ["password"]}
 KEYS = {"access": {"existingSecret": "nvila-api-keys"}, "serviceAccount": {"secrets": ["nvila-storage"]}}
-ABSENT = {"kind": "Status", "code": 404, "reason": "NotFound"}
+ABSENT: dict[str, Any] = {"kind": "Status", "code": 404, "reason": "NotFound"}
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[dict[str, list[str]], Path]]:
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             name = path.removeprefix("/api/v1/namespaces/models/secrets").strip("/")
-            body: dict[str, Any] = {
+            known: dict[str, dict[str, Any]] = {
                 "/version": {"major": "1", "minor": "34", "gitVersion": "v1.34.0"},
                 "/api": {"kind": "APIVersions", "versions": ["v1"]},
                 "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": []},
@@ -44,7 +44,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[dict[str, list[str]], Path]]:
                 "/api/v1/namespaces/models/secrets": {
                     "kind": "SecretList", "apiVersion": "v1", "items": [secret(one) for one in secrets]
                 },
-            }.get(path, secret(name) if name in secrets else ABSENT)  # fmt: skip
+            }  # fmt: skip
+            body = known.get(path, secret(name) if name in secrets else ABSENT)
             text = json.dumps(body).encode()
             self.send_response(int(body.get("code", 200)))
             self.send_header("Content-Type", "application/json")
