@@ -12,7 +12,7 @@ HELM := PATH="$(CURDIR)/.tools/bin:$$PATH" helm
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check lint types imports charts docs-check format docs golden bench images release \
-	kind kind-e2e clean clean-all
+	kind kind-e2e pin-images clean clean-all
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,7 @@ charts: setup
 	@# The alert rules' own checks; a machine that cannot have it skips them and says so.
 	@$(BIN)/python scripts/prometheus.py || true
 	@$(BIN)/python scripts/chart_docs.py --check
+	@$(BIN)/python scripts/upgrade_diff.py
 	@for chart in charts/*/Chart.yaml; do $(HELM) lint --strict --quiet "$${chart%/Chart.yaml}" || exit 1; done
 
 docs-check: setup
@@ -80,6 +81,9 @@ kind-e2e: charts ## Run the tiny lifecycle on that cluster and assert what came 
 
 images: setup ## Build the images of docker/ with Docker, Podman or Buildah (ARGS="serve --cpu")
 	@$(BIN)/python scripts/images.py $(ARGS)
+
+pin-images: setup ## Ask the registries for the digests of base images and of the charts' images, and write them down
+	@$(BIN)/python scripts/pin_images.py $(ARGS)
 
 release: setup ## Build the wheel, the charts and the compiled pipelines into dist/ (ARGS=--final to publish)
 	@$(BIN)/python scripts/tools.py

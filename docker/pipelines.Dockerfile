@@ -2,7 +2,8 @@
 #
 #   docker build -f docker/pipelines.Dockerfile -t nvila/pipelines:0.1.0 --build-arg VERSION=0.1.0 .
 
-ARG BASE_IMAGE=python:3.11-slim
+# Of 2026-11-26, as several public projects pin this tag; renewed by make pin-images.
+ARG BASE_IMAGE=python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7
 
 # ---- Dependencies alone. This stage does not see the source, so its large layer changes only with the pins.
 FROM ${BASE_IMAGE} AS dependencies

@@ -5,7 +5,8 @@
 # PyPI's torch for Linux brings CUDA along. For a small image without it:
 #   --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
-ARG BASE_IMAGE=python:3.11-slim
+# Of 2026-11-26, as several public projects pin this tag; renewed by make pin-images.
+ARG BASE_IMAGE=python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7
 
 # ---- Dependencies alone. This stage does not see the source, so its large layer changes only with the pins.
 FROM ${BASE_IMAGE} AS dependencies

@@ -10,7 +10,8 @@
 #   --build-arg BASE_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04 \
 #   --build-arg TRANSFORMER_ENGINE="transformer-engine[pytorch]>=2.9"
 
-ARG BASE_IMAGE=python:3.11-slim
+# Of 2026-11-26, as several public projects pin this tag; renewed by make pin-images.
+ARG BASE_IMAGE=python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7
 ARG BUILD_IMAGE=${BASE_IMAGE}
 
 # ---- Dependencies alone. This stage does not see the source, so its large layer changes only with the pins.

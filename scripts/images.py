@@ -1,7 +1,7 @@
 """Build the images of docker/ with Docker, Podman or Buildah, all of one version.
 
-The base image is resolved to its digest first, so that two builds of one commit start from the same bytes, and the
-digest stands in the label `org.opencontainers.image.base.name`.
+The base image is the one that the Dockerfiles pin by digest; one of your own (`--base`) is resolved to its digest
+first, so that two builds start from the same bytes. It stands in the label `org.opencontainers.image.base.name`.
 
 Usage:
     python scripts/images.py                        # all images, with what is here
@@ -26,7 +26,6 @@ from release import ROOT, ReleaseError, checked_version, commit_of
 
 IMAGES = ("mlflow", "pipelines", "serve", "train")
 ENGINES = ("docker", "podman", "buildah")
-BASE_IMAGE = "python:3.11-slim"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("images", nargs="*", help=f"which ones (default: {' '.join(IMAGES)})")
     parser.add_argument("--engine", choices=ENGINES, help="program that builds (default: the first that is here)")
     parser.add_argument("--registry", default="nvila", help="put before the names (default: nvila)")
-    parser.add_argument("--base", default=BASE_IMAGE, help=f"image to build on (default: {BASE_IMAGE})")
+    parser.add_argument("--base", default="", help="image to build on (default: the one that the Dockerfiles pin)")
     parser.add_argument("--cpu", action="store_true", help="take a torch without CUDA")
     parser.add_argument("--push", action="store_true", help="send them to the registry")
     args = parser.parse_args(argv)
@@ -94,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             if name not in IMAGES:
                 raise ReleaseError(f"{name}: there is no such image; there are {', '.join(IMAGES)}")
             began = time.monotonic()
-            tag = build(builder, name, registry=args.registry, base=builder.pinned(args.base), cpu=args.cpu)
+            base = builder.pinned(args.base) if args.base else ""
+            tag = build(builder, name, registry=args.registry, base=base, cpu=args.cpu)
             print(f"built {tag} in {time.monotonic() - began:.0f} s", flush=True)
             if args.push:
                 builder.push(tag)
@@ -105,9 +105,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build(builder: Builder, name: str, *, registry: str, base: str, cpu: bool) -> str:
-    """Build one image; returns its tag."""
+    """Build one image, on the base that its Dockerfile names or on another; returns its tag."""
     version = checked_version(ROOT)
-    arguments = {"BASE_IMAGE": base, "VERSION": version, "REVISION": commit_of(ROOT)}
+    arguments = {"VERSION": version, "REVISION": commit_of(ROOT), **({"BASE_IMAGE": base} if base else {})}
     if cpu and name != "mlflow":
         arguments["PIP_EXTRA_INDEX_URL"] = CPU_INDEX
     tag = f"{registry}/{name}:{version}"

@@ -25,6 +25,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from pin_images import unpinned
+from upgrade_diff import RECORD
+
 ROOT = Path(__file__).resolve().parent.parent
 CHECKSUMS = "SHA256SUMS"
 # The one table of contents of a release; docs/install.md names the same files.
@@ -59,7 +64,7 @@ def checked_version(root: Path, *, final: bool = False) -> str:
     """Return the version that everything in the tree agrees on.
 
     Raises:
-        ReleaseError: A chart or the CHANGELOG says otherwise, or the tree is not ready.
+        ReleaseError: A chart or the CHANGELOG says otherwise, an image is not pinned, or the tree is not ready.
     """
     version = _found(root / "model" / "nvila" / "_version.py", r'^__version__ = "(.+)"$')
     for name in CHARTS:
@@ -70,6 +75,11 @@ def checked_version(root: Path, *, final: bool = False) -> str:
                 raise ReleaseError(
                     f"{chart.relative_to(root)}: {key} is {said}, the package is {version}; make them one"
                 )
+    for image in unpinned(root):
+        raise ReleaseError(f"{image} is not pinned by digest; run: make pin-images")
+    recorded = _found(root / RECORD, r'^ "version": "(.+)"$') if final else version
+    if recorded != version:
+        raise ReleaseError(f"{RECORD} is of {recorded}; check and renew it: python scripts/upgrade_diff.py --record")
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     dated = re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE)
     if not dated and (final or "\n## [Unreleased]\n" not in changelog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,11 @@ def tree(tmp_path: Path) -> Path:
     for name in release.CHARTS:
         (root / "charts" / name).mkdir(parents=True)
         shutil.copy(ROOT / "charts" / name / "Chart.yaml", root / "charts" / name)
+    for name in ("values.yaml", "files/image-digests.yaml"):
+        (root / "charts" / "nvila-platform" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "charts" / "nvila-platform" / name, root / "charts" / "nvila-platform" / name)
+    shutil.copytree(ROOT / "docker", root / "docker")
+    shutil.copy(ROOT / "charts" / "released.json", root / "charts")
     (root / "model" / "nvila").mkdir(parents=True)
     shutil.copy(ROOT / "model" / "nvila" / "_version.py", root / "model" / "nvila")
     (root / "CHANGELOG.md").write_text("# Changelog\n\n## [Unreleased]\n\n- All of it.\n")
@@ -88,6 +94,31 @@ def test_a_tree_of_several_versions_is_refused(tree: Path, file: str, old: str, 
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(release.ReleaseError, match=said):
         release.checked_version(tree)
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "named"),
+    [
+        ("docker/serve.Dockerfile", "@sha256:[0-9a-f]{64}", "docker/serve.Dockerfile: python:3.11-slim"),
+        ("charts/nvila-platform/files/image-digests.yaml", "(?m)^postgres.*$", "values.yaml: postgres:17.5-bookworm"),
+    ],
+)
+def test_an_image_without_a_digest_is_refused(tree: Path, file: str, pattern: str, named: str) -> None:
+    path = tree / file
+    path.write_text(re.sub(pattern, "", path.read_text()))
+    with pytest.raises(release.ReleaseError, match=rf"{named} is not pinned by digest; run: make pin-images"):
+        release.checked_version(tree)
+
+
+def test_a_final_release_records_its_charts(tree: Path) -> None:
+    date_the_changelog(tree)
+    record = tree / "charts" / "released.json"
+    record.write_text(record.read_text().replace('"version": "0.1.0"', '"version": "0.0.9"'))
+    git(tree, "commit", "--quiet", "-am", "Release")
+    with pytest.raises(release.ReleaseError, match=r"charts/released.json is of 0.0.9; check and renew it"):
+        release.checked_version(tree, final=True)
+    # A rehearsal is before that.
+    assert release.checked_version(tree) == "0.1.0"
 
 
 def test_outside_of_git_it_says_so(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def build_engine() -> Engine:
             block_size=_BLOCK_SIZE,
             media_cache_bytes=64 * 1024,
             max_running=5,
-            max_waiting=6,
+            max_waiting=4,
             step_tokens=96,
             encode_tiles=5,
         ),

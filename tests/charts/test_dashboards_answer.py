@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -218,6 +220,7 @@ def test_every_query_of_every_dashboard_returns_data(
     picture: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setattr(cost, "open_gpus", lambda: OneGpu())
     documents = render(CHART, extra=("--api-versions", "monitoring.coreos.com/v1"))
@@ -257,5 +260,28 @@ def test_every_query_of_every_dashboard_returns_data(
                     continue
                 if not silent:
                     break
+        # The pictures of docs/ are of what is asked here; NVILA_UPDATE_PICTURES=1 renews them.
+        pictures = ROOT / "docs" / "images" if os.environ.get("NVILA_UPDATE_PICTURES") else tmp_path / "pictures"
+        said = draw_all(address, pictures)
+    record_property("queries", len(asked))
+    record_property("answered", len(asked) - len(silent))
     assert [where for where, _ in silent] == []
     assert len(asked) >= 60
+    for path in DASHBOARDS:
+        drawn = re.search(rf"dashboard-{path.stem}.png: (\d+) panels drawn, (\d+) without data(.*)", said)
+        assert drawn is not None, said
+        panels = [one for one in json.loads(path.read_text(encoding="utf-8"))["panels"] if one.get("targets")]
+        # Of energy, the estimate has no answer here and the measured one has.
+        assert int(drawn[1]) == len(panels), said
+        assert (pictures / f"dashboard-{path.stem}.png").stat().st_size > 10_000
+
+
+def draw_all(address: str, folder: Path) -> str:
+    """Draw the dashboards of the last minutes; returns what the script says."""
+    variables = [word for name, value in VARIABLES.items() for word in ("--var", f"{name}={value}")]
+    command = [sys.executable, str(ROOT / "scripts" / "draw_dashboards.py"), "--prometheus", address]
+    # Two minutes are shown, so rates are of less than the five that an hour of scrapes would have.
+    more = ["--dest", str(folder), "--minutes", "2", "--interval", "30s"]
+    done = subprocess.run([*command, *more, *variables], capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

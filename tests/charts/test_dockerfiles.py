@@ -70,7 +70,7 @@ def test_hadolint_finds_nothing(dockerfile: Path) -> None:
 def test_base_image_can_be_chosen_and_does_not_move(dockerfile: Path) -> None:
     default, *more = values(stages(dockerfile)[""], "ARG")
     assert more == (["BUILD_IMAGE=${BASE_IMAGE}"] if dockerfile.stem == "train" else [])
-    assert re.fullmatch(r"BASE_IMAGE=[a-z0-9./-]+:(?!latest)[a-z0-9.-]+", default)
+    assert re.fullmatch(r"BASE_IMAGE=[a-z0-9./-]+:(?!latest)[a-z0-9.-]+@sha256:[0-9a-f]{64}", default)
     bases = {rest.split(" AS ")[0] for word, rest in instructions(dockerfile) if word == "FROM"}
     assert bases <= {"${BASE_IMAGE}", "${BUILD_IMAGE}", "dependencies"}
 

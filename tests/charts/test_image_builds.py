@@ -23,8 +23,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "docker.io/library/python:3.11-slim"
-CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-PATH = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # Minutes of downloads and copies on an ordinary disk.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -33,78 +31,26 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 @pytest.fixture(scope="module")
 def images() -> Any:
     sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        return importlib.import_module("images")
-    finally:
-        sys.path.pop(0)
+    return importlib.import_module("images")
 
 
 @pytest.fixture(scope="module")
 def builder(images: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Buildah with a storage of its own that holds a stand-in of the base image."""
-    missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
-    if missing or os.geteuid() != 0:
-        pytest.skip(f"needs root and {' and '.join(missing) or 'nothing else'}: apt-get install buildah debootstrap")
-    folder = tmp_path_factory.mktemp("images")
-    storage = ("--root", f"{folder}/store", "--runroot", f"{folder}/run", "--storage-driver", "vfs")
-    # Packages that this machine keeps on its disk are seen by the builds too.
-    kept = [path for path in _pip_folders() if path.is_dir()]
-    volumes = [part for path in kept for part in ("--volume", f"{path}:{path}:ro")]
-    os.environ["BUILDAH_ISOLATION"] = "chroot"
-    made = images.Builder(
-        engine="buildah", options=storage, build_options=("--pull-never", "--network", "host", *volumes)
-    )
+    engine = importlib.import_module("local_engine")
+    if lacks := engine.missing():
+        pytest.skip(f"needs {lacks}")
+    # A storage that is kept saves the next run the base image.
+    kept = os.environ.get("NVILA_IMAGE_STORE", "")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("images")
     try:
-        _make_base(folder, storage, kept)
-        yield made
+        yield engine.open_store(folder)
+    except engine.ReleaseError as error:
+        pytest.skip(str(error))
     finally:
-        # Gigabytes; pytest would keep the last three.
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _pip_folders() -> list[Path]:
-    """Return the folders that this machine's pip looks into besides the index."""
-    said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
-    words = said.stdout.replace("'", " ").replace("file://", "").split()
-    found = [Path(word) for word in words if word.startswith("/") and "ssl" not in word and Path(word).is_dir()]
-    return [path.parent if path.name == "simple" else path for path in dict.fromkeys(found)]
-
-
-def _make_base(folder: Path, storage: tuple[str, ...], kept: list[Path]) -> None:
-    root = folder / "rootfs"
-    packages = "--include=python3,python3-venv,ca-certificates"
-    made = subprocess.run(
-        ["debootstrap", "--variant=minbase", packages, "bookworm", str(root), "http://deb.debian.org/debian"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if made.returncode:
-        pytest.skip(f"no Debian could be made: {made.stdout.strip().splitlines()[-1]}")
-    shutil.rmtree(root / "var" / "cache" / "apt" / "archives", ignore_errors=True)
-    (root / "usr" / "local" / "bin" / "python").symlink_to("/usr/bin/python3")
-    if CERTIFICATES.is_file():
-        shutil.copy(CERTIFICATES, root / CERTIFICATES.relative_to("/"))
-    pages = [f"file://{path}/simple" for path in kept if (path / "simple").is_dir()]
-    links = [str(path) for path in kept if not (path / "simple").is_dir()]
-    (root / "etc" / "pip.conf").write_text(
-        f"[global]\ncert = {CERTIFICATES}\nfind-links = {' '.join(links)}\nextra-index-url = {' '.join(pages)}\n"
-    )
-
-    def buildah(*arguments: str) -> str:
-        done = subprocess.run(["buildah", *storage, *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    container = buildah("from", "scratch")
-    buildah("add", "--quiet", container, str(root), "/")
-    buildah("config", "--env", f"PATH={PATH}", "--env", f"SSL_CERT_FILE={CERTIFICATES}", container)
-    buildah("commit", "--quiet", container, BASE)
-    buildah("rm", container)
-    shutil.rmtree(root)
-
-
-def container(builder: Any, tag: str) -> str:
-    """Make a container of an image; returns its name."""
-    command = ["buildah", *builder.options, "from", "--pull-never", tag]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not kept:
+            # Gigabytes; pytest would keep the last three.
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(builder: Any, tag: str, *command: str, volumes: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -336,3 +336,19 @@ def test_notes_give_the_next_three_commands(helm: Helm) -> None:
         assert first in commands[0]
         assert commands[2] == "helm test demo -n models"
         assert "which must exist in namespace models" in notes
+
+
+def test_what_others_publish_runs_by_digest_unless_it_is_ones_own_choice(render: Render) -> None:
+    def images(**values: Any) -> set[str]:
+        return {
+            container["image"]
+            for document in render(CHART, values)
+            if document["kind"] == "StatefulSet"
+            for container in document["spec"]["template"]["spec"]["containers"]
+        }
+
+    pinned = yaml.safe_load((CHART / "files" / "image-digests.yaml").read_text(encoding="utf-8"))
+    minio = {"seaweedfs": {"enabled": False}, "minio": {"enabled": True}}
+    assert images() | images(s3=minio) == {f"{name}@{digest}" for name, digest in pinned.items()}
+    assert "postgres:18.0" in images(postgres={"bundled": {"image": {"tag": "18.0"}}})
+    assert "mirror.example.com/postgres:17.5-bookworm" in images(**{"global": {"imageRegistry": "mirror.example.com"}})

@@ -83,7 +83,7 @@ def model_server(model: str) -> Iterator[int]:
 def run_test_pod(pod: Document, port: int) -> subprocess.CompletedProcess[str]:
     container = pod["spec"]["containers"][0]
     env = {item["name"]: item["value"] for item in container["env"]}
-    env |= {"MODEL_NAME": "eyes", "SERVICE": "127.0.0.1", "POD_PORT": str(port), "TIMEOUT_S": "1.5"}
+    env |= {"MODEL_NAME": "eyes", "SERVICE": "127.0.0.1", "PORTS": f"1 {port}", "TIMEOUT_S": "1.5"}
     command = [sys.executable, *container["command"][1:], *container["args"]]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=env)
 

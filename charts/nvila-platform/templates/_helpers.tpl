@@ -58,7 +58,7 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 {{- end }}
 
 {{/*
-Image reference, by digest where one is given, otherwise by tag. Takes `root`, `image` and `path`, its key in the values.
+Image reference, by digest where one is given, otherwise by tag; the chart's own choices are pinned besides. Takes `root`, `image` and `path`, its key in the values.
 */}}
 {{- define "nvila-platform.image" -}}
 {{- if eq .image.tag "latest" }}
@@ -72,7 +72,12 @@ Image reference, by digest where one is given, otherwise by tag. Takes `root`, `
 {{- if .image.digest }}
 {{- printf "%s@%s" $name .image.digest }}
 {{- else }}
-{{- printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) }}
+{{- $tagged := printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) }}
+{{- $digests := .root.Files.Get "files/image-digests.yaml" | fromYaml }}
+{{- with get $digests $tagged }}
+{{- $tagged = printf "%s@%s" $tagged . }}
+{{- end }}
+{{- $tagged }}
 {{- end }}
 {{- end }}
 
@@ -202,4 +207,28 @@ Where S3 is and who we are there, as the project's own settings name it.
 - name: NVILA_S3_SECURE
   value: {{ include "nvila-platform.s3Secure" . | quote }}
 {{ include "nvila-platform.s3Credentials" (dict "root" . "access" "NVILA_S3_ACCESS_KEY" "secret" "NVILA_S3_SECRET_KEY") }}
+{{- end }}
+
+{{/*
+Refuse when the release's namespace lacks a secret or a key of it. Takes `root`, `name`, `value`, the value that names it,
+and `keys`. Only with a cluster: without one a lookup gives nothing, with one at least an empty list. Helm reads the
+namespace's secrets anyhow, so it needs no more rights than an installation.
+*/}}
+{{- define "nvila-platform.requireSecret" -}}
+{{- $namespace := .root.Release.Namespace }}
+{{- if lookup "v1" "Secret" $namespace "" }}
+{{- $make := printf "kubectl -n %s create secret generic %s" $namespace .name }}
+{{- range .keys }}
+{{- $make = printf "%s --from-literal=%s=..." $make . }}
+{{- end }}
+{{- $found := lookup "v1" "Secret" $namespace .name }}
+{{- if not $found }}
+{{- fail (printf "%s names secret %q, which namespace %s does not have: %s; or set checkSecrets=false where something makes it later" .value .name $namespace $make) }}
+{{- end }}
+{{- range .keys }}
+{{- if not (hasKey (default dict $found.data) .) }}
+{{- fail (printf "%s names secret %q, which has no key %q: make it anew, %s" $.value $.name . $make) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}

@@ -66,6 +66,20 @@ component: predictor
 {{- end }}
 
 {{/*
+Name of the service that leads to the endpoint.
+*/}}
+{{- define "nvila-serving.serviceName" -}}
+{{- $service := .Values.endpoint.service }}
+{{- if and (not .Values.endpoint.create) (not $service.name) }}
+{{- fail "endpoint.create is off, and `nvila deploy` leaves a service for each revision: set endpoint.service.name, .namespace and .host to those of KServe's gateway, or turn off route.enabled and tests.enabled" }}
+{{- end }}
+{{- if and (not $service.name) (or $service.namespace $service.host) }}
+{{- fail "endpoint.service.namespace and .host belong to a service that is named: set endpoint.service.name too" }}
+{{- end }}
+{{- default (printf "%s-predictor" (include "nvila-serving.fullname" .)) $service.name }}
+{{- end }}
+
+{{/*
 Image reference: by digest where one is given, otherwise by tag.
 */}}
 {{- define "nvila-serving.image" -}}
@@ -188,5 +202,29 @@ Annotations of the pods: those of the values, and which model it is. Empty when 
 {{- if .Values.model.version }}
 nvila.dev/model-version: {{ .Values.model.version | quote }}
 nvila.dev/model-digest: {{ .Values.model.digest | quote }}
+{{- end }}
+{{- end }}
+
+{{/*
+Refuse when the release's namespace lacks a secret or a key of it. Takes `root`, `name`, `value`, the value that names it,
+and `keys`. Only with a cluster: without one a lookup gives nothing, with one at least an empty list. Helm reads the
+namespace's secrets anyhow, so it needs no more rights than an installation.
+*/}}
+{{- define "nvila-serving.requireSecret" -}}
+{{- $namespace := .root.Release.Namespace }}
+{{- if lookup "v1" "Secret" $namespace "" }}
+{{- $make := printf "kubectl -n %s create secret generic %s" $namespace .name }}
+{{- range .keys }}
+{{- $make = printf "%s --from-file=%s=..." $make . }}
+{{- end }}
+{{- $found := lookup "v1" "Secret" $namespace .name }}
+{{- if not $found }}
+{{- fail (printf "%s names secret %q, which namespace %s does not have: %s; or set checkSecrets=false where something makes it later" .value .name $namespace $make) }}
+{{- end }}
+{{- range .keys }}
+{{- if not (hasKey (default dict $found.data) .) }}
+{{- fail (printf "%s names secret %q, which has no key %q: make it anew, %s" $.value $.name . $make) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -8,7 +8,6 @@ import io
 import json
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from nvila.errors import ConfigError
 from nvila_pipelines.cli.options import port_number
 from nvila_pipelines.cli.output import emit, emit_json
 from nvila_platform.model_source import DEFAULT_NAME, fetch, locate
+from nvila_platform.scratch import scratch_folder
 from nvila_platform.serving.options import ServerOptions, options_of, updates_of
 from nvila_platform.serving.options import add_arguments as add_server_arguments
 from nvila_platform.settings import Settings
@@ -152,8 +152,8 @@ def serve_model(
         adapters=parse_adapters(adapters),
     )
     plan = source.look()
-    with tempfile.TemporaryDirectory(prefix="nvila-serve-") as scratch:
-        port_file = Path(scratch) / "port"
+    with scratch_folder("nvila-serve") as scratch:
+        port_file = scratch / "port"
 
         def on_ready() -> None:
             url = f"http://{_reachable(host)}:{port_file.read_text(encoding='ascii')}"

@@ -15,7 +15,16 @@ from pydantic.alias_generators import to_camel
 from nvila.errors import ConfigError, nearest
 
 # Made by the chart alone; a deployment leaves them as they are.
-CHART_ONLY = ("nameOverride", "fullnameOverride", "route", "networkPolicy", "podDisruptionBudget", "tests")
+CHART_ONLY = (
+    "nameOverride",
+    "fullnameOverride",
+    "checkSecrets",
+    "endpoint",
+    "route",
+    "networkPolicy",
+    "podDisruptionBudget",
+    "tests",
+)
 
 Name = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$")]
 Count = Annotated[int, Field(ge=0)]

@@ -6,7 +6,6 @@ import base64
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from nvila.errors import ConfigError, DataError, InfrastructureError, NvilaError
 from nvila_platform.launch.outcome import left_error
+from nvila_platform.scratch import scratch_folder
 from nvila_platform.settings import ERROR_FILE
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ def start_server(
     options += [] if version is None else ["--version", version]
     options += [] if digest is None else ["--digest", digest]
     options += args
-    with tempfile.TemporaryDirectory(prefix="nvila-serve-") as scratch_name:
-        scratch = Path(scratch_name)
+    with scratch_folder("nvila-serve") as scratch:
         log = log_path or scratch / "server.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         start = log.stat().st_size if log.exists() else 0

@@ -30,11 +30,12 @@ from nvila_platform.serving.auth import Gatekeeper
 from nvila_platform.serving.description import describe_bodies
 from nvila_platform.serving.drift import drift_router
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
+from nvila_platform.serving.express import Express
 from nvila_platform.serving.guard import Guard
 from nvila_platform.serving.lifecycle import Drain, health_router
 from nvila_platform.serving.limits import BodyLimit
 from nvila_platform.serving.model import NvilaModel
-from nvila_platform.serving.openai_router import build_router
+from nvila_platform.serving.openai_router import build_endpoints, build_router
 from nvila_platform.serving.options import ServerOptions
 from nvila_platform.serving.playground import playground_router
 from nvila_platform.serving.scrape import scrape_router
@@ -88,7 +89,9 @@ class NvilaServer(ModelServer):  # type: ignore[misc]  # the KServe SDK ships no
     def run(self) -> None:
         """Serve until a signal or `shut_down`; running answers are finished first."""
         self.register_signal_handler()
-        asyncio.run(self._rest_server.start(self.updater))
+        # uvloop where it is installed: an event costs it half.
+        with asyncio.Runner(loop_factory=self._rest_server.config.get_loop_factory()) as runner:
+            runner.run(self._rest_server.start(self.updater))
 
     def shut_down(self) -> None:
         """Stop from another thread, as a signal would."""
@@ -106,7 +109,7 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         self._updater: Updater | None = None
         rejected = service.rejected
         # Built here: a key file that cannot be used is known before the model is loaded.
-        limited = BodyLimit(app, service.limits, rejected)
+        limited = BodyLimit(Express(app, build_endpoints(service)), service.limits, rejected)
         checked = Gatekeeper(limited, options.access, rejected)
         self.config.app = Guard(checked, lambda: service.identity, rejected, service.tracing)
         self._drain = Drain(self._server, service, options.drain_s)

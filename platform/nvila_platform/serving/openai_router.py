@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 
 from nvila_platform.serving.answers import (
     AnswerMessage,
@@ -32,6 +33,7 @@ from nvila_platform.serving.answers import (
 )
 from nvila_platform.serving.description import body_of
 from nvila_platform.serving.errors import ApiError
+from nvila_platform.serving.express import Endpoint
 from nvila_platform.serving.guard import REQUEST_ID
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.json_body import decode_json
@@ -39,7 +41,7 @@ from nvila_platform.serving.schema import ChatRequest, CompletionRequest, parse_
 from nvila_platform.serving.served import Target, Version, answered_by
 from nvila_platform.serving.service import ChatService
 from nvila_platform.serving.stream import Completion, Stream
-from nvila_platform.serving.streaming import events
+from nvila_platform.serving.streaming import EventStream, events
 
 if TYPE_CHECKING:
     from nvila.inference.engine import Delta, Usage
@@ -48,20 +50,10 @@ PREFIX = "/openai/v1"
 _EMPTY = '"content":""'
 
 
-async def _until_sent() -> AsyncIterator[ExitStack]:
-    """Hold what a request holds until its response has left, however that ends."""
-    with ExitStack() as held:
-        yield held
+def build_endpoints(service: ChatService) -> dict[str, Endpoint]:
+    """Return what answers questions to one service, by path."""
 
-
-_Held = Annotated[ExitStack, Depends(_until_sent)]
-
-
-def build_router(service: ChatService) -> APIRouter:
-    """Return the routes under `/openai/v1` for one service."""
-    router = APIRouter(prefix=PREFIX, tags=["OpenAI"])
-
-    async def chat(request: Request, held: _Held) -> Response:
+    async def chat(request: Request, held: ExitStack) -> Response:
         service.queue.check_room()
         asked = parse_chat(await read_json(request))
         target = service.target(asked.model)
@@ -71,7 +63,7 @@ def build_router(service: ChatService) -> APIRouter:
         streams = await service.submit(slot, asked, asked.messages)
         return await _stream(service, streams, _ChatEvents(target, asked, [streams]))
 
-    async def completions(request: Request, held: _Held) -> Response:
+    async def completions(request: Request, held: ExitStack) -> Response:
         service.queue.check_room()
         asked = parse_completion(await read_json(request))
         target = service.target(asked.model)
@@ -83,6 +75,17 @@ def build_router(service: ChatService) -> APIRouter:
             return await _stream(service, streams, _TextEvents(target, asked, prompts))
         return JSONResponse(await _text_body(target, asked, prompts))
 
+    return {f"{PREFIX}/chat/completions": chat, f"{PREFIX}/completions": completions}
+
+
+def build_router(service: ChatService) -> APIRouter:
+    """Return the routes under `/openai/v1` for one service; those that `Express` answers are described only."""
+    router = APIRouter(tags=["OpenAI"])
+    bodies: dict[str, type[BaseModel]] = {"chat/completions": ChatRequest, "completions": CompletionRequest}
+
+    async def described() -> Response:
+        raise AssertionError("Express answers this before the framework sees it")
+
     async def models() -> Response:
         cards = [_card(service.version, one) for one in service.version]
         return JSONResponse(ModelList(data=cards).model_dump())
@@ -92,11 +95,17 @@ def build_router(service: ChatService) -> APIRouter:
         answered_by(identity)
         return JSONResponse(_card(service.version, identity).model_dump())
 
-    post: dict[str, Any] = {"methods": ["POST"], "response_model": None}
-    router.add_api_route("/chat/completions", chat, **post, openapi_extra=body_of(ChatRequest))
-    router.add_api_route("/completions", completions, **post, openapi_extra=body_of(CompletionRequest))
-    router.add_api_route("/models", models, methods=["GET"], response_model=None)
-    router.add_api_route("/models/{model}", model, methods=["GET"], response_model=None)
+    for path, body in bodies.items():
+        router.add_api_route(
+            f"{PREFIX}/{path}",
+            described,
+            name=path.replace("/", "_"),
+            methods=["POST"],
+            response_model=None,
+            openapi_extra=body_of(body),
+        )
+    router.add_api_route(f"{PREFIX}/models", models, methods=["GET"], response_model=None)
+    router.add_api_route(f"{PREFIX}/models/{{model}}", model, methods=["GET"], response_model=None)
     return router
 
 
@@ -200,15 +209,7 @@ async def _stream(service: ChatService, streams: Sequence[Stream], made: _Events
     # A refusal by the engine still becomes a status; after this long a stream that says it lives is worth more.
     await streams[0].opened(keep_alive_s)
 
-    async def body() -> AsyncIterator[str]:
-        opening = made.opening()
-        if opening:
-            yield opening
-        async for text in events(streams, keep_alive_s, made.piece, made.last, service.rejected):
-            yield text
-
-    # X-Accel-Buffering keeps proxies from collecting the stream into one piece.
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+    return EventStream(events(streams, keep_alive_s, made.opening(), made.piece, made.last, service.rejected))
 
 
 def _chat_body(target: Target, request: ChatRequest, answers: Sequence[Completion]) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Literal
 
 from nvila_platform.serving.cost import Cost
 from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
+from nvila_platform.serving.mailbox import Inbox, Mailbox
 from nvila_platform.serving.phases import PhaseClock
-from nvila_platform.serving.stream import End, Job, Mailbox, Stream
+from nvila_platform.serving.stream import End, Event, Job, Stream
 from nvila_platform.serving.tracing import TRACE
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class EngineQueue:
         self._pending: deque[Job] = deque()
         self._closed = False
         # Only the event loop's thread touches these.
-        self._mailbox: Mailbox | None = None
+        self._mailbox: Mailbox[Event] | None = None
         self._admitted = 0
         self._cost = 0
         self._service_s = 1.0
@@ -190,7 +191,7 @@ class EngineQueue:
         wait_s = min(_LONGEST_RETRY_S, max(1, math.ceil(self._service_s * self._admitted / self._concurrency)))
         return ApiError(429, "queue_full", f"{why}; try again in about {wait_s} s", retry_after_s=wait_s)
 
-    def _mailbox_of(self, loop: asyncio.AbstractEventLoop) -> Mailbox:
+    def _mailbox_of(self, loop: asyncio.AbstractEventLoop) -> Mailbox[Event]:
         if self._mailbox is None or self._mailbox.loop is not loop:
             self._mailbox = Mailbox(loop)
         return self._mailbox
@@ -293,6 +294,7 @@ class Slot:
 
     def submit(self, messages: Sequence[Message], media: Mapping[str, Medium], params: SamplingParams) -> Stream:
         """Queue one generation and return its events."""
+        loop = asyncio.get_running_loop()
         job = Job(
             target=self.target,
             messages=messages,
@@ -301,7 +303,8 @@ class Slot:
             admitted_at=self._admitted_at,
             deadline=self._deadline,
             submitted_at=time.monotonic(),
-            mailbox=self._queue._mailbox_of(asyncio.get_running_loop()),
+            mailbox=self._queue._mailbox_of(loop),
+            inbox=Inbox(loop),
             trace=TRACE.get(),
         )
         stream = Stream(job, self._queue._cancel)

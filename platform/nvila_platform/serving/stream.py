@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from nvila_platform.serving.errors import ApiError
+from nvila_platform.serving.mailbox import Inbox, Mailbox
 
 if TYPE_CHECKING:
     from nvila.data.records import Message
@@ -29,7 +29,6 @@ class End:
 
 # Quoted, because the engine is imported only for its types.
 Event: TypeAlias = "Delta | End | ApiError"
-Events: TypeAlias = "asyncio.Queue[Event]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,40 +39,6 @@ class Completion:
     finish_reason: str
     usage: Usage
     logprobs: Sequence[TokenLogprob] = ()
-
-
-class Mailbox:
-    """Carries events from worker threads into an event loop, and wakes it once for all that come together.
-
-    Waking it is a system call, after which two threads want the interpreter; a step of the model has an event for every
-    request in it.
-
-    Args:
-        loop: Where the readers are.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._lock = threading.Lock()
-        self._events: list[tuple[Events, Event]] = []
-
-    def post(self, reader: Events, event: Event) -> None:
-        """Hand an event to a reader, from any thread.
-
-        Raises:
-            RuntimeError: The loop is closed.
-        """
-        with self._lock:
-            self._events.append((reader, event))
-            first = len(self._events) == 1
-        if first:
-            self.loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        with self._lock:
-            events, self._events = self._events, []
-        for reader, event in events:
-            reader.put_nowait(event)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -87,16 +52,16 @@ class Job:
     admitted_at: float
     deadline: float
     submitted_at: float
-    mailbox: Mailbox
+    mailbox: Mailbox[Event]
+    inbox: Inbox[Event]
     trace: RequestTrace | None = None
-    events: Events = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     generation: Generation | None = None
 
     def post(self, event: Event) -> None:
         """Hand an event to the event loop, from any thread."""
         try:
-            self.mailbox.post(self.events, event)
+            self.mailbox.post(self.inbox, event)
         except RuntimeError:
             # The loop is closed: nobody is left to read.
             self.cancelled.set()
@@ -153,14 +118,18 @@ class Stream:
         event, self._first = self._first, None
         if event is None:
             event = await self._next(within_s)
-        if isinstance(event, End):
-            self._usage = event.usage
-            self._done = True
-            if self.on_end is not None:
-                self.on_end(self._letters)
-        elif event is not None:
-            self._letters += len(event.text)
-        return event
+        return self._seen(event)
+
+    def ready(self) -> Delta | End | None:
+        """Return the next piece if it is here already; without waiting.
+
+        Raises:
+            ApiError: The engine failed on the request.
+        """
+        if self._done:
+            return None
+        event = self._job.inbox.take()
+        return None if event is None else self._seen(self._good(event))
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while True:
@@ -185,34 +154,33 @@ class Stream:
 
     def cancel(self) -> None:
         """Stop the generation; harmless when it has ended."""
+        self._job.inbox.close()
         if not self._done:
             self._cancel(self._job)
 
-    async def _next(self, within_s: float | None) -> Delta | End | None:
-        left_s = max(0.0, self._job.deadline - time.monotonic())
-        last = within_s is None or left_s <= within_s
-        try:
-            event = await self._soon(left_s if last or within_s is None else within_s)
-        except TimeoutError as e:
-            if not last:
-                return None
-            self.cancel()
-            raise ApiError(
-                504, "timeout", "the answer took longer than this server allows; ask for fewer tokens"
-            ) from e
+    def _seen(self, event: Delta | End | None) -> Delta | End | None:
+        if isinstance(event, End):
+            self._usage = event.usage
+            self._done = True
+            if self.on_end is not None:
+                self.on_end(self._letters)
+        elif event is not None:
+            self._letters += len(event.text)
+        return event
+
+    def _good(self, event: Event) -> Delta | End:
         if isinstance(event, ApiError):
             self._done = True
             raise event
         return event
 
-    async def _soon(self, within_s: float) -> Event:
-        """Return the next event.
-
-        Raises:
-            TimeoutError: There was none in time.
-        """
-        events = self._job.events
-        if within_s > 0 and not events.empty():
-            return events.get_nowait()  # without a timer
-        async with asyncio.timeout(within_s):
-            return await events.get()
+    async def _next(self, within_s: float | None) -> Delta | End | None:
+        left_s = max(0.0, self._job.deadline - time.monotonic())
+        last = within_s is None or left_s <= within_s
+        event = await self._job.inbox.next(left_s if last or within_s is None else within_s) if left_s else None
+        if event is not None:
+            return self._good(event)
+        if not last:
+            return None
+        self.cancel()
+        raise ApiError(504, "timeout", "the answer took longer than this server allows; ask for fewer tokens")

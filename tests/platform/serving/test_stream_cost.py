@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.identity import ModelIdentity
+from nvila_platform.serving.mailbox import Inbox, Mailbox
 from nvila_platform.serving.openai_router import _ChatEvents
 from nvila_platform.serving.schema import parse_chat
 from nvila_platform.serving.served import Served, Version
-from nvila_platform.serving.stream import End, Mailbox
+from nvila_platform.serving.stream import End
 
 
 class Loop:
@@ -31,15 +34,16 @@ def test_events_that_come_together_wake_the_loop_once_and_keep_their_order() -> 
     from nvila.inference.engine import Delta, Usage
 
     loop: Any = Loop()
-    mailbox = Mailbox(loop)
-    readers: list[asyncio.Queue[Any]] = [asyncio.Queue(), asyncio.Queue()]
+    mailbox: Mailbox[Any] = Mailbox(loop)
+    readers: list[Inbox[Any]] = [Inbox(loop), Inbox(loop)]
     for number in range(3):
         for reader in readers:
             mailbox.post(reader, Delta(str(number)))
     assert len(loop.calls) == 1
+    missing = Delta("nothing came")
     loop.calls.pop()()
     for reader in readers:
-        assert [reader.get_nowait().text for _ in range(3)] == ["0", "1", "2"]
+        assert [(reader.take() or missing).text for _ in range(3)] == ["0", "1", "2"]
     mailbox.post(readers[0], End(Usage()))
     assert len(loop.calls) == 1, "it is woken again for what comes later"
 
@@ -62,3 +66,60 @@ def test_a_piece_is_the_event_that_the_models_would_make(words: ModuleType, text
         assert json.loads(piece.removeprefix("data: ")) == json.loads(first.removeprefix("data: "))
         choice = json.loads(piece.removeprefix("data: "))["choices"][0]
         assert (choice["index"], choice["delta"]) == (number, {"content": text})
+
+
+def test_an_inbox_waits_until_the_moment_that_counts_with_one_timer() -> None:
+    async def scenario() -> tuple[list[Any], int]:
+        loop = asyncio.get_running_loop()
+        timers = 0
+        inbox: Inbox[str] = Inbox(loop)
+        ring = inbox._ring
+
+        def counted() -> None:
+            nonlocal timers
+            timers += 1
+            ring()
+
+        inbox._ring = counted  # type: ignore[method-assign]
+        got: list[Any] = []
+        for number in range(4):
+            loop.call_later(0.02, inbox.put, f"event {number}")
+            # The first timer goes off while a later wait goes on, and must not end that.
+            got.append(await inbox.next(0.05 if number == 0 else 5.0))
+        got.append(await inbox.next(0.02))
+        inbox.put("late")
+        got += [await inbox.next(0.0), await inbox.next(0.0)]
+        inbox.close()
+        return got, timers
+
+    got, timers = asyncio.run(scenario())
+    assert got == ["event 0", "event 1", "event 2", "event 3", None, "late", None]
+    assert timers <= 2
+
+
+def test_what_is_ready_together_is_one_write(words: ModuleType) -> None:
+    from nvila.inference.engine import Delta, Usage
+    from nvila_platform.serving.stream import Stream
+    from nvila_platform.serving.streaming import events
+
+    class Job:
+        deadline = time.monotonic() + 60.0
+
+        def __init__(self) -> None:
+            self.inbox: Inbox[Any] = Inbox(asyncio.get_running_loop())
+
+    async def scenario(last: Any) -> list[str]:
+        job: Any = Job()
+        for event in (Delta("a"), Delta("b"), last):
+            job.inbox.put(event)
+        stream = Stream(job, lambda _job: None)
+        written = events([stream], 5.0, "open ", lambda _, delta: delta.text, lambda: "last ", errors.append)
+        return [text async for text in written]
+
+    errors: list[str] = []
+    assert asyncio.run(scenario(End(Usage()))) == ["open ", "ab", "last data: [DONE]\n\n"]
+    assert errors == []
+    first, second, failure = asyncio.run(scenario(ApiError(500, "internal_error", "no")))
+    assert (first, second, errors) == ("open ", "ab", ["internal_error"])
+    assert '"internal_error"' in failure
+    assert "DONE" not in failure
