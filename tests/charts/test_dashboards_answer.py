@@ -225,7 +225,7 @@ def test_every_query_of_every_dashboard_returns_data(
     monkeypatch.setattr(cost, "open_gpus", lambda: OneGpu())
     documents = render(CHART, extra=("--api-versions", "monitoring.coreos.com/v1"))
     (rules,) = (document["spec"] for document in documents if document["kind"] == "PrometheusRule")
-    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "what is it?"}]
+    media = {"type": "image_url", "image_url": {"url": picture}}
     # An estimate of energy is made only where nothing was measured.
     build_reference([{"images": [1.0], "brightness": [0.5]}] * 20, "evaluation").write(tmp_path / "drift.json")
     drift = ("--drift", str(tmp_path / "drift.json"), "--drift-share", "1")
@@ -249,6 +249,8 @@ def test_every_query_of_every_dashboard_returns_data(
     ):  # fmt: skip
         silent = asked
         for number in range(1, 120):
+            # Other words before one picture: the prefix is new, so the cache of media is asked.
+            content = [{"type": "text", "text": f"{number}:"}, media, {"type": "text", "text": "what is it?"}]
             assert ask(server, messages=[{"role": "user", "content": content}]) == 200
             assert ask(server, messages=[{"role": "user", "content": "x " * 5000}]) == 400
             step(number)
@@ -271,7 +273,6 @@ def test_every_query_of_every_dashboard_returns_data(
         drawn = re.search(rf"dashboard-{path.stem}.png: (\d+) panels drawn, (\d+) without data(.*)", said)
         assert drawn is not None, said
         panels = [one for one in json.loads(path.read_text(encoding="utf-8"))["panels"] if one.get("targets")]
-        # Of energy, the estimate has no answer here and the measured one has.
         assert int(drawn[1]) == len(panels), said
         assert (pictures / f"dashboard-{path.stem}.png").stat().st_size > 10_000
 
