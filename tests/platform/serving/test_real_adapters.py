@@ -54,7 +54,8 @@ def alone(folder: Path) -> list[str]:
     from nvila.inference.engine import Engine, SamplingParams
 
     engine = Engine.load(folder)
-    asked = [([Message(role="user", content=(Part(type="text", value=text),))], {}) for text in QUESTIONS]
+    media: dict[str, Any] = {}
+    asked = [([Message(role="user", content=(Part(type="text", value=text),))], media) for text in QUESTIONS]
     return [one.text for one in engine.generate(asked, SamplingParams(max_tokens=TOKENS, temperature=0.0))]
 
 
