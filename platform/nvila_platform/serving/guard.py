@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from uuid import uuid4
 
+from starlette.requests import ClientDisconnect
+
 from nvila_platform.serving.errors import ApiError, as_api_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import AsgiApp, Event, Receive, Scope, Send, send_json
@@ -80,6 +82,9 @@ class Guard:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADER_BYTES:
                 raise ApiError(431, "headers_too_large", f"the headers have over {_MAX_HEADER_BYTES} bytes")
             await exchange.run(self._app, scope)
+        except ClientDisconnect:
+            # It left while it sent its question: nobody is there to answer, and nothing here has failed.
+            exchange.leave()
         except Exception as e:
             error = as_api_error(e)
             self._on_reject(error.code)
@@ -108,6 +113,10 @@ class _Exchange:
     def abandoned(self) -> bool:
         """Whether the client left before the response was complete."""
         return self._gone.is_set() and not self._finished
+
+    def leave(self) -> None:
+        """Take note that the client has left."""
+        self._gone.set()
 
     async def run(self, app: AsgiApp, scope: Scope) -> None:
         self._handler = asyncio.ensure_future(app(scope, self.receive, self.send))

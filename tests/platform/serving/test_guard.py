@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from nvila_platform.serving.guard import REQUEST_ID, Guard
 from nvila_platform.serving.identity import ModelIdentity
@@ -197,6 +198,18 @@ def test_a_handler_whose_client_left_is_cancelled() -> None:
 
     assert call(Guard(waits, lambda: IDENTITY, lambda _: None), stay=False).status == 0
     assert outcome == ["cleaned up"]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    rejected: list[str] = []
+
+    async def reads(scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, await Request(scope, receive).body())
+
+    caplog.set_level(logging.INFO)
+    assert call(Guard(reads, lambda: IDENTITY, rejected.append), chunks=(), stay=False).status == 0
+    assert rejected == []
+    assert [record.levelname for record in caplog.records] == ["INFO"]  # the line of the access log
 
 
 def test_a_finished_response_is_not_cancelled_by_the_disconnect() -> None:
