@@ -60,7 +60,8 @@ mlflow_http_request_duration_seconds_bucket{{method="POST",status="200",le="0.1"
 mlflow_http_request_duration_seconds_bucket{{method="POST",status="200",le="+Inf"}} {n}
 """
 
-pytestmark = pytest.mark.slow
+# Minutes on a machine that does other things too.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class OneGpu(Gpus):
