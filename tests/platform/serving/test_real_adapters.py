@@ -14,7 +14,7 @@ from nvila_platform.serving import RunningServer, start_server
 
 # A real model and the SDK: seconds to start on a free machine, minutes on a crowded one.
 pytestmark = pytest.mark.timeout(600)
-METHODS = {"norms": "ln+lora", "ranks": "lora+frozen+frozen"}
+METHODS = {"norms": "ln+lora", "ranks": "frozen+lora"}
 QUESTIONS = ("what color is the shape ?", "is the circle red ?", "blue or red ?")
 TOKENS = 12
 
