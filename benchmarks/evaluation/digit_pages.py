@@ -31,7 +31,7 @@ from nvila.training.config import ModelConfig, StageConfig, TrainConfig
 from nvila.vision.projectors import num_output_tokens
 
 TASK, TILE, PATCH, DIGIT_SIDE = "digit_pages", 48, 8, 7
-_FULL, _QUICK = (1500, 1800, 1800), (20, 8, 8)
+_FULL, _QUICK = (1500, 900, 900), (20, 8, 8)
 VARIANTS = {
     "single-2x2": ("resize", "mlp_downsample_2x2_fix"),
     "s2-2x2": ("dynamic_s2", "mlp_downsample_2x2_fix"),
