@@ -55,6 +55,7 @@ def send_datasets(client: MlflowClient, run_id: str, events: Sequence[Event]) ->
     """Log inputs of a run; the same one again changes nothing."""
     from mlflow.entities import Dataset, InputTag
     from mlflow.entities import DatasetInput as Logged
+    from mlflow.exceptions import MlflowException
 
     inputs = []
     for event in events:
@@ -67,4 +68,10 @@ def send_datasets(client: MlflowClient, run_id: str, events: Sequence[Event]) ->
             profile=json.dumps(found["numbers"]),
         )
         inputs.append(Logged(dataset, [InputTag(_CONTEXT, found["context"])]))
-    client.log_inputs(run_id, inputs)
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException as e:
+        # Two runs that name a data set first at the same moment both make it, and MLflow fails one: now it is there.
+        if "unique constraint" not in str(e).lower():
+            raise
+        client.log_inputs(run_id, inputs)

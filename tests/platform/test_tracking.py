@@ -396,3 +396,30 @@ def test_data_sets_are_inputs_of_the_run_also_after_an_outage(tracked: Settings)
         assert dataset.digest == "2" * 36
         assert json.loads(dataset.source) == {"uri": ref.uri, "digest": ref.digest}
     assert {one.dataset.profile for one in found["later"]} <= {'{"samples": 20.0}', "{}"}
+
+
+def test_a_data_set_that_another_run_makes_at_the_same_moment_is_no_outage(
+    tracked: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    log_inputs = MlflowClient.log_inputs
+    failed: list[Any] = []
+
+    def race(self: MlflowClient, *args: Any) -> None:
+        if not failed:
+            failed.append(args)
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id")
+        log_inputs(self, *args)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", race)
+    ref = ArtifactRef(step="curate", key="1" * 64, digest="2" * 64, uri="s3://models/curate")
+    tracker = open_tracker(tracked, "second")
+    tracker.log_datasets([DatasetInput.of(ref, "training", {"samples": 20.0})])
+    _close(tracker)
+    (run,) = _runs(tracked).values()
+    assert failed
+    assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["curate for training"]
+    assert run.info.status == "FINISHED"
+    assert "is out" not in caplog.text
