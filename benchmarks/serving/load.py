@@ -213,7 +213,7 @@ def _claims(
             "under 5",
             max(whole) < _GOAL_FIRST_MS,
             "as above, of 32 tokens in events of their own; "
-            "more than the event loop works for them (ADR 21): not explained",
+            "more than the event loop works for them (ADR 19): not explained",
         ),
         claim(
             "throughput-kept",
