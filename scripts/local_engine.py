@@ -1,7 +1,7 @@
 """Buildah without a daemon and without a registry: a storage of its own with a Debian that stands for the base image.
 
-`tests/charts/test_image_builds.py` and `benchmarks/platform/images.py` build the images of docker/ with it where no
-registry of images can be reached. Needs root, buildah, debootstrap and Debian's archive.
+`tests/charts/test_image_builds.py` and `benchmarks/platform/image_builds.py` build the images of docker/ with it where
+no registry of images can be reached. Needs root, buildah, debootstrap and Debian's archive.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PATH = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+class NoArchiveError(ReleaseError):
+    """No Debian could be made: its archive is out of reach, most likely."""
+
+
 def missing() -> str:
     """Return what keeps this machine from it, or nothing."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -37,7 +41,8 @@ def open_store(folder: Path) -> Builder:
     """Open or make the storage in a folder; images in it stay.
 
     Raises:
-        ReleaseError: The base could not be made.
+        NoArchiveError: No Debian could be made for it.
+        ReleaseError: Buildah failed.
     """
     storage = ("--root", f"{folder}/store", "--runroot", f"{folder}/run", "--storage-driver", "vfs")
     # Packages that this machine keeps on its disk are seen by the builds too.
@@ -76,7 +81,9 @@ def _make_base(folder: Path, storage: tuple[str, ...], kept: list[Path]) -> None
     command = ["debootstrap", "--variant=minbase", packages, "bookworm", str(root), ARCHIVE]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
-        raise ReleaseError(f"no Debian could be made: {(made.stdout.strip().splitlines() or ['no reason given'])[-1]}")
+        raise NoArchiveError(
+            f"no Debian could be made: {(made.stdout.strip().splitlines() or ['no reason given'])[-1]}"
+        )
     shutil.rmtree(root / "var" / "cache" / "apt" / "archives", ignore_errors=True)
     (root / "usr" / "local" / "bin" / "python").symlink_to("/usr/bin/python3")
     if CERTIFICATES.is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -12,25 +11,13 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import check_docs
 import pytest
+import setup_venv
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-setup_venv = load("setup_venv")
-check_docs = load("check_docs")
 
 
 class FakeInstaller:

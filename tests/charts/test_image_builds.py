@@ -5,13 +5,11 @@ Needs root, buildah, debootstrap and Debian's archive; minutes and some gigabyte
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,33 +17,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import images
+import local_engine
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-BASE = "docker.io/library/python:3.11-slim"
 
 # Minutes of downloads and copies on an ordinary disk.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def images() -> Any:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    return importlib.import_module("images")
-
-
-@pytest.fixture(scope="module")
-def builder(images: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[images.Builder]:
     """Buildah with a storage of its own that holds a stand-in of the base image."""
-    engine = importlib.import_module("local_engine")
-    if lacks := engine.missing():
+    if lacks := local_engine.missing():
         pytest.skip(f"needs {lacks}")
     # A storage that is kept saves the next run the base image.
     kept = os.environ.get("NVILA_IMAGE_STORE", "")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("images")
     try:
-        yield engine.open_store(folder)
-    except engine.ReleaseError as error:
+        yield local_engine.open_store(folder)
+    except local_engine.NoArchiveError as error:
         pytest.skip(str(error))
     finally:
         if not kept:
@@ -53,12 +43,12 @@ def builder(images: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(builder: Any, tag: str, *command: str, volumes: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    builder: images.Builder, tag: str, *command: str, volumes: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a fresh container of an image."""
     base = ["buildah", *builder.options]
-    name = subprocess.run(
-        [*base, "from", "--pull-never", tag], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    name = local_engine.buildah(builder.options, "from", "--pull-never", tag)
     try:
         program = [*base, "run", "--isolation", "chroot", *volumes, name, "--", *command]
         return subprocess.run(program, capture_output=True, text=True, check=False, timeout=300)
@@ -66,29 +56,27 @@ def run(builder: Any, tag: str, *command: str, volumes: tuple[str, ...] = ()) ->
         subprocess.run([*base, "rm", name], capture_output=True, check=True)
 
 
-def config_of(builder: Any, tag: str) -> dict[str, Any]:
-    done = subprocess.run(
-        ["buildah", *builder.options, "inspect", "--type", "image", tag], capture_output=True, text=True, check=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout)["Docker"]["config"]
+def config_of(builder: images.Builder, tag: str) -> dict[str, Any]:
+    said = local_engine.buildah(builder.options, "inspect", "--type", "image", tag)
+    found: dict[str, Any] = json.loads(said)["Docker"]["config"]
     return found
 
 
 @pytest.fixture(scope="module")
-def build(images: Any, builder: Any) -> Callable[[str], str]:
+def build(builder: images.Builder) -> Callable[[str], str]:
     """Build an image once; returns its tag."""
     tags: dict[str, str] = {}
 
     def once(name: str) -> str:
         if name not in tags:
-            tags[name] = images.build(builder, name, registry="localhost/nvila", base=BASE, cpu=False)
+            tags[name] = images.build(builder, name, registry="localhost/nvila", base=local_engine.BASE, cpu=False)
         return tags[name]
 
     return once
 
 
 def test_the_light_image_names_its_version_and_its_packages_and_has_no_torch(
-    builder: Any, build: Callable[[str], str]
+    builder: images.Builder, build: Callable[[str], str]
 ) -> None:
     tag = build("pipelines")
     said = run(builder, tag, "nvila", "version")
@@ -108,7 +96,9 @@ def test_the_light_image_names_its_version_and_its_packages_and_has_no_torch(
     assert made.stdout.strip().endswith("/compiled.yaml"), made.stderr
 
 
-def test_the_server_in_the_image_answers_a_question(builder: Any, build: Callable[[str], str], tmp_path: Path) -> None:
+def test_the_server_in_the_image_answers_a_question(
+    builder: images.Builder, build: Callable[[str], str], tmp_path: Path
+) -> None:
     import torch
 
     from nvila.configuration import NVILAConfig
@@ -128,9 +118,7 @@ def test_the_server_in_the_image_answers_a_question(builder: Any, build: Callabl
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     base = ["buildah", *builder.options]
-    name = subprocess.run(
-        [*base, "from", "--pull-never", tag], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    name = local_engine.buildah(builder.options, "from", "--pull-never", tag)
     # The image's own command, on this machine's loopback and a free port.
     command = [*config["Entrypoint"], *config["Cmd"], "--host", "127.0.0.1", "--port", str(port)]
     mount = ("--network", "host", "--volume", f"{tmp_path}:/mnt/models:ro")

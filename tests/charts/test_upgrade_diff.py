@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import upgrade_diff as upgrade
 
 ROOT = Path(__file__).resolve().parents[2]
 POSTGRES = "charts/nvila-platform/templates/postgres"
@@ -19,16 +18,6 @@ HELPERS = "charts/nvila-platform/templates/_helpers.tpl"
 pytestmark = pytest.mark.usefixtures("helm")
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("upgrade_diff", ROOT / "scripts" / "upgrade_diff.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-upgrade = _load()
 RECORDED: dict[str, Any] = json.loads((ROOT / upgrade.RECORD).read_text(encoding="utf-8"))
 
 
