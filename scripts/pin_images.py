@@ -21,6 +21,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import yaml
@@ -31,8 +32,11 @@ DIGESTS = CHART / "files" / "image-digests.yaml"
 HEADER = """\
 # Digests of the images of others that this chart runs by default, written by scripts/pin_images.py (make pin-images).
 # An image or tag of your own is used as it is; pin it with `digest`.
+# Of {date}, as the registries say.
 """
 _ARG = re.compile(r"^(ARG \w+=)([a-z0-9][^\s@$]*:[^\s@$]+)(@sha256:[0-9a-f]{64})?$", re.MULTILINE)
+# Above it stands since when, and who says so.
+_SINCE = re.compile(r"^# Of \d{4}-\d\d-\d\d, .*$", re.MULTILINE)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ACCEPT = ", ".join(
     (
@@ -115,11 +119,14 @@ def pin(root: Path) -> list[str]:
     for path, text in dockerfiles.items():
         new = _ARG.sub(lambda match: f"{match[1]}{match[2]}@{digests[match[2]]}", text)
         if new != text:
+            new = _SINCE.sub(f"# Of {date.today()}, as its registry says; renewed by make pin-images.", new)
             path.write_text(new, encoding="utf-8")
             changed.append(f"{path.relative_to(root)}: pinned")
     wanted = {name: digests[name] for name in images}
     if wanted != _known(root):
-        (root / DIGESTS).write_text(HEADER + yaml.safe_dump(wanted, width=200), encoding="utf-8")
+        (root / DIGESTS).write_text(
+            HEADER.format(date=date.today()) + yaml.safe_dump(wanted, width=200), encoding="utf-8"
+        )
         changed.append(f"{DIGESTS}: pinned")
     return changed
 

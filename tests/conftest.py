@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -172,6 +174,26 @@ def kubernetes_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         monkeypatch.setenv("KUBECONFIG", str(path))
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
         yield server.cluster
+
+
+@pytest.fixture(scope="session")
+def serve_http() -> Callable[[type[BaseHTTPRequestHandler]], AbstractContextManager[int]]:
+    """Answer with a handler on a port of this machine, for the time of a `with` block."""
+
+    @contextmanager
+    def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+        quiet = type("Quiet", (handler,), {"log_message": lambda self, *said: None})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), quiet)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    return serve
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import date
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pin_images as pins
 import pytest
 import yaml
 
+Serve = Callable[[type[BaseHTTPRequestHandler]], AbstractContextManager[int]]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,7 +37,7 @@ class Registry:
 
 
 @pytest.fixture
-def registry() -> Iterator[Registry]:
+def registry(serve_http: Serve) -> Iterator[Registry]:
     state = Registry()
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,19 +67,8 @@ def registry() -> Iterator[Registry]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    state.port = server.server_port
-    try:
+    with serve_http(Handler) as state.port:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture
@@ -118,6 +109,7 @@ def test_every_tag_gets_the_digest_that_the_registry_says(tree: Path, registry: 
     known = yaml.safe_load((tree / pins.DIGESTS).read_text())
     assert known == {f"{host}/library/postgres:17.5": digest("library/postgres:17.5")}
     assert pins.unpinned(tree) == []
+    assert f"# Of {date.today()}, as the registries say." in (tree / pins.DIGESTS).read_text()
     # Once for each image, and nothing to change a second time.
     assert sorted(registry.asked) == ["library/postgres:17.5", "python:3.11-slim"]
     assert pins.pin(tree) == []
@@ -129,6 +121,14 @@ def test_another_digest_behind_the_tag_takes_the_place_of_the_old_one(tree: Path
     path.write_text(re.sub("@sha256:[0-9a-f]{64}", "@sha256:" + "0" * 64, path.read_text()))
     assert pins.pin(tree) == ["docker/serve.Dockerfile: pinned"]
     assert base_of(tree, "serve") == base_of(tree, "train")
+
+
+def test_since_when_and_who_says_so_is_renewed_with_the_digest(tree: Path) -> None:
+    path = tree / "docker" / "serve.Dockerfile"
+    path.write_text(f"# Of 2020-01-01, as somebody says; renewed by make pin-images.\n{path.read_text()}")
+    pins.pin(tree)
+    first = path.read_text().splitlines()[0]
+    assert first == f"# Of {date.today()}, as its registry says; renewed by make pin-images."
 
 
 def test_an_image_of_the_chart_that_changes_its_tag_is_not_pinned_any_more(tree: Path) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -135,7 +135,7 @@ def measure(scratch: Path, rounds: int, values: int, floods: int) -> tuple[list[
     claims = [
         claim(
             "metric-logging", f"step time with {VALUES_A_STEP} metrics a step to a server over none", ours,
-            f"at most {GOAL}", median(ours) <= GOAL, notes,
+            f"at most {GOAL}", shows_goal(ours), f"{notes}; met if the upper quartile is",
         ),
         claim(
             "metric-elsewhere", "step time while another process logs as many over none", elsewhere, "reported", True,
@@ -159,6 +159,11 @@ def measure(scratch: Path, rounds: int, values: int, floods: int) -> tuple[list[
         for mode, blocks in turns.blocks.items()
     }
     return claims, {"step_ms": milliseconds, "ours_ratios": [round(one, 4) for one in ours]}
+
+
+def shows_goal(ratios: list[float]) -> bool:
+    """Whether rounds agree that the goal is met: a median that they do not agree on shows nothing."""
+    return quantiles(ratios, n=4, method="inclusive")[-1] <= GOAL
 
 
 def train_in_turns(out: Path, settings: Settings, rounds: int) -> Turns:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import yaml
 if TYPE_CHECKING:
     from tests.charts.conftest import Helm
 
+Serve = Callable[[type[BaseHTTPRequestHandler]], AbstractContextManager[int]]
 CHARTS = Path(__file__).resolve().parents[2] / "charts"
 SECRETS = {"nvila-s3": ["access-key", "secret-key"], "nvila-postgres": ["password"]}
 KEYS = {"access": {"existingSecret": "nvila-api-keys"}, "serviceAccount": {"secrets": ["nvila-storage"]}}
@@ -24,7 +25,7 @@ ABSENT: dict[str, Any] = {"kind": "Status", "code": 404, "reason": "NotFound"}
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[dict[str, list[str]], Path]]:
+def cluster(tmp_path: Path, serve_http: Serve) -> Iterator[tuple[dict[str, list[str]], Path]]:
     """A cluster's secrets (name -> keys), and a kubeconfig that leads to them."""
     secrets: dict[str, list[str]] = {}
 
@@ -53,30 +54,20 @@ def cluster(tmp_path: Path) -> Iterator[tuple[dict[str, list[str]], Path]]:
             self.end_headers()
             self.wfile.write(text)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
-
     def secret(name: str) -> dict[str, Any]:
         data = dict.fromkeys(secrets[name], "eA==")
         return {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": name, "namespace": "models"}, "data": data}
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "", "namespace": "models"}}],
-    }
-    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-    try:
+    with serve_http(Handler) as port:
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
+            "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "", "namespace": "models"}}],
+        }
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
         yield secrets, tmp_path / "kubeconfig"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def render(helm: Helm, kubeconfig: Path, chart: str, values: dict[str, Any]) -> subprocess.CompletedProcess[str]:

@@ -6,10 +6,9 @@ import json
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     Render = Callable[..., list[Document]]
 
+Serve = Callable[[type[BaseHTTPRequestHandler]], AbstractContextManager[int]]
 CHART = Path(__file__).resolve().parents[2] / "charts" / "nvila-serving"
 GATEWAY = ("--api-versions", "gateway.networking.k8s.io/v1")
 HOST = "eyes-models.example.com"
@@ -122,8 +122,7 @@ def test_notes_say_how_to_deploy(helm: Helm) -> None:
     assert json.loads(re.findall(r"-d '(.+)'", commands[2])[0])["model"] == "eyes"
 
 
-@contextmanager
-def gateway() -> Iterator[int]:
+def gateway() -> type[BaseHTTPRequestHandler]:
     """Stand for KServe's gateway: it knows one endpoint, by its host."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -133,29 +132,20 @@ def gateway() -> Iterator[int]:
             self.end_headers()
             self.wfile.write(json.dumps({"state": "ready", "model": "eyes"}).encode())
 
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return Handler
 
 
 @pytest.mark.parametrize(("host", "passes"), [(HOST, True), ("", False)])
-def test_helm_test_asks_the_gateway_for_this_endpoint(render: Render, host: str, passes: bool) -> None:
+def test_helm_test_asks_the_gateway_for_this_endpoint(
+    render: Render, serve_http: Serve, host: str, passes: bool
+) -> None:
     documents = render(
         CHART, {**AROUND, "endpoint": {"create": False, "service": {**SERVICE, "host": host}}}, extra=GATEWAY
     )
     (container,) = one(documents, "Pod")["spec"]["containers"]
     env = environment(documents)
     assert env["SERVICE"] == "envoy-kserve.envoy-gateway-system.svc"
-    with gateway() as port:
+    with serve_http(gateway()) as port:
         env |= {"SERVICE": "127.0.0.1", "PORTS": str(port), "TIMEOUT_S": "1.5"}
         command = [sys.executable, *container["command"][1:], *container["args"]]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=env)

@@ -7,12 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     Render = Callable[..., list[Document]]
 
 ROOT = Path(__file__).resolve().parents[2]
+Serve = Callable[[type[BaseHTTPRequestHandler]], AbstractContextManager[int]]
 CHART = ROOT / "charts" / "nvila-serving"
 
 
@@ -53,8 +53,7 @@ def test_notes_give_the_next_three_commands(helm: Helm) -> None:
     assert "helm test demo -n models" in notes
 
 
-@contextmanager
-def model_server(model: str) -> Iterator[int]:
+def model_server(model: str) -> type[BaseHTTPRequestHandler]:
     """Serve the route that the test pod asks, on this machine."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -66,18 +65,7 @@ def model_server(model: str) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return Handler
 
 
 def run_test_pod(pod: Document, port: int) -> subprocess.CompletedProcess[str]:
@@ -93,11 +81,11 @@ def run_test_pod(pod: Document, port: int) -> subprocess.CompletedProcess[str]:
     [("eyes", True, ""), ("other", False, "serves other, not eyes"), ("absent", False, "no answer in time; last:")],
 )
 def test_the_test_pod_tells_a_served_model_from_a_missing_one(
-    render: Render, model: str, passes: bool, said: str
+    render: Render, serve_http: Serve, model: str, passes: bool, said: str
 ) -> None:
     pod = next(document for document in render(CHART) if document["kind"] == "Pod")
     assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
-    with model_server(model) as port:
+    with serve_http(model_server(model)) as port:
         done = run_test_pod(pod, port)
     assert (done.returncode == 0) is passes, done.stderr
     assert said in done.stderr

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from PIL import Image
 
 from nvila_platform.drift.reference import Reference
 from nvila_platform.drift.watch import DriftWatch
+
+Serve = Callable[[type[BaseHTTPRequestHandler]], AbstractContextManager[int]]
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def reference(nvila: Callable[..., Any], data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def endpoint(reference: Path) -> Iterator[tuple[str, DriftWatch, list[str]]]:
+def endpoint(reference: Path, serve_http: Serve) -> Iterator[tuple[str, DriftWatch, list[str]]]:
     """A server that offers `/drift` to who has the key, the watch behind it, and the keys that it was given."""
     watch = DriftWatch(Reference.read(reference), share=1, least=20)
     keys: list[str] = []
@@ -53,16 +55,8 @@ def endpoint(reference: Path) -> Iterator[tuple[str, DriftWatch, list[str]]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", watch, keys
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serve_http(Handler) as port:
+        yield f"http://127.0.0.1:{port}", watch, keys
 
 
 def test_a_reference_describes_what_can_be_used(
