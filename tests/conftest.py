@@ -51,6 +51,7 @@ def _share(name: str) -> None:
     spec.loader.exec_module(module)
 
 
+_share("bad_requests")
 _share("fake_kubernetes")
 _share("fake_trainer")
 

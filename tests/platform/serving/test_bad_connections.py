@@ -1,23 +1,20 @@
-"""Framing that lies and bodies that dribble in: refused or closed in time, and others are served meanwhile."""
+"""What is no HTTP, framing that lies, bodies that dribble in, clients that leave, floods: others are served."""
 
 from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
-from typing import Any
+from collections.abc import Callable
 
 import httpx
 import pytest
+from tests.bad_requests import CHAT, body, serves
 
 from nvila_platform.serving import RunningServer
 
-CHAT = "/openai/v1/chat/completions"
 BODY_TIMEOUT_S = 30.0
-
-
-def body(text: str = "hi") -> dict[str, Any]:
-    return {"model": "words", "messages": [{"role": "user", "content": text}]}
 
 
 def head(*lines: str) -> bytes:
@@ -39,11 +36,6 @@ def answers(connection: socket.socket, wait_s: float = 5.0) -> bytes:
     except (TimeoutError, ConnectionError):
         pass
     return received
-
-
-def serves(http: httpx.Client) -> None:
-    answer = http.post(CHAT, json=body("still here"))
-    assert answer.json()["choices"][0]["message"]["content"] == "still here"
 
 
 CONTENT = json.dumps(body()).encode()
@@ -106,3 +98,68 @@ def test_bodies_that_never_come_are_given_up_while_others_are_served(server: Run
             assert answers(connection, BODY_TIMEOUT_S).startswith(b"HTTP/1.1 408")
     assert time.monotonic() - began < 2 * BODY_TIMEOUT_S
     serves(http)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
+        b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: x\r\ncontent-length: two\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 200_000 + b"\r\n\r\n",
+    ],
+    ids=["no-target", "tls", "negative-length", "length-word", "giant-header"],
+)
+def test_what_is_no_http_is_turned_away(server: RunningServer, http: httpx.Client, sent: bytes) -> None:
+    with connect(server) as connection:
+        connection.sendall(sent + b"\r\n\r\n")
+        answer = answers(connection)
+    assert not answer or answer.startswith(b"HTTP/1.1 4")
+    serves(http)
+
+
+@pytest.mark.parametrize("phase", ["connected", "headers", "half-a-body", "body", "answering", "streaming"])
+def test_clients_that_leave_at_any_moment(server: RunningServer, http: httpx.Client, phase: str) -> None:
+    content = json.dumps(body("slow 100", stream=phase == "streaming", max_tokens=200)).encode()
+    first = head(f"content-length: {len(content)}")
+    sent = {"connected": b"", "headers": first, "half-a-body": first + content[:20]}.get(phase, first + content)
+    with connect(server) as connection:
+        connection.sendall(sent)
+        if phase == "streaming":
+            connection.recv(100)
+        elif phase == "answering":
+            time.sleep(0.3)
+    until(lambda: "nvila:num_requests_running{" not in http.get("/metrics").text or load(http) == 0)
+    serves(http)
+
+
+def test_a_flood_is_shed_and_the_rest_is_answered(server: RunningServer, http: httpx.Client) -> None:
+    statuses: list[int] = []
+
+    def ask() -> None:
+        answer = httpx.post(server.base_url + CHAT, json=body("slow 2"), trust_env=False, timeout=60.0)
+        statuses.append(answer.status_code)
+        if answer.status_code == 429:
+            assert int(answer.headers["retry-after"]) >= 1
+
+    threads = [threading.Thread(target=ask) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) == {200, 429}
+    serves(http)
+
+
+def load(http: httpx.Client) -> float:
+    names = ("nvila:num_requests_running{", "nvila:num_requests_waiting{", "nvila:visual_load_tokens{")
+    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(names)]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)

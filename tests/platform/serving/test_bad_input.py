@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
-import socket
 import struct
-import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import av
@@ -19,21 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-
-from nvila_platform.serving import RunningServer
-
-CHAT, TEXT = "/openai/v1/chat/completions", "/openai/v1/completions"
-V1, V2 = "/v1/models/words:predict", "/v2/models/words/infer"
-KEY = "nvila-key-of-the-tests"
-MOST_SECONDS = 15.0
-
-
-def body(content: Any = "hi", **fields: Any) -> dict[str, Any]:
-    return {"model": "words", "messages": [{"role": "user", "content": content}], **fields}
-
-
-def image(url: Any) -> dict[str, Any]:
-    return body([{"type": "image_url", "image_url": {"url": url}}])
+from tests.bad_requests import CHAT, V1, V2, body, check, image, picture, serves
 
 
 def video(url: Any, **fields: Any) -> dict[str, Any]:
@@ -42,12 +23,6 @@ def video(url: Any, **fields: Any) -> dict[str, Any]:
 
 def data(content: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def picture(kind: str = "PNG", size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
-    out = io.BytesIO()
-    Image.effect_noise(size, 60).convert("RGB").save(out, kind, **options)
-    return out.getvalue()
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -289,22 +264,6 @@ def rows(cases: list[tuple[str, Any, int, str]]) -> list[Any]:
     return [pytest.param(*case[1:], id=case[0]) for case in cases]
 
 
-def check(answer: httpx.Response, status: int, code: str) -> None:
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    error = answer.json()["error"]
-    assert sorted(error) == ["code", "message", "param", "type"]
-    assert len(answer.content) < 2000
-    assert "secret" not in answer.text
-    assert "Traceback" not in answer.text
-    assert answer.headers["x-request-id"]
-    assert answer.elapsed.total_seconds() < MOST_SECONDS
-
-
-def serves(http: httpx.Client) -> None:
-    answer = http.post(CHAT, json=body("still here"))
-    assert answer.json()["choices"][0]["message"]["content"] == "still here"
-
-
 @pytest.mark.parametrize(("sent", "status", "code"), rows(JSON_CASES))
 def test_bodies_that_are_no_request(http: httpx.Client, sent: bytes, status: int, code: str) -> None:
     check(http.post(CHAT, content=sent, headers={"content-type": "application/json"}), status, code)
@@ -395,220 +354,10 @@ def test_markers_in_a_text_are_text(http: httpx.Client, text: str) -> None:
     answer = http.post(CHAT, json=body(f"say {text} ok"))
     assert answer.status_code == 200
     assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 0
+    serves(http)
 
 
 def test_request_ids_that_could_harm_are_replaced(http: httpx.Client) -> None:
     for sent in ("a" * 200, "a b", "<script>", 'x"y'):
         assert http.get("/health", headers={"x-request-id": sent}).headers["x-request-id"] != sent
-
-
-# What is wrong below HTTP
-
-
-def exchange(server: RunningServer, *pieces: bytes, wait_s: float = 5.0) -> bytes:
-    """Send raw bytes and return what comes until the server closes or is silent."""
-    host, port = server.base_url.removeprefix("http://").split(":")
-    received = b""
-    with socket.create_connection((host, int(port)), timeout=wait_s) as connection:
-        for piece in pieces:
-            connection.sendall(piece)
-        try:
-            while data := connection.recv(65536):
-                received += data
-                if b"\r\n\r\n" in received:
-                    break
-        except TimeoutError:
-            pass
-    return received
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"GET\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
-        b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
-        b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: x\r\ncontent-length: two\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 200_000 + b"\r\n\r\n",
-    ],
-    ids=["no-target", "tls", "negative-length", "length-word", "giant-header"],
-)
-def test_what_is_no_http_is_turned_away(server: RunningServer, http: httpx.Client, head: bytes) -> None:
-    answer = exchange(server, head, b"\r\n\r\n")
-    assert not answer or answer.startswith(b"HTTP/1.1 4")
     serves(http)
-
-
-@pytest.mark.parametrize("phase", ["connected", "headers", "half-a-body", "body", "answering", "streaming"])
-def test_clients_that_leave_at_any_moment(server: RunningServer, http: httpx.Client, phase: str) -> None:
-    content = json.dumps(body("slow 100", stream=phase == "streaming", max_tokens=200)).encode()
-    lines = ["POST " + CHAT + " HTTP/1.1", "host: x", "content-type: application/json"]
-    head = "\r\n".join([*lines, f"content-length: {len(content)}", "", ""]).encode()
-    sent = {"connected": b"", "headers": head, "half-a-body": head + content[:20]}.get(phase, head + content)
-    host, port = server.base_url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(sent)
-        if phase == "streaming":
-            connection.recv(100)
-        elif phase == "answering":
-            time.sleep(0.3)
-    until(lambda: "nvila:num_requests_running{" not in http.get("/metrics").text or load(http) == 0)
-    serves(http)
-
-
-def test_a_flood_is_shed_and_the_rest_is_answered(server: RunningServer, http: httpx.Client) -> None:
-    statuses: list[int] = []
-
-    def ask() -> None:
-        answer = httpx.post(server.base_url + CHAT, json=body("slow 2"), trust_env=False, timeout=60.0)
-        statuses.append(answer.status_code)
-        if answer.status_code == 429:
-            assert int(answer.headers["retry-after"]) >= 1
-
-    threads = [threading.Thread(target=ask) for _ in range(40)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(statuses) == {200, 429}
-    serves(http)
-
-
-def load(http: httpx.Client) -> float:
-    names = ("nvila:num_requests_running{", "nvila:num_requests_waiting{", "nvila:visual_load_tokens{")
-    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(names)]
-    return sum(float(line.rpartition(" ")[2]) for line in lines)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10.0
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
-# A server that is closed, fetches from one host and has a media store
-
-
-@pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory, start_words: Any) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("closed")
-    (folder / "keys").write_text(
-        f"tests {hashlib.sha256(KEY.encode()).hexdigest()}\nslow {hashlib.sha256(b'slow').hexdigest()} 6\n"
-    )
-    store = folder / "media"
-    (store / "inner").mkdir(parents=True)
-    (store / "inner" / "a.png").write_bytes(PNG)
-    (store / ".hidden.png").write_bytes(PNG)
-    (folder / "outside.png").write_bytes(PNG)
-    (store / "link.png").symlink_to(folder / "outside.png")
-    args = ("--api-keys", str(folder / "keys"), "--media-host", "media.test", "--production")
-    with (
-        start_words(folder, args=(*args, "--media-store", str(store))) as running,
-        httpx.Client(base_url=running.base_url, trust_env=False, timeout=30.0) as client,
-    ):
-        client.headers["authorization"] = f"Bearer {KEY}"
-        yield client
-
-
-FORBIDDEN = [
-    "http://media.test/x.png",
-    "https://other.test/x.png",
-    "https://media.test.other.test/x.png",
-    "https://notmedia.test/x.png",
-    "https://sub.media.test/x.png",
-    "https://media.test:8443/x.png",
-    "https://media.test:99999/x.png",
-    "https://user:word@media.test/x.png",
-    "https://media.test@other.test/x.png",
-    "https://other.test#@media.test/x.png",
-    "https://other.test\\@media.test/x.png",
-    "https://media.test%00.other.test/x.png",
-    "https://media.test /x.png",
-    "https://127.0.0.1/x.png",
-    "https://127.1/x.png",
-    "https://2130706433/x.png",
-    "https://0x7f000001/x.png",
-    "https://017700000001/x.png",
-    "https://0/x.png",
-    "https://[::1]/x.png",
-    "https://[::ffff:127.0.0.1]/x.png",
-    "https://[fe80::1%25eth0]/x.png",
-    "https://169.254.169.254/latest/meta-data/",
-    "https://metadata.google.internal/",
-    "https://localhost/x.png",
-    "https://kubernetes.default.svc/api",
-    "https://minio.nvila.svc.cluster.local/x.png",
-    "https://m\u00e9dia.test/x.png",
-    "https:///x.png",
-    "https://media.test/" + "a" * 3000,
-]
-
-
-@pytest.mark.parametrize("url", FORBIDDEN, ids=lambda url: url[8:50])
-def test_forbidden_addresses(closed: httpx.Client, url: str) -> None:
-    answer = closed.post(CHAT, json=image(url))
-    check(answer, 400, "media_forbidden")
-    assert answer.json()["error"]["param"] == "messages[0].content[0].image_url.url"
-    serves(closed)
-
-
-def test_an_allowed_host_that_does_not_answer_tells_nothing(closed: httpx.Client) -> None:
-    check(closed.post(CHAT, json=image("https://media.test/x.png")), 400, "media_unavailable")
-
-
-@pytest.mark.parametrize(
-    ("reference", "code"),
-    [
-        ("store:../outside.png", "invalid_media_reference"),
-        ("store:/etc/passwd", "invalid_media_reference"),
-        ("store:inner/../../outside.png", "invalid_media_reference"),
-        ("store:inner//a.png", "invalid_media_reference"),
-        ("store:.hidden.png", "invalid_media_reference"),
-        ("store:inner\\a.png", "invalid_media_reference"),
-        ("store:", "invalid_media_reference"),
-        ("store:a%2e%2e/b", "invalid_media_reference"),
-        ("store:link.png", "media_not_found"),
-        ("store:inner", "media_not_found"),
-        ("store:none.png", "media_not_found"),
-    ],
-)
-def test_references_that_lead_nowhere(closed: httpx.Client, reference: str, code: str) -> None:
-    check(closed.post(CHAT, json=image(reference)), 400, code)
-    serves(closed)
-
-
-def test_a_reference_is_read_from_the_store(closed: httpx.Client) -> None:
-    answer = closed.post(CHAT, json=image("store:inner/a.png"))
-    assert answer.json()["choices"][0]["message"]["content"] == "40x30"
-
-
-@pytest.mark.parametrize(
-    "value",
-    [None, "", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}"],
-    ids=str,
-)
-@pytest.mark.parametrize("path", [CHAT, V1, V2, "/openai/v1/models"])
-def test_without_the_key_nothing_is_answered(closed: httpx.Client, value: str | None, path: str) -> None:
-    headers = {} if value is None else {"authorization": value}
-    method = "GET" if path.endswith("models") else "POST"
-    answer = httpx.request(method, f"{closed.base_url}{path}", headers=headers, json=body(), trust_env=False)
-    assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == "Bearer"
-    assert KEY not in answer.text
-
-
-def test_probes_and_metrics_need_no_key_and_there_is_no_playground(closed: httpx.Client) -> None:
-    for path in ("/health", "/metrics", "/v2/health/live", "/v2/health/ready"):
-        assert httpx.get(f"{closed.base_url}{path}", trust_env=False).status_code == 200
-    for path in ("/playground", "/playground/tiles", "/openapi.json"):
-        assert closed.get(path).status_code == 404
-
-
-def test_a_key_with_a_rate_is_held_to_it(closed: httpx.Client) -> None:
-    headers = {"authorization": "Bearer slow"}
-    answers = [closed.get("/openai/v1/models", headers=headers) for _ in range(3)]
-    assert [answer.status_code for answer in answers] == [200, 429, 429]
-    assert answers[1].json()["error"]["code"] == "rate_limited"
-    assert 1 <= int(answers[1].headers["retry-after"]) <= 10
-    serves(closed)
