@@ -54,6 +54,7 @@ def _share(name: str) -> None:
 _share("bad_requests")
 _share("fake_kubernetes")
 _share("fake_trainer")
+_share("train_job_step")
 
 
 def pytest_configure() -> None:
