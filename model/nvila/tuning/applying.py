@@ -14,7 +14,7 @@ from nvila.errors import CapabilityError, ConfigError
 from nvila.modeling import NVILAForConditionalGeneration
 from nvila.training.config import PARTS, PartName
 from nvila.training.engine import ParameterGroup
-from nvila.tuning.four_bit import to_four_bit
+from nvila.tuning.four_bit import to_four_bit, without_values
 from nvila.tuning.methods import ADAPTED, TuneMethod
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
     """Add LoRA matrices to the layers that a configuration names, in place and frozen until somebody says so."""
     peft = import_peft()
     # fp32 whatever the base: the small updates of small rates vanish in bf16.
-    peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    with without_values():
+        peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         if _is_lora(name) and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

@@ -2,11 +2,17 @@
 
 Values are those of `nvila quantize`: torchao's asymmetric 4-bit groups along the inputs. They stay packed, two to a
 byte, and are widened for one product at a time, in the backward pass too: torch would otherwise keep the wide weights
-of all layers from the forward pass to the backward pass, and nothing would be saved.
+of all layers from the forward pass to the backward pass, and nothing would be saved. All layers are widened into one
+buffer: fresh memory for each would lie scattered among the saved activations, and the heap would grow by far more
+than what is live.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -21,6 +27,9 @@ from nvila.quantization.saved import pack_nibbles, unpack_nibbles
 GROUP_SIZES = (128, 64, 32, 16)
 FourBitKind = Literal["nf4", "int4"]
 KINDS: tuple[FourBitKind, ...] = get_args(FourBitKind)
+# Numbers that are widened at a time: what unpacking needs besides is a few times as many bytes.
+_AT_ONCE = 2**20
+_WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 
 
 class FourBitLinear(nn.Linear):
@@ -47,7 +56,9 @@ class FourBitLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # made when it is asked for
-        """The wide weight (out, in), made anew."""
+        """The wide weight (out, in), made anew; under `without_values` a stand-in that takes no memory."""
+        if _WITHOUT_VALUES.get():
+            return self.scale.new_zeros(()).expand(self.out_features, self.in_features)
         return _widen(self.codes, self.scale, self.zero)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -69,22 +80,60 @@ class FourBitLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits=4"
 
 
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Let `weight` of 4-bit layers have shape, dtype and device alone: who adds adapters asks for it many times."""
+    token = _WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_VALUES.reset(token)
+
+
 class _FourBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         ctx.save_for_backward(codes, scale, zero)
-        ctx.dtype = x.dtype
-        return F.linear(x, _widen(codes, scale, zero).to(x.dtype))
+        return F.linear(x, _widen(codes, scale, zero, _BUFFER.of(codes, x.dtype)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, zero = ctx.saved_tensors
-        return grads[0] @ _widen(codes, scale, zero).to(grads[0].dtype), None, None, None
+        return grads[0] @ _widen(codes, scale, zero, _BUFFER.of(codes, grads[0].dtype)), None, None, None
 
 
-def _widen(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    wide: Tensor = unpack_nibbles(codes).to(scale.dtype).unflatten(1, (scale.shape[1], -1))
-    return wide.sub_(zero.unsqueeze(2)).mul_(scale.unsqueeze(2)).flatten(1)
+class _Buffer(threading.local):
+    """Memory for one wide layer, used again for the next one; every thread has its own."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def of(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor (out, in) whose values are of no meaning, valid until the next call."""
+        rows, columns = codes.shape[0], 2 * codes.shape[1]
+        if codes.is_meta:
+            return torch.empty(rows, columns, dtype=dtype, device="meta")
+        kept = self._kept
+        if kept is None or (kept.dtype, kept.device) != (dtype, codes.device) or kept.numel() < rows * columns:
+            # A tensor that is made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                self._kept = kept = torch.empty(rows * columns, dtype=dtype, device=codes.device)
+        return kept[: rows * columns].view(rows, columns)
+
+
+_BUFFER = _Buffer()
+
+
+def _widen(codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the wide values of packed codes, in `out` where it is given."""
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    wide = torch.empty(rows, columns, dtype=scale.dtype, device=codes.device) if out is None else out
+    step = max(1, _AT_ONCE // columns)
+    for start in () if codes.is_meta else range(0, rows, step):
+        part = slice(start, start + step)
+        values = unpack_nibbles(codes[part]).to(scale.dtype).unflatten(1, (scale.shape[1], -1))
+        wide[part] = values.sub_(zero[part].unsqueeze(2)).mul_(scale[part].unsqueeze(2)).flatten(1)
+    return wide
 
 
 def group_size(width: int) -> int | None:

@@ -33,6 +33,7 @@ from nvila.tuning.data import TuneData
 from nvila.tuning.held_out import EarlyStopping, HeldOutLoss, held_out_loss
 from nvila.tuning.measuring import PeakMeter, StepClock
 from nvila.tuning.parallel import build_tune_engine
+from nvila.tuning.resident import give_back
 
 if TYPE_CHECKING:
     from nvila.configuration import NVILAConfig
@@ -170,6 +171,8 @@ def load_base(
         model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers types `to` as a function
     model.to(device)  # type: ignore[arg-type]  # as above
     prepare(model, config.method, config.seed)
+    if config.method.language == "qlora":
+        give_back(model)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from nvila.errors import CapabilityError
+from nvila.tuning import four_bit
 from nvila.tuning.four_bit import FourBitLinear, check_four_bit, four_bit_layer, group_size
 
 
@@ -60,6 +61,44 @@ def test_only_packed_weights_are_kept_for_the_backward_pass(layer: nn.Linear) ->
     with saved_tensors_hooks(keep, lambda x: x):
         made(torch.randn(5, 256, requires_grad=True))
     assert sum(x.numel() * x.element_size() for x in kept) < layer.in_features * layer.out_features
+
+
+def test_layers_of_several_sizes_and_types_share_a_buffer_without_mixing_values() -> None:
+    torch.manual_seed(1)
+    # More numbers than are widened at a time, then a smaller one, and a product in bf16 in between.
+    layers = [four_bit_layer(nn.Linear(4096, 300)), four_bit_layer(nn.Linear(256, 48))]
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        for layer in layers:
+            x = torch.randn(3, layer.in_features).to(dtype)
+            expected = nn.functional.linear(x, layer.weight.to(dtype)) + layer.bias.to(dtype)
+            assert torch.equal(layer(x), expected)
+    assert (
+        four_bit._BUFFER.of(layers[0].codes, torch.float32).data_ptr()
+        == four_bit._BUFFER.of(layers[1].codes, torch.float32).data_ptr()
+    )
+
+
+def test_a_layer_first_used_in_inference_mode_learns_afterwards(layer: nn.Linear) -> None:
+    made = four_bit_layer(layer)
+    four_bit._BUFFER = four_bit._Buffer()
+    with torch.inference_mode():
+        made(torch.randn(2, 256))
+    x = torch.randn(2, 256, requires_grad=True)
+    made(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_adapters_are_added_without_widening_a_layer(layer: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig
+
+    from nvila.tuning.applying import inject
+
+    model = nn.Sequential(four_bit_layer(layer))
+    monkeypatch.setattr(four_bit, "_widen", lambda *_: pytest.fail("a layer was widened"))
+    inject(model, LoraConfig(r=4, target_modules=["0"]))
+    assert model[0].lora_A["default"].weight.shape == (4, 256)  # type: ignore[index, union-attr]  # PEFT's dict
+    monkeypatch.undo()
+    assert float(model[0].base_layer.weight.detach().abs().max()) > 0  # type: ignore[union-attr, operator]  # PEFT's
 
 
 def test_it_takes_an_eighth_of_fp32(layer: nn.Linear) -> None:
