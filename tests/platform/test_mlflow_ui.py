@@ -53,6 +53,7 @@ def _gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_interface_shows_the_workspace_and_stops_with_its_caller(tracked: Settings, tmp_path: Path) -> None:
     tracker = open_tracker(tracked, "train")
     tracker.close(timeout_s=60)

@@ -285,6 +285,7 @@ def test_workspace_that_cannot_be_written_only_warns(tmp_path: Path, caplog: pyt
     assert "events of run train are lost" in caplog.text
 
 
+@pytest.mark.slow
 def test_processes_share_a_new_database_and_never_wait(tmp_path: Path) -> None:
     """Both migrate at once, write at once, and neither is held up by the seconds that takes."""
     command = [sys.executable, "-c", WRITER, str(tmp_path)]

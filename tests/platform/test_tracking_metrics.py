@@ -57,6 +57,7 @@ def test_a_server_holds_what_the_client_would_have_sent(tracked: Settings) -> No
     assert repr(by_rest) == repr(by_client)
 
 
+@pytest.mark.slow
 def test_what_a_server_refuses_is_left_out_and_what_fails_is_raised(
     tracked: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

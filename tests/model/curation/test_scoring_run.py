@@ -81,6 +81,7 @@ def test_any_number_of_processes_gives_the_same_files(scoring: Any, vqa_stream: 
     assert names == {path.name: path.read_bytes() for path in three.shards.directory.iterdir()}
 
 
+@pytest.mark.slow
 def test_one_model_after_the_other_gives_the_same_files(scoring: Any, vqa_stream: Any) -> None:
     stream = vqa_stream(11, (3, (None, {}, "broken JSON")))
     both = scoring(stream, "both")
@@ -100,7 +101,7 @@ def test_data_that_changed_between_the_models_is_noticed(scoring: Any, vqa_strea
         scoring(vqa_stream(5), sequential=True).run()
 
 
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("sequential", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_positions_that_a_damaged_file_lacks_have_their_rows(scoring: Any, vqa_stream: Any, sequential: bool) -> None:
     stream = vqa_stream(20)
 

@@ -90,6 +90,7 @@ def test_kill_while_the_second_checkpoint_is_written(
     assert not [text for text in report.notices if "damaged" in text]
 
 
+@pytest.mark.slow
 def test_fp8_moments_go_on_to_the_bit(zygote: Zygote, small_config: TrainConfig, tmp_path: Path) -> None:
     config = replace(small_config, optimizer="fp8_adamw", stages=small_config.stages[1:])
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -218,6 +219,7 @@ def test_checkpoint_that_cannot_be_written_costs_nothing_else(
     assert (out / "2-all" / FILES[0]).read_bytes() == (whole / "2-all" / FILES[0]).read_bytes()
 
 
+@pytest.mark.slow
 def test_model_that_cannot_be_written_ends_the_run_loudly(
     zygote: Zygote, small_config: TrainConfig, whole: Path, tmp_path: Path
 ) -> None:

@@ -48,10 +48,10 @@ def planner_of(base: Path, data: TuneData, method: str, available: int = 2**40, 
     [
         ("ln+lora", "fp32", False, 1),
         ("ln+qlora", "fp32", False, 2),
-        ("lora+dora", "fp32", False, 1),
-        ("full+full", "fp32", False, 2),
-        ("ln+qlora", "bf16", False, 1),
-        ("ln+lora", "fp32", True, 1),
+        pytest.param("lora+dora", "fp32", False, 1, marks=pytest.mark.slow),
+        pytest.param("full+full", "fp32", False, 2, marks=pytest.mark.slow),
+        pytest.param("ln+qlora", "bf16", False, 1, marks=pytest.mark.slow),
+        pytest.param("ln+lora", "fp32", True, 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_predicted_peak_is_within_fifteen_percent(
@@ -72,6 +72,7 @@ def test_the_predicted_peak_is_within_fifteen_percent(
     assert option.step.peak == pytest.approx(tuned.peak_bytes, rel=0.15)
 
 
+@pytest.mark.slow
 def test_less_memory_takes_smaller_batches_then_recomputing(color_data: TuneData, saved_model: Path) -> None:
     planner = planner_of(saved_model, color_data, "ln+lora")
     whole = planner.best(planner.tune.method)

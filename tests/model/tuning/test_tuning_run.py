@@ -137,7 +137,8 @@ def test_joined_rows_learn_what_rows_under_a_mask_do(color_data: TuneData, saved
     # Samples that share their image share a row, which needs a mask.
     assert not color_data.budget(replace(joined, samples_per_image=2)).flat
     first, second = (run(one, saved_model, color_data, tmp_path / one.attention) for one in (joined, masked))
-    assert [one.loss for one in first.losses] == pytest.approx([one.loss for one in second.losses], rel=1e-4)
+    # Adam's first steps make much of rounding: how much differs from processor to processor.
+    assert [one.loss for one in first.losses] == pytest.approx([one.loss for one in second.losses], rel=5e-4)
     stored = [load_file(one.directory / "adapter_model.safetensors") for one in (first, second)]
     assert all(torch.allclose(stored[0][name], stored[1][name], atol=1e-3) for name in stored[0])
     # No padding, no mask and no probabilities.

@@ -29,6 +29,7 @@ def state(out: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_preview_shows_what_the_same_choice_makes(scored: Path, answer: Any) -> None:
     answer("--method", "cluster")  # makes the features
     before = state(scored)

@@ -266,6 +266,7 @@ def test_a_missing_data_set_is_named(curate: Curate, models: dict[str, Path], ca
     assert "none.jsonl does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_only_the_first_rank_merges(
     curate: Curate, models: dict[str, Path], llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

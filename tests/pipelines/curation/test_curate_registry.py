@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
 from nvila_platform.registration import register_model
@@ -29,6 +30,7 @@ def register(settings: Settings, name: str, model: Path) -> int:
     return register_model(settings, name, store.publish(folder), run_id=None, tags={}).version
 
 
+@pytest.mark.slow
 def test_registered_models_score_as_their_folders_do(
     curate: Curate, models: dict[str, Path], llava: Any, tracked: Settings, capsys: Any, tmp_path: Path
 ) -> None:

@@ -43,7 +43,9 @@ def watching(world: World) -> bool:
     return bool(state["phase"] == "stepping" and state["since"] > 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGKILL", "SIGTERM"]
+)
 def test_a_deployment_that_was_killed_goes_on(
     deployed: World, nvila: Nvila, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -126,6 +128,7 @@ def test_an_api_server_that_fails_for_a_moment_is_asked_again(deployed: World, n
     assert deployed.cluster.failing == []
 
 
+@pytest.mark.slow
 def test_two_at_once_are_told_apart(deployed: World, nvila: Nvila, tmp_path: Path) -> None:
     process = started(deployed, tmp_path)
     try:
@@ -152,6 +155,7 @@ def test_two_at_once_are_told_apart(deployed: World, nvila: Nvila, tmp_path: Pat
     assert deployed.aliases()["champion"] == 1
 
 
+@pytest.mark.slow
 def test_two_first_deployments_at_once_make_one_endpoint(world: World, tmp_path: Path) -> None:
     world.kserve.delay_s = 1.0
     program = "import sys; from nvila_pipelines.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TASK = "{version: 1, title: T, fields: {question: q, answer: a}, prompt: '{question}', scorer: exact_match}"
 
 
+@pytest.mark.slow
 def test_a_model_and_its_real_service_say_the_same(nvila: Nvila, model_folder: Path, tmp_path: Path) -> None:
     with started("serve", "--model-dir", str(model_folder), "--port", "0", "--name", "tiny", cwd=tmp_path) as server:
         assert server.stdout is not None

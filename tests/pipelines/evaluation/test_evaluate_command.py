@@ -53,6 +53,7 @@ def test_built_in_tasks_need_nothing(nvila: Nvila, model_folder: Path) -> None:
     assert "miou,none" in results["digit_clips_when"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(nvila: Nvila, model_folder: Path) -> None:
     words = ("evaluate", model_folder, "--tasks", "easy_vqa", "--limit", "13", "--batch-size", "4", "--json")
     one = nvila(*words, "--out", "one", "--threads", "1")

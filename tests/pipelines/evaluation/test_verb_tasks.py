@@ -134,6 +134,7 @@ def test_a_graph_runs_here_from_its_compiled_form(nvila: Nvila, model_folder: Pa
     assert {run.info.status for run in (parent, task)} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_ends_the_run_with_its_error_and_what_was_shown_stays(nvila: Nvila) -> None:
     done = nvila("pipeline", "run", "evaluate-endpoint", "endpoint=/nowhere", "tasks=easy_vqa")
     assert done.code == 2

@@ -30,7 +30,11 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("damaged", "notices"),
     [
-        (False, ["quantize vision: 2 finished blocks of an interrupted run are used"]),
+        pytest.param(
+            False,
+            ["quantize vision: 2 finished blocks of an interrupted run are used"],
+            marks=pytest.mark.slow,
+        ),
         (
             True,
             [

@@ -162,6 +162,7 @@ def test_training_is_the_same_every_time(
     assert hashes(again) == hashes(trained[1])
 
 
+@pytest.mark.slow
 def test_training_on_broken_data_raises_the_error_of_the_training_process(
     curated: tuple[dict[str, float], Path], bench: Any, tmp_path: Path
 ) -> None:
@@ -204,6 +205,7 @@ def test_quantization_is_calibrated_on_training_and_measured_on_validation(
     assert all(part["speed_after"] is None for part in report["parts"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "calibrated", "measured"),
     [

@@ -18,6 +18,7 @@ def adapter(nvila: Nvila, base: Path, pictures: Path) -> Path:
     return Path(done.last_json["path"])
 
 
+@pytest.mark.slow
 def test_an_adapter_is_shown_and_merged(nvila: Nvila, base: Path, adapter: Path) -> None:
     shown = nvila("adapters", "show", adapter, "--json").last_json
     assert shown["method"] == "ln+full+lora"
@@ -31,6 +32,7 @@ def test_an_adapter_is_shown_and_merged(nvila: Nvila, base: Path, adapter: Path)
     assert "is no adapter" in nvila("adapters", "show", "whole").err
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(nvila: Nvila, base: Path, adapter: Path) -> None:
     other = Path("other")
     shutil.copytree(base, other)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from tests.pipelines.conftest import Nvila
 
 
+@pytest.mark.slow
 def test_plan_compares_methods_and_picks_one_without_weights(nvila: Nvila, base: Path, pictures: Path) -> None:
     copy = Path("without weights")
     shutil.copytree(base, copy)
@@ -33,6 +35,7 @@ def test_a_plan_that_cannot_fit_says_what_is_missing(nvila: Nvila, base: Path, p
     assert not Path("nvila-workspace/artifacts/tune").exists()
 
 
+@pytest.mark.slow
 def test_tuning_logs_the_measured_peak_beside_the_plan(nvila: Nvila, base: Path, pictures: Path) -> None:
     done = nvila("tune", base, pictures, "--steps", 3, "--rank", 4, "--no-register", "--json")
     memory = done.last_json["memory"]

@@ -36,6 +36,7 @@ def files_of(server: Settings, run_id: str, folder: str) -> set[str]:
     return {file.path for file in connect(server).list_artifacts(run_id, folder)}
 
 
+@pytest.mark.slow
 def test_versions_point_to_the_runs_that_made_them(nvila: Nvila, server: Settings, base: Path, pictures: Path) -> None:
     tuned = nvila("tune", base, pictures, *QUICK, "--json")
     assert tuned.code == 0, tuned.err
@@ -69,6 +70,7 @@ def test_versions_point_to_the_runs_that_made_them(nvila: Nvila, server: Setting
     assert files_of(server, str(version.run_id), "model") == {"model/README.md", "model/MLmodel"}
 
 
+@pytest.mark.slow
 def test_work_that_is_found_again_has_a_run_where_it_becomes_a_version(
     nvila: Nvila, server: Settings, base: Path, pictures: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_only_chooses_experts(nvila: Nvila, base: Path, pictures: Path) -> None:
     assert "only=*.expert.* matches no layer" in wrong.err
 
 
+@pytest.mark.slow
 def test_ratio_auto_shows_a_table_and_a_plot(nvila: Nvila, base: Path, pictures: Path) -> None:
     done = nvila("tune", base, pictures, *QUICK, "--lr-ratio", "auto", "--no-register", "--json")
     assert done.code == 0, done.err

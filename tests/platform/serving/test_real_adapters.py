@@ -59,6 +59,7 @@ def alone(folder: Path) -> list[str]:
     return [one.text for one in engine.generate(asked, SamplingParams(max_tokens=TOKENS, temperature=0.0))]
 
 
+@pytest.mark.slow
 def test_requests_of_all_names_at_once_get_the_answers_of_each_alone(
     server: RunningServer, folders: dict[str, Path]
 ) -> None:
