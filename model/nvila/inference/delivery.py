@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nvila.errors import DeadlineError, NvilaError
 from nvila.inference.choosing import choose_all
-from nvila.inference.request import Delta, FinishReason, Request
+from nvila.inference.request import Delta, FinishReason, Request, Sink
 from nvila.inference.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Delivery:
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
+        self._made: list[tuple[Request, Sink, Delta]] = []
 
     def choose(self, rows: Sequence[tuple[Request, Tensor]]) -> None:
         """Choose the next token, from its logits (V), of every request whose prompt is complete."""
@@ -44,6 +45,7 @@ class Delivery:
                 self.fail(request, outcome)
             else:
                 self._take(request, outcome)
+        self._hand_out()
 
     def expire(self, now: float) -> None:
         """Fail the requests whose deadline has passed."""
@@ -65,6 +67,8 @@ class Delivery:
     def end(self, request: Request, *, spoiled: bool = False) -> None:
         """End a request and free its memory."""
         request.done = True
+        # It leads to the caller, who has the request: together they would live on until the collector comes by.
+        request.sink = None
         self._scheduler.remove(request, spoiled=spoiled)
         request.features = None
         for medium in request.media:
@@ -89,10 +93,30 @@ class Delivery:
             self._post(request, piece, None)
 
     def _post(self, request: Request, text: str, reason: FinishReason | None) -> None:
-        request.outbox.append(Delta(text, reason, tuple(request.logprobs)))
+        piece = Delta(text, reason, tuple(request.logprobs))
         request.logprobs.clear()
+        if request.sink is None:
+            request.outbox.append(piece)
+        else:
+            self._made.append((request, request.sink, piece))
         if reason is not None:
             self.end(request)
+
+    def _hand_out(self) -> None:
+        """Call the sinks, for all requests of a step together.
+
+        Choosing gives up the interpreter now and then. What is handed out between would wake its reader, each time.
+        """
+        made, self._made = self._made, []
+        for request, sink, piece in made:
+            try:
+                sink(piece)
+            except Exception as e:
+                # Its own caller's fault; the step goes on for the others.
+                if request.done:
+                    request.outbox.append(e)
+                else:
+                    self.fail(request, e)
 
 
 def drop_frames(outcome: object) -> None:

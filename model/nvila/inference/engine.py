@@ -27,7 +27,7 @@ from nvila.inference.decoders import cache_shape
 from nvila.inference.delivery import Delivery, drop_frames
 from nvila.inference.grammar import GrammarFactory
 from nvila.inference.media import MediaCache
-from nvila.inference.request import Delta, Generation, Request, Usage
+from nvila.inference.request import Delta, Generation, Request, Sink, Usage
 from nvila.inference.results import Answer, EngineStats
 from nvila.inference.sampling import Sampler, SamplingParams, TokenLogprob, choose_token
 from nvila.inference.scheduler import Scheduler
@@ -82,8 +82,10 @@ class Engine:
         self._steps = 0
         self._encode_s = 0.0
         # Guards everything above and all requests; the model runs outside it, by one caller at a time.
-        self._state = threading.Condition()
+        self._state = threading.RLock()
         self._stepping = False
+        # Requests whose readers sleep until there is something for them, or nobody runs steps.
+        self._asleep: dict[Request, None] = {}
 
     @classmethod
     def load(
@@ -158,6 +160,7 @@ class Engine:
                 self._delivery.fail(
                     shed, OverloadedError("newer requests took the place of this one", "try again later")
                 )
+                self._wake()
         return Generation(self, request)
 
     def generate(
@@ -192,7 +195,7 @@ class Engine:
                 return
             request.outbox.clear()
             self._delivery.end(request)
-            self._state.notify_all()
+            self._wake()
 
     def stats(self) -> EngineStats:
         """Return what the engine holds now."""
@@ -229,6 +232,7 @@ class Engine:
             media=media,
             params=params,
             limit=min(self._room(variant.max_length, len(ids), visual), params.max_tokens),
+            wake=threading.Condition(self._state),
             text=AnswerText(self.processor.tokenizer, params.stop),
             sampler=Sampler(params, ids),
             constraint=None if params.json_schema is None else self._grammars.json(params.json_schema),
@@ -254,29 +258,59 @@ class Engine:
 
     # Steps
 
-    def _next(self, request: Request) -> Delta:
-        """Return the next piece of a request, running steps for all of them as long as it takes."""
+    def _deliver(self, request: Request, to: Sink) -> None:
+        """Hand every piece of a request to `to` as steps make it, until its end."""
+        with self._state:
+            while request.outbox and isinstance(request.outbox[0], Delta):
+                to(request.outbox.popleft())
+            request.sink = to
+        self._next(request)
+
+    def _next(self, request: Request) -> Delta | None:
+        """Return the next piece of a request, running steps for all of them as long as it takes; None at the end."""
+        driving = False
         while True:
             with self._state:
-                while not request.outbox and not request.done and self._stepping:
-                    self._state.wait()
-                if request.outbox:
-                    event = request.outbox.popleft()
-                    if isinstance(event, Delta):
-                        return event
-                    try:
-                        raise event
-                    finally:
-                        del event  # this frame and the error would keep each other
-                if request.done:
-                    raise StopIteration
-                self._stepping = True
+                if driving:
+                    self._wake()
+                else:
+                    self._sleep(request)
+                if request.outbox or request.done:
+                    self._leave(driving)
+                    return request.take()
+                self._stepping = driving = True
             try:
                 self._step()
-            finally:
+            except BaseException:
                 with self._state:
-                    self._stepping = False
-                    self._state.notify_all()
+                    self._wake()
+                    self._leave(driving)
+                raise
+
+    def _sleep(self, request: Request) -> None:
+        """Wait until there is something for a request's reader, or nobody runs steps."""
+        while not request.outbox and not request.done and self._stepping:
+            self._asleep[request] = None
+            try:
+                request.wake.wait()
+            finally:
+                self._asleep.pop(request, None)
+
+    def _wake(self) -> None:
+        """Wake the readers that there is something for; the others would only stand in the way of the next step."""
+        for request in self._asleep:
+            if request.outbox or request.done:
+                request.wake.notify_all()
+
+    def _leave(self, driving: bool) -> None:
+        """Let another reader run the steps if nobody does: the caller has what it came for."""
+        if driving:
+            self._stepping = False
+        if self._stepping:
+            return
+        heir = next((request for request in self._asleep if not request.outbox and not request.done), None)
+        if heir is not None:
+            heir.wake.notify_all()
 
     @torch.inference_mode()
     def _step(self) -> None:

@@ -6,11 +6,12 @@ Shape suffixes: M visual tokens of the request, H language width.
 from __future__ import annotations
 
 import hashlib
+import threading
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from nvila.inference.variants import Variant
 
 FinishReason = Literal["stop", "length"]
+Sink: TypeAlias = Callable[["Delta"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Request:
     Args:
         number: Order of arrival; names the request.
         variant: Which of the engine's models answers it.
+        wake: Its reader sleeps on it, with the engine's lock.
         ids: Prompt, and behind it the answer so far.
         media: Images and videos of the prompt.
         params: How to choose tokens.
@@ -65,6 +68,7 @@ class Request:
 
     number: int
     variant: Variant
+    wake: threading.Condition
     ids: list[int]
     media: Sequence[Medium]
     params: SamplingParams
@@ -81,6 +85,8 @@ class Request:
     features: Tensor | None = None
     places: Tensor | None = None
     outbox: deque[Delta | Exception] = field(default_factory=deque)
+    # Gets the pieces in place of the outbox; called by whoever runs the step.
+    sink: Sink | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     done: bool = False
 
@@ -93,6 +99,22 @@ class Request:
     def answer_ids(self) -> list[int]:
         """Tokens of the answer so far, without one that ended it."""
         return self.ids[self.usage.prompt_tokens :]
+
+    def take(self) -> Delta | None:
+        """Take the next piece from the outbox; None when there is nothing more.
+
+        Raises:
+            Exception: The request failed.
+        """
+        if not self.outbox:
+            return None
+        event = self.outbox.popleft()
+        if isinstance(event, Delta):
+            return event
+        try:
+            raise event
+        finally:
+            del event  # this frame and the error would keep each other
 
     def needs_media(self) -> bool:
         """Whether visual tokens are missing that the model has still to see."""
@@ -143,7 +165,24 @@ class Generation:
         return self
 
     def __next__(self) -> Delta:
-        return self._engine._next(self._request)
+        piece = self._engine._next(self._request)
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def deliver(self, to: Sink) -> None:
+        """Hand every piece to `to` as it is made; return at the answer's end, or when it was closed.
+
+        Threads that iterate all wake up for every step, one token each, and stand in the way of the next one. Here
+        whoever runs the step calls `to`, and the threads of the others sleep until their answers have ended.
+
+        Args:
+            to: Called with the engine's lock held, so it must not wait, nor call the engine.
+
+        Raises:
+            NvilaError: As iterating does; also whatever `to` raises, which ends this answer and no other.
+        """
+        self._engine._deliver(self._request, to)
 
     def close(self) -> None:
         """Cancel the request and free its memory; harmless when it has ended."""

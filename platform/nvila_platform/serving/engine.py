@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -18,14 +18,15 @@ class Generation(Protocol):
     def usage(self) -> Usage:
         """Token counts so far."""
 
-    def __iter__(self) -> Iterator[Delta]: ...
+    def deliver(self, to: Callable[[Delta], None]) -> None:
+        """Hand every piece to `to`, in whatever thread it is made; return at the end, or when it was closed."""
 
     def close(self) -> None:
         """Stop generating and free what the request held; any thread may call it, also twice."""
 
 
 class ChatEngine(Protocol):
-    """Answers conversations; `stream` is called, and its results are read, by several threads at once."""
+    """Answers conversations; `stream` is called, and its results are waited for, by several threads at once."""
 
     @property
     def max_length(self) -> int:

@@ -3,8 +3,8 @@
 It is bounded twice: by the number of requests, and by the tokens that they will cost, so that ten questions about an
 hour of video do not count like ten greetings.
 
-A worker waits for one answer at a time. Those of an engine that batches get their tokens from common steps; which
-requests share a step, and in what memory, is the engine's business.
+A worker sleeps until its answer has ended. The pieces of an engine that batches come from common steps, and are handed
+on by whoever runs them; which requests share a step, and in what memory, is the engine's business.
 
 Admission and submission are two steps: a request takes its slot before its images are decoded, so that the bound also
 covers the memory that decoding needs.
@@ -75,6 +75,7 @@ class EngineQueue:
         self._workers: list[threading.Thread] = []
         self._wake = threading.Condition()
         self._pending: deque[Job] = deque()
+        self._running: set[Job] = set()
         self._closed = False
         # Only the event loop's thread touches these.
         self._mailbox: Mailbox[Event] | None = None
@@ -137,13 +138,17 @@ class EngineQueue:
                 on_free()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Drop what still waits, stop the workers after their current token and wait for them."""
+        """Drop what still waits, end what runs, and wait for the workers."""
         with self._wake:
             self._closed = True
             for job in self._pending:
                 job.post(_stopping())
             self._pending.clear()
+            running = list(self._running)
             self._wake.notify_all()
+        for job in running:
+            if job.generation is not None:
+                job.generation.close()
         until = time.monotonic() + timeout_s
         for worker in self._workers:
             worker.join(max(0.0, until - time.monotonic()))
@@ -209,7 +214,7 @@ class EngineQueue:
             if job in self._pending:
                 self._pending.remove(job)
                 self._metrics.waiting.set(len(self._pending))
-        # Not left to the worker: it sleeps until there is a next piece, and holds the request's memory until then.
+        # Not left to the worker: it sleeps until the answer's end, and holds the request's memory until then.
         if job.generation is not None:
             job.generation.close()
 
@@ -220,6 +225,7 @@ class EngineQueue:
                 if self._closed:
                     return
                 job = self._pending.popleft()
+                self._running.add(job)
                 self._metrics.waiting.set(len(self._pending))
             self._metrics.running.inc()
             began = time.monotonic()
@@ -229,6 +235,8 @@ class EngineQueue:
                 # The process must survive any single request.
                 job.post(as_api_error(e))
             finally:
+                with self._wake:
+                    self._running.discard(job)
                 self._metrics.running.dec()
                 # A rough figure; that two workers may overwrite each other's part of it does not matter.
                 self._service_s += _SMOOTHING * (time.monotonic() - began - self._service_s)
@@ -239,22 +247,26 @@ class EngineQueue:
         if job.cancelled.is_set():
             return
         clock = PhaseClock(self._metrics, job.admitted_at, job.submitted_at, job.trace)
+        reason: str | None = None
+
+        def take(delta: Delta) -> None:
+            nonlocal reason
+            clock.piece(bool(delta.text))
+            reason = delta.finish_reason or reason
+            job.post(delta)
+
         generation = job.generation = job.target.engine.stream(job.messages, job.media, job.params)
         # The engine has made tensors of them; the pixels need not live as long as the answer.
         job.media = {}
-        reason: str | None = None
         try:
-            for delta in generation:
-                if self._closed:
-                    raise _stopping()
-                if job.cancelled.is_set():
-                    break
-                clock.piece(bool(delta.text))
-                reason = delta.finish_reason or reason
-                job.post(delta)
+            # Whoever gave up before the line above has closed nothing, and is seen here; later ones close it.
+            if not self._closed and not job.cancelled.is_set():
+                generation.deliver(take)
         finally:
             generation.close()
         if reason is None and not job.cancelled.is_set():
+            if self._closed:
+                raise _stopping()
             # Clients wait for a reason.
             job.post(_ended())
         clock.finished("abort" if job.cancelled.is_set() else reason or "stop", generation.usage)

@@ -130,8 +130,7 @@ def _answer_once(engine: ChatEngine) -> None:
         [Message(role="user", content=tuple(parts))], images, SamplingParams(max_tokens=2, temperature=0.0)
     )
     try:
-        for _ in generation:
-            pass
+        generation.deliver(lambda _: None)
     finally:
         generation.close()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +39,10 @@ class WordsGeneration:
         self._params = params
         self._pause_s = pause_s
         self._crash = crash
+
+    def deliver(self, to: Callable[[Delta], None]) -> None:
+        for delta in self:
+            to(delta)
 
     def __iter__(self) -> Iterator[Delta]:
         for index, word in enumerate(self._words):
