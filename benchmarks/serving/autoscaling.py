@@ -3,7 +3,8 @@
 First a real server process is started, which gives the cold start in its parts, and asked by 1 to 32 clients at once;
 its own /metrics tell how many requests ran and waited. Then the cluster of scaling.py is simulated with that speed and
 that cold start: a calm quarter of an hour, a step to six times the load, a step back. What charts/nvila-serving asks
-for, at most a fifth of the pods less a minute, against the defaults of Kubernetes.
+for, at most a fifth of the pods less a minute, against the defaults of Kubernetes, which are what a KServe gives that
+hands the window on to KEDA and no policies.
 
 python benchmarks/serving/autoscaling.py           # --plot FILE draws it
 python benchmarks/serving/autoscaling.py --quick   # few requests, nothing written

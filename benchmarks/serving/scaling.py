@@ -3,7 +3,8 @@
 The rules are those of the HorizontalPodAutoscaler, which KEDA feeds: desired = ceil(metric / target) for a metric that
 is a sum over pods (AverageValue), nothing within a tolerance of 10%, up by at most the double or 4 pods in 15 s, down
 only to the highest wish of the last 300 s, and by at most a share of the pods a minute if the policy says so (rounded
-up). KEDA asks Prometheus every 30 s; what it hears is a scrape old.
+up). KEDA asks Prometheus whenever the autoscaler asks it, every 15 s; its `pollingInterval` matters from zero to one
+pod and with `useCachedMetrics`. What Prometheus says is up to a scrape old; here it always is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from statistics import median
 TOLERANCE = 0.1
 UP_PODS, UP_FACTOR, UP_PERIOD_S = 4, 2, 15
 DOWN_WINDOW_S, DOWN_PERIOD_S = 300, 60
-SYNC_S, POLL_S, SCRAPE_S = 15, 30, 15
+SYNC_S, SCRAPE_S = 15, 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ def simulate(arrivals: Callable[[int], float], seconds: int, speed: PodSpeed, po
     """
     draw = random.Random(seed)
     starting: list[float] = []
-    ready, backlog, heard = policy.lowest, 0.0, 0.0
+    ready, backlog = policy.lowest, 0.0
     scraped: deque[float] = deque([0.0], maxlen=SCRAPE_S + 1)
     wishes: deque[tuple[int, int]] = deque()
     line = Timeline()
@@ -133,9 +134,8 @@ def simulate(arrivals: Callable[[int], float], seconds: int, speed: PodSpeed, po
         # Between two seconds many requests come and go: what is in hand follows from the rate.
         load = backlog + (ready * speed.load(done / ready) if ready else 0.0)
         scraped.append(load)
-        if now % POLL_S == 0:
-            heard = scraped[0]
         if now % SYNC_S == 0:
+            heard = scraped[0]
             pods = ready + len(starting)
             a_minute_ago = line.pods[-DOWN_PERIOD_S] if len(line.pods) >= DOWN_PERIOD_S else pods
             wanted = decide(pods, heard, policy, wishes, now, a_minute_ago)

@@ -375,7 +375,7 @@ def test_service_account(render: Render, row: str, made: str | None, used: str) 
         (
             "keda",
             (1, 4),
-            'avg(nvila:num_requests_running{namespace="models",model_name="demo-nvila-serving"}'
+            'sum(nvila:num_requests_running{namespace="models",model_name="demo-nvila-serving"}'
             ' + nvila:num_requests_waiting{namespace="models",model_name="demo-nvila-serving"})',
             "4",
         ),
@@ -393,13 +393,13 @@ def test_keda_scales_by_what_prometheus_sees(
     (metric,) = predictor["autoScaling"]["metrics"]
     assert metric["external"]["metric"]["query"] == query
     assert metric["external"]["metric"]["serverAddress"] == MATRIX[row]["autoscaling"]["keda"]["serverAddress"]
-    assert metric["external"]["target"] == {"type": "Value", "value": target}
+    assert metric["external"]["target"] == {"type": "AverageValue", "value": target, "averageValue": target}
 
 
 @pytest.mark.parametrize(
     ("row", "query", "target", "window", "percent"),
     [
-        ("keda-by-visual-load", 'avg(nvila:visual_load_tokens{namespace="models",', "8000", 60, 50),
+        ("keda-by-visual-load", 'sum(nvila:visual_load_tokens{namespace="models",', "8000", 60, 50),
         (
             "keda-by-latency",
             "histogram_quantile(0.95, sum by (le) (rate(nvila:time_to_first_token_seconds_",
@@ -416,7 +416,10 @@ def test_keda_scales_by_other_measures_and_takes_pods_away_slowly(
     scaling = service["spec"]["predictor"]["autoScaling"]
     (metric,) = scaling["metrics"]
     assert metric["external"]["metric"]["query"].startswith(query)
-    assert metric["external"]["target"] == {"type": "Value", "value": target}
+    # KEDA divides by the number of pods, which a percentile over all of them must not be.
+    count = ' * count(nvila:num_requests_running{namespace="models",model_name="demo-nvila-serving"})'
+    assert metric["external"]["metric"]["query"].endswith(count) == (row == "keda-by-latency")
+    assert metric["external"]["target"] == {"type": "AverageValue", "value": target, "averageValue": target}
     policy = {"type": "Percent", "value": percent, "periodSeconds": 60}
     assert scaling["behavior"] == {"scaleDown": {"stabilizationWindowSeconds": window, "policies": [policy]}}
 

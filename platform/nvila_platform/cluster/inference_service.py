@@ -212,7 +212,8 @@ def _scaling(endpoint: str, namespace: str, values: ServingValues, mode: Mode) -
 
 def _keda(endpoint: str, namespace: str, values: ServingValues) -> dict[str, Any]:
     keda = values.autoscaling.keda
-    target = {"type": "Value", "value": plain(keda.target)}
+    # KServe gives KEDA no type, which means AverageValue, and reads `value`; one that minds the type reads the other.
+    target = {"type": "AverageValue", "value": plain(keda.target), "averageValue": plain(keda.target)}
     policy = {"type": "Percent", "value": keda.scale_down.percent_per_minute, "periodSeconds": 60}
     source = {
         "backend": "prometheus",
@@ -231,13 +232,13 @@ def _keda(endpoint: str, namespace: str, values: ServingValues) -> dict[str, Any
 
 
 def load_query(metric: str, endpoint: str, namespace: str) -> str:
-    """Return the PromQL of what KEDA scales on: a mean over the pods."""
+    """Return the PromQL of what KEDA scales on: a sum over the pods, which it divides by their number."""
     of = f'{{namespace="{namespace}",model_name="{endpoint}"}}'
     first = f"rate(nvila:time_to_first_token_seconds_bucket{of}[2m])"
     return {
-        "requests": f"avg(nvila:num_requests_running{of} + nvila:num_requests_waiting{of})",
-        "visual_load": f"avg(nvila:visual_load_tokens{of})",
-        "ttft": f"histogram_quantile(0.95, sum by (le) ({first}))",
+        "requests": f"sum(nvila:num_requests_running{of} + nvila:num_requests_waiting{of})",
+        "visual_load": f"sum(nvila:visual_load_tokens{of})",
+        "ttft": f"histogram_quantile(0.95, sum by (le) ({first})) * count(nvila:num_requests_running{of})",
     }[metric]
 
 

@@ -208,8 +208,10 @@ def test_values_are_those_of_the_chart(world: World, nvila: Nvila, tmp_path: Pat
     assert done.code == 0, done.err
     predictor = world.predictor()
     assert (predictor["maxReplicas"], predictor["serviceAccountName"]) == (8, "nvila-eyes")
-    metric = predictor["autoScaling"]["metrics"][0]["external"]["metric"]
-    assert metric["query"] == 'avg(nvila:visual_load_tokens{namespace="models",model_name="eye"})'
+    external = predictor["autoScaling"]["metrics"][0]["external"]
+    # KServe tells KEDA no type, and KEDA then divides by the number of pods.
+    assert external["target"] == {"type": "AverageValue", "value": "8000", "averageValue": "8000"}
+    assert external["metric"]["query"] == 'sum(nvila:visual_load_tokens{namespace="models",model_name="eye"})'
     assert "only the chart makes these" in done.last_json["warnings"][0]
     assert world.service()["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "keda"
 

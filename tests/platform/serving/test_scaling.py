@@ -75,6 +75,16 @@ def test_a_step_is_answered_and_settles(scaling: ModuleType) -> None:
     assert line.ready[first + 30] > line.ready[first - 1]
 
 
+def test_the_autoscaler_hears_of_a_step_a_scrape_later_at_its_next_look(scaling: ModuleType) -> None:
+    speed = scaling.PodSpeed(in_flight=(1.0, 8.0), rates=(20.0, 80.0))
+    load = scaling.stepped([(0, 0.0), (61, 5000.0)])
+    line = scaling.simulate(load, 120, speed, scaling.Policy(target=2), seed=0)
+    # It looks at 75 s and hears of 60 s; at 90 s it hears of 75 s.
+    assert line.pods[89] == 1
+    assert line.pods[90] == 5
+    assert line.pods[105] == 10
+
+
 def test_what_is_in_hand_follows_from_the_rate(scaling: ModuleType) -> None:
     speed = scaling.PodSpeed(in_flight=(1.0, 8.0), rates=(20.0, 80.0))
     fixed = scaling.Policy(target=2, lowest=4, highest=4)
