@@ -77,6 +77,25 @@ def test_streaming_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def test_several_answers_stream_beside_each_other(client: openai.OpenAI) -> None:
+    message: Any = {"role": "user", "content": "count 4"}
+    stream = client.chat.completions.create(
+        model="words", messages=[message], n=3, stream=True, stream_options={"include_usage": True}
+    )
+    texts, reasons, usage = ["", "", ""], {}, None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    assert texts == ["0 1 2 3"] * 3
+    assert reasons == dict.fromkeys(range(3), "stop")
+    assert usage is not None
+    # The prompt counts once, whatever the number of answers.
+    assert (usage.prompt_tokens, usage.completion_tokens) == (2, 12)
+
+
 def test_include_usage_adds_one_last_chunk_without_choices(client: openai.OpenAI) -> None:
     create: Any = client.chat.completions.create
     chunks = list(create(**body("count 4"), stream=True, stream_options={"include_usage": True}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -74,6 +75,24 @@ def test_the_log_is_one_json_line_a_request(server: RunningServer, http: httpx.C
     (line,) = [line for line in lines if line.get("request_id") == "find-me"]
     assert " 200 " in line["message"]
     assert not [line for line in lines if line.get("request_id") == "probe"]
+
+
+def test_nothing_of_what_was_asked_is_in_the_log(server: RunningServer, http: httpx.Client, png: bytes) -> None:
+    encoded = base64.b64encode(png).decode()
+    broken = base64.b64encode(png[:40]).decode()
+    parts = [{"type": "text", "text": "confidential-7311"}]
+    for url, expected in ((f"data:image/png;base64,{encoded}", 200), (f"data:image/png;base64,{broken}", 400)):
+        content = [*parts, {"type": "image_url", "image_url": {"url": url}}]
+        body = {"model": "words", "messages": [{"role": "user", "content": content}]}
+        answer = http.post("/openai/v1/chat/completions", json=body, headers={"x-request-id": "private"})
+        assert answer.status_code == expected
+    bad = {"model": "words", "messages": [{"role": "user", "content": "hi"}], "stop": {"confidential-7312": 1}}
+    assert http.post("/openai/v1/chat/completions", json=bad).status_code == 400
+    http.post("/v1/models/words:predict", json={"instances": [{"prompt": "confidential-7313"}]}).raise_for_status()
+    text = server.log_path.read_text()
+    assert '"private"' in text
+    assert "confidential" not in text
+    assert encoded[:24] not in text
 
 
 def test_the_sdks_deprecations_stay_out_of_the_log(server: RunningServer, http: httpx.Client) -> None:

@@ -123,3 +123,40 @@ def test_what_is_ready_together_is_one_write(words: ModuleType) -> None:
     assert (first, second, errors) == ("open ", "ab", ["internal_error"])
     assert '"internal_error"' in failure
     assert "DONE" not in failure
+
+
+def test_a_quiet_stream_is_kept_alive_with_comments_until_there_is_text() -> None:
+    from nvila.inference.engine import Delta, Usage
+    from nvila_platform.serving.stream import Stream
+    from nvila_platform.serving.streaming import KEEP_ALIVE, events
+
+    class Job:
+        deadline = time.monotonic() + 60.0
+
+        def __init__(self) -> None:
+            self.inbox: Inbox[Any] = Inbox(asyncio.get_running_loop())
+
+    async def scenario(number: int) -> list[str]:
+        jobs: list[Any] = [Job() for _ in range(number)]
+        streams = [Stream(job, lambda _job: None) for job in jobs]
+        written: list[str] = []
+        quiet = 0
+        async for text in events(
+            streams, 0.02, "", lambda at, delta: f"{at}:{delta.text}", lambda: "last ", lambda _: None
+        ):
+            written.append(text)
+            quiet += text == KEEP_ALIVE
+            if quiet == 2:
+                quiet += 1
+                for job in jobs:
+                    job.inbox.put(Delta("a", "stop"))
+                    job.inbox.put(End(Usage()))
+        return written
+
+    # A line that begins with a colon is nothing to a reader of events.
+    assert KEEP_ALIVE.startswith(":")
+    assert asyncio.run(scenario(1)) == [KEEP_ALIVE, KEEP_ALIVE, "0:a", "last data: [DONE]\n\n"]
+    one, two, *rest = asyncio.run(scenario(2))
+    assert one == two == KEEP_ALIVE
+    assert sorted(rest[:-1]) == ["0:a", "1:a"]
+    assert rest[-1] == "last data: [DONE]\n\n"
