@@ -82,7 +82,9 @@ def test_several_answers_stream_beside_each_other(client: openai.OpenAI) -> None
     stream = client.chat.completions.create(
         model="words", messages=[message], n=3, stream=True, stream_options={"include_usage": True}
     )
-    texts, reasons, usage = ["", "", ""], {}, None
+    texts = [""] * 3
+    reasons: dict[int, str] = {}
+    usage: Any = None
     for chunk in stream:
         usage = chunk.usage or usage
         for choice in chunk.choices:
@@ -91,7 +93,6 @@ def test_several_answers_stream_beside_each_other(client: openai.OpenAI) -> None
                 reasons[choice.index] = choice.finish_reason
     assert texts == ["0 1 2 3"] * 3
     assert reasons == dict.fromkeys(range(3), "stop")
-    assert usage is not None
     # The prompt counts once, whatever the number of answers.
     assert (usage.prompt_tokens, usage.completion_tokens) == (2, 12)
 
