@@ -261,8 +261,9 @@ class Engine:
     def _deliver(self, request: Request, to: Sink) -> None:
         """Hand every piece of a request to `to` as steps make it, until its end."""
         with self._state:
-            while request.outbox and isinstance(request.outbox[0], Delta):
-                to(request.outbox.popleft())
+            while request.outbox and isinstance(piece := request.outbox[0], Delta):
+                request.outbox.popleft()
+                to(piece)
             request.sink = to
         self._next(request)
 
