@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,8 @@ NAME = "bench"
 _WORDS = 2000
 _TIMEOUT_S = 300.0
 _PIECE, _DONE = b'"delta":{"content":', b"data: [DONE]"
+_COUNT = re.compile(rb'"completion_tokens":(\d+)')
+_TAIL = 512  # holds the event with the counts
 
 
 @dataclass(slots=True)
@@ -132,7 +135,7 @@ async def ask(http: httpx.AsyncClient, request: dict[str, Any]) -> Seen:
 
 
 async def light_ask(base_url: str, request: dict[str, Any]) -> Seen:
-    """Stream one answer and look for nothing but its first piece and its end: a client that costs next to nothing."""
+    """Stream one answer and look for nothing but its first piece, its count and its end: a client that costs little."""
     host, _, port = base_url.removeprefix("http://").partition(":")
     sent = json.dumps(request).encode()
     head = f"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -146,7 +149,8 @@ async def light_ask(base_url: str, request: dict[str, Any]) -> Seen:
             if _DONE in tail + data:
                 seen.total_s = time.perf_counter() - began
                 seen.status = 200
-            tail = data[-64:]
+                seen.tokens = int((_COUNT.findall(tail + data) or [b"0"])[-1])
+            tail = (tail + data)[-_TAIL:]
     finally:
         writer.close()
         await writer.wait_closed()
@@ -154,14 +158,23 @@ async def light_ask(base_url: str, request: dict[str, Any]) -> Seen:
     return seen
 
 
-async def together(base_url: str, requests: Sequence[dict[str, Any]], clients: int) -> tuple[list[Seen], float]:
-    """Let so many clients ask one request after the other; return what they saw, and the seconds it took."""
+async def together(
+    base_url: str, requests: Sequence[dict[str, Any]], clients: int, *, light: bool = False
+) -> tuple[list[Seen], float]:
+    """Let so many clients ask one request after the other; return what they saw, and the seconds it took.
+
+    Args:
+        base_url: Of the server.
+        requests: What is asked.
+        clients: How many ask at once.
+        light: Ask with `light_ask`.
+    """
     left = list(reversed(requests))
     seen: list[Seen] = []
 
     async def one(http: httpx.AsyncClient) -> None:
         while left:
-            seen.append(await ask(http, left.pop()))
+            seen.append(await (light_ask(base_url, left.pop()) if light else ask(http, left.pop())))
 
     async with client(base_url) as http:
         began = time.perf_counter()
