@@ -23,6 +23,7 @@ CHART_ONLY = (
     "endpoint",
     "extraObjects",
     "route",
+    "runtime",
     "networkPolicy",
     "podDisruptionBudget",
     "tests",
