@@ -159,7 +159,7 @@ def test_without_a_checkout_the_umbrella_is_unpacked_with_its_profiles(dist: Pat
         values = tmp_path / "nvila" / f"values-{profile}.yaml"
         assert values.read_bytes() == (ROOT / "charts" / "nvila" / values.name).read_bytes()
         apis = ["--api-versions", "kueue.x-k8s.io/v1beta2", "--api-versions", "monitoring.coreos.com/v1"]
-        command = [helm_binary(), "template", "nvila", tmp_path / "nvila", "-f", values, *apis]
+        command: list[str | Path] = [helm_binary(), "template", "nvila", tmp_path / "nvila", "-f", values, *apis]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
