@@ -6,9 +6,9 @@
 #   --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # With Transformer Engine, whose PyTorch part is compiled against CUDA's headers while the image is built (both images
 # of one distribution, so that the interpreter is the same):
-#   --build-arg BUILD_IMAGE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04 \
-#   --build-arg BASE_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04 \
-#   --build-arg TRANSFORMER_ENGINE="transformer-engine[pytorch]>=2.9"
+#   --build-arg BUILD_IMAGE=nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04@sha256:0230b7f243483cb15969fa3cc724a9459599604427052fc2a0d4291c7c0647dd \
+#   --build-arg BASE_IMAGE=nvidia/cuda:13.0.3-cudnn-runtime-ubuntu24.04@sha256:14f6d08d1cd4a96effbfe3101d0b56326f552c199d05e4979ee0bd616df5811b \
+#   --build-arg TRANSFORMER_ENGINE="transformer-engine[pytorch]==2.20.2"
 
 # Of 2026-11-26, as several public projects pin this tag; renewed by make pin-images.
 ARG BASE_IMAGE=python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7

@@ -44,7 +44,8 @@ def open_store(folder: Path) -> Builder:
         NoArchiveError: No Debian could be made for it.
         ReleaseError: Buildah failed.
     """
-    storage = ("--root", f"{folder}/store", "--runroot", f"{folder}/run", "--storage-driver", "vfs")
+    places = ("--root", f"{folder}/store", "--runroot", f"{folder}/run")
+    storage = (*places, "--storage-driver", driver(places))
     # Packages that this machine keeps on its disk are seen by the builds too.
     kept = [path for path in _pip_folders() if path.is_dir()]
     volumes = [part for path in kept for part in ("--volume", f"{path}:{path}:ro")]
@@ -65,6 +66,20 @@ def buildah(options: tuple[str, ...], *arguments: str) -> str:
     if done.returncode:
         raise ReleaseError(f"buildah {arguments[0]}: {done.stderr.strip()[-500:]}")
     return done.stdout.strip()
+
+
+def driver(places: tuple[str, ...]) -> str:
+    """Return how a storage keeps its layers: overlaid where the kernel does that, otherwise each as a whole copy."""
+    overlay = ("--storage-driver", "overlay")
+    try:
+        container = buildah((*places, *overlay), "from", "scratch")
+        try:
+            buildah((*places, *overlay), "mount", container)
+        finally:
+            buildah((*places, *overlay), "rm", container)
+    except ReleaseError:
+        return "vfs"
+    return "overlay"
 
 
 def _pip_folders() -> list[Path]:

@@ -2,8 +2,8 @@
 
 A tag may name other bytes tomorrow, a digest never does. The registry is asked for the digest behind each tag (OCI
 distribution API, without a login) and what is written down is renewed: `ARG BASE_IMAGE=NAME:TAG@sha256:...` in the
-Dockerfiles, and the chart's files/image-digests.yaml, which the templates use as long as image and tag are the chart's
-own. `make release` refuses a tree in which one is missing.
+Dockerfiles, `--build-arg BASE_IMAGE=...` in their comments, and the chart's files/image-digests.yaml, which the
+templates use as long as image and tag are the chart's own. `make release` refuses a tree in which one is missing.
 
 Usage:
     python scripts/pin_images.py             # ask the registries, rewrite what differs
@@ -34,7 +34,9 @@ HEADER = """\
 # An image or tag of your own is used as it is; pin it with `digest`.
 # Of {date}, as the registries say.
 """
-_ARG = re.compile(r"^(ARG \w+=)([a-z0-9][^\s@$]*:[^\s@$]+)(@sha256:[0-9a-f]{64})?$", re.MULTILINE)
+_ARG = re.compile(
+    r"^((?:ARG |#.*--build-arg )\w*IMAGE=)([a-z0-9][^\s@$]*:[^\s@$]+)(@sha256:[0-9a-f]{64})?(?=\s|$)", re.MULTILINE
+)
 # Above it stands since when, and who says so.
 _SINCE = re.compile(r"^# Of \d{4}-\d\d-\d\d, .*$", re.MULTILINE)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")

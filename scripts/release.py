@@ -1,4 +1,4 @@
-"""Build everything that a release consists of into `dist/`: the wheel, the charts, the compiled pipelines, checksums.
+"""Build everything that a release consists of into `dist/`: wheel, constraints, charts, compiled pipelines, checksums.
 
 Package, images and charts carry one version, that of `model/nvila/_version.py`; a tree in which they differ, or whose
 CHANGELOG has no section for it, is refused before anything is built. The same commit gives the same wheel and the same
@@ -32,6 +32,7 @@ from upgrade_diff import RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKSUMS = "SHA256SUMS"
+CONSTRAINTS = "constraints.txt"
 # The one table of contents of a release; docs/install.md names the same files.
 CHARTS = ("nvila", "nvila-observability", "nvila-platform", "nvila-serving")
 
@@ -114,6 +115,8 @@ def build(root: Path, dest: Path, version: str) -> list[Path]:
         made = Path(scratch) / dest.name
         made.mkdir()
         _wheel(root, made, version)
+        # The set that the wheel was tested with, for whoever has no checkout.
+        shutil.copyfile(root / CONSTRAINTS, made / CONSTRAINTS)
         _charts(root, made, version)
         _pipelines(root, made / "pipelines")
         _checksums(made)

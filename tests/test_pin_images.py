@@ -123,6 +123,18 @@ def test_another_digest_behind_the_tag_takes_the_place_of_the_old_one(tree: Path
     assert base_of(tree, "serve") == base_of(tree, "train")
 
 
+def test_an_image_that_a_comment_says_to_build_on_is_pinned_too(tree: Path, registry: Registry) -> None:
+    image = f"127.0.0.1:{registry.port}/cuda:13"
+    path = tree / "docker" / "train.Dockerfile"
+    rest = "#   --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu\n" + path.read_text()
+    path.write_text(f"#   --build-arg BUILD_IMAGE={image} \\\n{rest}")
+    assert f"docker/train.Dockerfile: {image}" in pins.unpinned(tree)
+    pins.pin(tree)
+    first, second, *_ = path.read_text().splitlines()
+    assert first == f"#   --build-arg BUILD_IMAGE={image}@{digest('cuda:13')} \\"
+    assert second == rest.splitlines()[0]
+
+
 def test_since_when_and_who_says_so_is_renewed_with_the_digest(tree: Path) -> None:
     path = tree / "docker" / "serve.Dockerfile"
     path.write_text(f"# Of 2020-01-01, as somebody says; renewed by make pin-images.\n{path.read_text()}")

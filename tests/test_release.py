@@ -134,7 +134,8 @@ def test_a_release_holds_the_wheel_the_charts_the_pipelines_and_their_checksums(
     found = {path.relative_to(dist).as_posix() for path in dist.rglob("*") if path.is_file()}
     charts = {f"{name}-0.1.0.tgz" for name in release.CHARTS}
     pipelines = {name for name in found if name.startswith("pipelines/")}
-    assert found == {"nvila-0.1.0-py3-none-any.whl", *charts, *pipelines, "SHA256SUMS"}
+    assert found == {"nvila-0.1.0-py3-none-any.whl", "constraints.txt", *charts, *pipelines, "SHA256SUMS"}
+    assert (dist / "constraints.txt").read_bytes() == (ROOT / "constraints.txt").read_bytes()
     assert "pipelines/lifecycle.yaml" in pipelines
     for name in pipelines:
         assert next(yaml.safe_load_all((dist / name).read_text()))["pipelineInfo"]["name"].startswith("nvila-")
@@ -147,6 +148,19 @@ def test_a_release_holds_the_wheel_the_charts_the_pipelines_and_their_checksums(
         shown = subprocess.run(show, capture_output=True, text=True, check=True)
         assert yaml.safe_load(shown.stdout)["version"] == "0.1.0"
     assert len((dist / "SHA256SUMS").read_text().splitlines()) == len(found) - 1
+
+
+def test_without_a_checkout_the_umbrella_is_unpacked_with_its_profiles(dist: Path, tmp_path: Path) -> None:
+    # As docs/install.md says it: the pattern fits one of the four archives.
+    unpack = f"tar -xzf {dist}/nvila-[0-9]*.tgz"
+    assert unpack.replace(f"{dist}/", "") in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    subprocess.run(unpack, shell=True, cwd=tmp_path, check=True, timeout=60)  # noqa: S602 - a pattern of the shell
+    for profile in ("laptop", "gpu", "production"):
+        values = tmp_path / "nvila" / f"values-{profile}.yaml"
+        assert values.read_bytes() == (ROOT / "charts" / "nvila" / values.name).read_bytes()
+        apis = ["--api-versions", "kueue.x-k8s.io/v1beta2", "--api-versions", "monitoring.coreos.com/v1"]
+        command: list[str | Path] = [helm_binary(), "template", "nvila", tmp_path / "nvila", "-f", values, *apis]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def test_the_same_commit_gives_the_same_bytes_and_replaces_the_folder(dist: Path, tmp_path: Path) -> None:
@@ -181,7 +195,7 @@ def test_the_wheel_installs_into_an_empty_environment_and_checks_the_machine(dis
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     bin_ = tmp_path / "venv" / "bin"
     (wheel,) = dist.glob("*.whl")
-    install: list[str | Path] = [bin_ / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel]
+    install: list[str | Path] = [bin_ / "pip", "install", "--quiet", "--constraint", dist / "constraints.txt", wheel]
     subprocess.run(install, check=True, timeout=600)
     version = subprocess.run([bin_ / "nvila", "version"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "0.1.0" in version.stdout

@@ -27,7 +27,16 @@ KEDA = ("--api-versions", "keda.sh/v1alpha1")
 MATRIX: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "serving_matrix.yaml").read_text("utf-8"))
 each_row = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 # Rows that only Standard mode takes.
-STANDARD_ONLY = {"gpu", "scheduling", "keda", "keda-by-visual-load", "keda-by-latency", "keda-to-zero"}
+STANDARD_ONLY = {
+    "gpu",
+    "scheduling",
+    "volumes",
+    "runtime-class",
+    "keda",
+    "keda-by-visual-load",
+    "keda-by-latency",
+    "keda-to-zero",
+}
 
 
 def taken(values: dict[str, Any]) -> ServingValues:
@@ -47,6 +56,9 @@ def neutral(document: Document) -> Document:
     """Take out what differs by design: names by content, and who manages the resource."""
     found: Document = json.loads(json.dumps(document))
     found["metadata"].pop("namespace", None)
+    # A deployment has those that KServe reads; the rest are the chart's alone.
+    annotations = found["metadata"].pop("annotations", {})
+    found["metadata"]["annotations"] = {k: v for k, v in annotations.items() if k.startswith("serving.kserve.io/")}
     for key in ("helm.sh/chart", "app.kubernetes.io/version", "app.kubernetes.io/managed-by", "nvila.dev/endpoint"):
         found["metadata"]["labels"].pop(key, None)
     for key in ("app.kubernetes.io/name", "app.kubernetes.io/instance"):

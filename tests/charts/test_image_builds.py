@@ -21,8 +21,8 @@ import images
 import local_engine
 import pytest
 
-# Minutes of downloads and copies on an ordinary disk.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+# Minutes of downloads and copies on an idle machine; an hour on one that is busy, the base image included.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 
 @pytest.fixture(scope="module")

@@ -261,6 +261,28 @@ def test_the_upload_adds_what_is_missing(
     assert kubeflow.tokens == {"Bearer sesame"}
 
 
+@pytest.mark.parametrize("authorities", ["", "/etc/nvila/ca/bundle.pem"])
+def test_the_upload_trusts_the_authorities_that_the_chart_mounts(
+    monkeypatch: pytest.MonkeyPatch, authorities: str
+) -> None:
+    # kfp itself takes those of the package certifi, whatever variables say.
+    class ClientMadeError(Exception):
+        pass
+
+    def client(**options: Any) -> None:
+        raise ClientMadeError(options["ssl_ca_cert"])
+
+    monkeypatch.setattr("kfp.Client", client)
+    monkeypatch.setenv("KFP_ENDPOINT", "https://kubeflow.example.com/pipeline")
+    monkeypatch.setenv("PIPELINE_NAME", "nvila-lifecycle")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    if authorities:
+        monkeypatch.setenv("SSL_CERT_FILE", authorities)
+    with pytest.raises(ClientMadeError) as made:
+        runpy.run_path(str(CHART / "files" / "upload.py"))
+    assert made.value.args == (authorities or None,)
+
+
 def test_the_token_is_mounted_where_the_script_looks_for_it(render: Render) -> None:
     matrix = yaml.safe_load((Path(__file__).parent / "platform_matrix.yaml").read_text("utf-8"))
     documents = render(CHART, matrix["upload-with-token"])

@@ -14,6 +14,8 @@ name = os.environ["PIPELINE_NAME"]
 token = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", "")
 client = Client(
     host=os.environ["KFP_ENDPOINT"],
+    # kfp looks into no variable for it.
+    ssl_ca_cert=os.environ.get("SSL_CERT_FILE"),
     credentials=ServiceAccountTokenVolumeCredentials(path=token) if token else None,
 )
 with tempfile.TemporaryDirectory() as folder:

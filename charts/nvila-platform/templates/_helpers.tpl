@@ -104,9 +104,12 @@ seccompProfile:
 {{- end }}
 
 {{/*
-What every pod spec starts with. Takes `root`, and `user` for an image whose user is not ours.
+What every pod spec starts with. Takes `root`, `user` for an image whose user is not ours, and `part`, the values of a part
+that may say for itself where it runs.
 */}}
 {{- define "nvila-platform.podSpec" -}}
+{{- $part := default dict .part }}
+serviceAccountName: {{ include "nvila-platform.serviceAccountName" .root }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with include "nvila-platform.imagePullSecrets" .root }}
@@ -129,17 +132,59 @@ securityContext:
 {{- with .root.Values.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
-{{- with .root.Values.nodeSelector }}
+{{- with default .root.Values.nodeSelector $part.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .root.Values.tolerations }}
+{{- with default .root.Values.tolerations $part.tolerations }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .root.Values.affinity }}
+{{- with default .root.Values.affinity $part.affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/*
+Name of the account that the pods run under.
+*/}}
+{{- define "nvila-platform.serviceAccountName" -}}
+{{- $own := ternary (include "nvila-platform.fullname" .) "default" .Values.serviceAccount.create }}
+{{- default $own .Values.serviceAccount.name }}
+{{- end }}
+
+{{/*
+Certificates that MLflow and the jobs trust: the variables that their libraries read, the mount and the volume. Empty
+where the image's own are taken.
+*/}}
+{{- define "nvila-platform.caEnv" -}}
+{{- if .Values.trustedCertificates.existingConfigMap }}
+{{- range list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" "AWS_CA_BUNDLE" }}
+- name: {{ . }}
+  value: {{ include "nvila-platform.caFile" $ }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "nvila-platform.caFile" -}}
+{{- $own := printf "/etc/nvila/ca/%s" .Values.trustedCertificates.key }}
+{{- ternary $own "/etc/ssl/certs/ca-certificates.crt" (not (empty .Values.trustedCertificates.existingConfigMap)) }}
+{{- end }}
+
+{{- define "nvila-platform.caMount" -}}
+{{- if .Values.trustedCertificates.existingConfigMap }}
+- name: ca
+  mountPath: /etc/nvila/ca
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "nvila-platform.caVolume" -}}
+{{- with .Values.trustedCertificates.existingConfigMap }}
+- name: ca
+  configMap:
+    name: {{ . }}
 {{- end }}
 {{- end }}
 

@@ -66,6 +66,20 @@ component: predictor
 {{- end }}
 
 {{/*
+Name of the runtime. One of the whole cluster is told from those of other namespaces by the release's.
+*/}}
+{{- define "nvila-serving.runtimeName" -}}
+{{- $name := include "nvila-serving.fullname" . }}
+{{- if .Values.runtime.clusterWide }}
+{{- $name = printf "%s-%s" .Release.Namespace $name }}
+{{- if gt (len $name) 63 }}
+{{- fail (printf "runtime.clusterWide makes the name %q, which has %d characters, at most 63 fit: set fullnameOverride" $name (len $name)) }}
+{{- end }}
+{{- end }}
+{{- $name }}
+{{- end }}
+
+{{/*
 Name of the service that leads to the endpoint.
 */}}
 {{- define "nvila-serving.serviceName" -}}

@@ -249,6 +249,7 @@ def _placement(endpoint: str, values: ServingValues) -> dict[str, Any]:
         "terminationGracePeriodSeconds": values.server.termination_grace_period_seconds,
         "securityContext": context,
         "priorityClassName": values.priority_class_name,
+        "runtimeClassName": values.runtime_class_name,
         "nodeSelector": dict(values.node_selector),
         "tolerations": [dict(one) for one in values.tolerations],
         "affinity": dict(values.affinity),
@@ -285,6 +286,7 @@ def _check_mode(values: ServingValues, mode: Mode) -> None:
                 ("affinity", values.affinity),
                 ("topologySpreadConstraints", values.topology_spread_constraints),
                 ("priorityClassName", values.priority_class_name),
+                ("runtimeClassName", values.runtime_class_name),
             )
             if value
         ]

@@ -63,6 +63,7 @@ def _container(values: ServingValues, mode: Mode) -> dict[str, Any]:
         "volumeMounts": [
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108  # the scratch volume
             *({"name": name, "mountPath": f"/etc/nvila/{path}", "readOnly": True} for name, path in _mounts(values)),
+            *map(dict, server.extra_volume_mounts),
         ],
     }
     if standard and server.drain_seconds:
@@ -126,7 +127,7 @@ def _volumes(values: ServingValues) -> list[dict[str, Any]]:
         volumes.append({"name": "api-keys", "secret": {"secretName": values.access.existing_secret}})
     if values.drift.existing_config_map:
         volumes.append({"name": "drift", "configMap": {"name": values.drift.existing_config_map}})
-    return volumes
+    return [*volumes, *map(dict, values.server.extra_volumes)]
 
 
 def plain(number: float) -> str:

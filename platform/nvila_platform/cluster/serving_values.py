@@ -19,8 +19,11 @@ CHART_ONLY = (
     "nameOverride",
     "fullnameOverride",
     "checkSecrets",
+    "commonAnnotations",
     "endpoint",
+    "extraObjects",
     "route",
+    "runtime",
     "networkPolicy",
     "podDisruptionBudget",
     "tests",
@@ -68,6 +71,8 @@ class Server(_Values):
     port: Annotated[int, Field(ge=1024, le=65535)] = 8080
     extra_args: tuple[str, ...] = ()
     extra_env: tuple[dict[str, Any], ...] = ()
+    extra_volumes: tuple[dict[str, Any], ...] = ()
+    extra_volume_mounts: tuple[dict[str, Any], ...] = ()
     drain_seconds: Count = 5
     termination_grace_period_seconds: Positive = 60
     tmp_size_limit: str = "1Gi"
@@ -253,6 +258,7 @@ class ServingValues(_Values):
     affinity: dict[str, Any] = {}
     topology_spread_constraints: tuple[dict[str, Any], ...] = ()
     priority_class_name: str = ""
+    runtime_class_name: Name = ""
 
 
 def parse_values(raw: Mapping[str, Any], where: str) -> ServingValues:

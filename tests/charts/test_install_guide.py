@@ -1,0 +1,132 @@
+"""What docs/install.md has a reader type: helm and kubectl take it, and it speaks of what the charts make."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from tests.charts.conftest import Document, Helm
+
+    Render = Callable[..., list[Document]]
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+UMBRELLA = ROOT / "charts" / "nvila"
+APIS = ("kueue.x-k8s.io/v1beta2", "monitoring.coreos.com/v1")
+API_FLAGS = tuple(word for api in APIS for word in ("--api-versions", api))
+PROFILES = ("laptop", "gpu", "production")
+SHORT = {"deploy": "deployment", "svc": "service", "sts": "statefulset"}
+
+
+def commands(program: str) -> list[list[str]]:
+    """Return the words of every use of a program in the guide's shell blocks, up to what another program gets."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", GUIDE, re.MULTILINE | re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    text = re.sub(r"(^|\s)# .*", "", text, flags=re.MULTILINE)
+    # What the shell puts in, and the namespaces of the loop.
+    text = re.sub(r"\$\([^()]*(\([^()]*\))*[^()]*\)|\$key", "WORD", text).replace("$namespace", "nvila")
+    parts = [part for line in text.splitlines() for part in re.split(r"\s(?:\||&&?|>|<|;)(?:\s|$)", line)]
+    return [shlex.split(part)[1:] for part in parts if part.split()[:1] == [program]]
+
+
+def kubectl(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    binary = ROOT / ".tools" / "bin" / "kubectl"
+    if not binary.is_file():
+        pytest.skip("kubectl is not here: python scripts/tools.py")
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "KUBECONFIG": os.devnull}
+    return subprocess.run([binary, *words], capture_output=True, text=True, check=False, env=env, timeout=60)
+
+
+def profile(render: Render, name: str) -> list[Document]:
+    return render(UMBRELLA, {}, "nvila", (*API_FLAGS, "--values", str(UMBRELLA / f"values-{name}.yaml")))
+
+
+def test_the_guide_has_commands_of_both_programs() -> None:
+    assert len(commands("kubectl")) >= 12
+    assert len(commands("helm")) >= 4
+
+
+@pytest.mark.parametrize("words", commands("helm"), ids=" ".join)
+def test_helm_takes_its_commands(helm: Helm, words: list[str]) -> None:
+    if words[0] == "install":
+        # The nearest thing without a cluster whose APIs could be looked up.
+        done = helm.run("template", *(str(ROOT / w) if w.startswith("charts/") else w for w in words[1:]), *API_FLAGS)
+        assert done.returncode == 0, done.stderr
+    else:
+        # The arguments are right; what is missing is a cluster.
+        assert "cluster unreachable" in helm.run(*words).stderr
+
+
+def test_every_command_on_the_release_names_its_namespace() -> None:
+    inline = [shlex.split(code)[1:] for code in re.findall(r"`(helm [^`]*\bnvila\b[^`]*)`", GUIDE)]
+    found = [words for words in (*commands("helm"), *inline) if "--dry-run=server" not in words]
+    assert len(found) > len(commands("helm"))
+    for words in found:
+        assert words[words.index("-n") + 1] == "nvila", words
+
+
+@pytest.mark.parametrize("words", [w for w in commands("kubectl") if "create" in w], ids=" ".join)
+def test_kubectl_takes_what_is_created(words: list[str], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("team-a 00 120\n")
+    given = [word.replace("api-keys=keys", f"api-keys={keys}") for word in words]
+    done = kubectl(tmp_path, *given, "--dry-run=client", "-o", "yaml")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["metadata"]["name"]
+
+
+def test_every_resource_that_is_named_is_one_of_a_profile(render: Render) -> None:
+    made = {
+        f"{document['kind'].lower()}/{document['metadata']['name']}"
+        for name in PROFILES
+        for document in profile(render, name)
+    }
+    named = set()
+    for words in commands("kubectl"):
+        for word in words:
+            kind, slash, name = word.partition("/")
+            if slash and SHORT.get(kind, kind) in {"deployment", "statefulset", "service", "inferenceservice"}:
+                named.add(f"{SHORT.get(kind, kind)}/{name}")
+    assert {"statefulset/nvila-platform-postgres", "deployment/nvila-platform-mlflow"} <= named <= made
+
+
+def secrets_of(node: Any) -> set[tuple[str, str]]:
+    """Return name and key of every secret that a document reads; no key where all of it is read."""
+    found: set[tuple[str, str]] = set()
+    if isinstance(node, dict):
+        if isinstance(reference := node.get("secretKeyRef"), dict):
+            found.add((reference["name"], reference["key"]))
+        if isinstance(name := node.get("secretName"), str):
+            found.add((name, ""))
+        if node.get("kind") == "ServiceAccount":
+            found |= {(one["name"], "") for one in node.get("secrets", [])}
+        for value in node.values():
+            found |= secrets_of(value)
+    elif isinstance(node, list):
+        for value in node:
+            found |= secrets_of(value)
+    return found
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_secret_of_a_profile_is_made_with_its_keys(render: Render, name: str) -> None:
+    made: dict[str, set[str]] = {}
+    for words in commands("kubectl"):
+        if "create" in words and "secret" in words:
+            given = [word for word in words if word.startswith(("--from-literal=", "--from-file="))]
+            keys = {word.split("=")[1] for word in given}
+            made.setdefault(words[words.index("generic") + 1], set()).update(keys)
+    read = {pair for document in profile(render, name) for pair in secrets_of(document)}
+    assert read
+    for secret, key in read:
+        assert secret in made
+        assert not key or key in made[secret], (secret, key)
