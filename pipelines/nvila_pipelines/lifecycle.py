@@ -31,7 +31,6 @@ from nvila_platform.store import ArtifactRef, open_store
 from nvila_platform.system_metrics import SystemMetrics
 from nvila_platform.telemetry import EventLog, ProgressView, follow
 
-
 # What steps that compute with a model in the task's own process import, and the components that run them.
 _HEAVY = ("torch", "transformers", "nvila.assembly")
 _COMPUTING = {

@@ -7,8 +7,8 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO

@@ -34,7 +34,7 @@ _SCRIPT = """
 program_path=$(mktemp -d)
 printf "%s" "$0" > "$program_path/ephemeral_component.py"
 _KFP_RUNTIME=true python3 -m kfp.dsl.executor_main --component_module_path "$program_path/ephemeral_component.py" "$@"
-""".split()
+"""
 _FUNCTION = "--function_to_execute"
 
 
@@ -61,7 +61,7 @@ def function_task(command: Sequence[str]) -> FunctionTask | None:
     if len(command) < 4 or list(command[:2]) not in (["sh", "-c"], ["sh", "-ec"]):
         return None
     script, source, *arguments = command[2:]
-    if script.replace(sys.executable, "python3").split() != _SCRIPT or _FUNCTION not in arguments[:-1]:
+    if script.replace(sys.executable, "python3").split() != _SCRIPT.split() or _FUNCTION not in arguments[:-1]:
         return None
     return FunctionTask(source=source, arguments=tuple(arguments))
 
@@ -108,8 +108,8 @@ def forking(server: ForkServer, imports: Mapping[str, Sequence[str]]) -> Iterato
             imports=imports.get(task.function, ()),
         )
         # Through `print`, which kfp replaces to indent what tasks write.
-        code = server.run(work, lambda line: print(line, end=""))  # noqa: T201
-        print("\n")  # noqa: T201
+        code = server.run(work, lambda line: print(line, end=""))
+        print("\n")
         return code
 
     subprocess_task_handler.run_local_subprocess = run

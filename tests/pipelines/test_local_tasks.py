@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,7 +64,8 @@ def test_another_command_is_left_to_kfp(command: list[str]) -> None:
 WHO = (
     "import os, sys; from pathlib import Path; "
     "parent = Path(f'/proc/{os.getppid()}/cmdline').read_text().split(chr(0)); "
-    "print('started by', parent[2] if len(parent) > 2 else parent, 'in', os.environ['NVILA_WORKSPACE'], 'as', __name__); "
+    "name = parent[2] if len(parent) > 2 else parent; "
+    "print('started by', name, 'in', os.environ['NVILA_WORKSPACE'], 'as', __name__); "
     "print('given', os.environ.get('GIVEN'))"
 )
 

@@ -142,9 +142,11 @@ def test_a_killed_server_takes_its_fork_along_and_is_an_error_that_says_so(
     )
     done = tmp_path / "pids.done"
     with ForkServer("forked_work:prepare", 2, environment) as server:
-        with subprocess.Popen([sys.executable, "-c", killer, str(done)]):
-            with pytest.raises(InfrastructureError, match=r"starts the tasks of this run was killed by SIGKILL"):
-                server.run(work("wait", file=str(tmp_path / "pids")), lambda _: None)
+        with (
+            subprocess.Popen([sys.executable, "-c", killer, str(done)]),
+            pytest.raises(InfrastructureError, match=r"starts the tasks of this run was killed by SIGKILL"),
+        ):
+            server.run(work("wait", file=str(tmp_path / "pids")), lambda _: None)
         with pytest.raises(InfrastructureError, match="SIGKILL"):
             server.run(work("modules"), lambda _: None)
     wait_until(lambda: not is_running(int(done.read_text().split()[0])))

@@ -155,8 +155,8 @@ def likelihood_scatter(points: Sequence[tuple[float, float, bool]], *, name: str
 
     def draw(axes: Axes) -> None:
         axes.axline((0, 0), (top, top), color=MUTED, linewidth=1, linestyle="--", label="equally likely to both")
-        for kept, color, marker, label in ((False, IGNORED, "x", "ignored"), (True, KEPT, "o", "kept")):
-            chosen = [(min(small, top), min(large, top)) for small, large, was_kept in points if was_kept == kept]
+        for is_kept, color, marker, label in ((False, IGNORED, "x", "ignored"), (True, KEPT, "o", "kept")):
+            chosen = [(min(small, top), min(large, top)) for small, large, was_kept in points if was_kept == is_kept]
             axes.plot(
                 [small for small, _ in chosen],
                 [large for _, large in chosen],

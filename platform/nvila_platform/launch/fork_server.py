@@ -1,7 +1,7 @@
 """Processes that start in milliseconds: forks of one that has imported what they need and does nothing else.
 
-A server, and not a fork of the process that asks: that one has threads, and between them no fork is safe. The server has
-none of its own. A fork has everything else of a process: memory, environment, signals, a way to end.
+A server, and not a fork of the process that asks: that one has threads, and between them no fork is safe. The server
+has none of its own. A fork has everything else of a process: memory, environment, signals, a way to end.
 """
 
 from __future__ import annotations
