@@ -17,7 +17,7 @@ from nvila_pipelines import lifecycle
 from nvila_pipelines.compile import GRAPHS, shipped
 from nvila_pipelines.lifecycle import shared_imports
 from nvila_pipelines.local_pipeline import run_compiled
-from nvila_pipelines.local_tasks import function_task
+from nvila_pipelines.local_tasks import _RUNTIME, function_task
 from nvila_pipelines.recipe import Recipe
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef
@@ -101,10 +101,11 @@ def test_a_task_with_variables_of_its_own_is_started_as_kfp_does_it(
     assert "fork_server" not in log
 
 
-def imported_after(code: str) -> set[str]:
+def imported_after(code: str, **variables: str) -> set[str]:
     """The heavy modules that a new process has after it ran code."""
     told = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        env=dict(os.environ) | variables,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -113,7 +114,7 @@ def imported_after(code: str) -> set[str]:
 
 
 def test_what_tasks_are_forked_from_has_nothing_heavy() -> None:
-    assert imported_after("from nvila_pipelines.local_tasks import prepare; prepare()") == set()
+    assert imported_after("from nvila_pipelines.local_tasks import prepare; prepare()", **_RUNTIME) == set()
 
 
 def test_the_command_reaches_the_first_task_without_anything_heavy() -> None:
@@ -151,7 +152,7 @@ print(*sys.modules)
 def test_a_task_whose_step_is_done_imports_nothing_heavy(settings: Settings, tmp_path: Path) -> None:
     micro = Path(__file__).resolve().parents[1] / "fixtures" / "micro.yaml"
     env = {name: value for name, value in os.environ.items() if not name.startswith("NVILA_")} | settings.to_env()
-    env["NVILA_RUNNER_PID"] = str(os.getpid())
+    env |= {"NVILA_RUNNER_PID": str(os.getpid()), **_RUNTIME}
     told = []
     for run in ("first", "second"):
         command = [sys.executable, "-c", REUSED, str(micro), str(tmp_path), run]
