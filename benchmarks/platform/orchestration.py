@@ -30,8 +30,8 @@ from bench_result import Claim, claim, write_result
 SHARE, A_STEP_S = 0.15, 1.0
 # Steps that every run does again.
 AGAIN = ("register", "serve")
-# What is imported to compute with a model. Tasks have it from the process that they are forked from, outside of their own
-# time; two steps start a process that imports it within theirs. (Where there is a GPU, all that compute do so.)
+# What is imported to compute with a model. Tasks have it from the process that they are forked from, outside of their
+# own time; two steps start a process that imports it within theirs. (Where there is a GPU, all that compute do so.)
 IMPORTS = "import torch, transformers, nvila.assembly"
 IMPORTERS = ("train", "serve")
 
