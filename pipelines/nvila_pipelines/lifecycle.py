@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+from nvila.errors import NvilaError
 from nvila_pipelines.compile import shipped
 from nvila_pipelines.evaluation.gate import gate_tags
 from nvila_pipelines.local_pipeline import run_compiled
@@ -29,6 +30,16 @@ from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store
 from nvila_platform.system_metrics import SystemMetrics
 from nvila_platform.telemetry import EventLog, ProgressView, follow
+
+# What steps that compute with a model in the task's own process import, and the components that run them.
+_HEAVY = ("torch", "transformers", "nvila.assembly")
+_COMPUTING = {
+    "curate": "curate",
+    "quantize": "quantize",
+    "evaluate-wide": "evaluate",
+    "evaluate-quantized": "evaluate",
+}
+_GPU_DEVICES = ("nvidia*", "kfd", "dxg")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +74,8 @@ def run_lifecycle(recipe: Recipe, settings: Settings, *, view: ProgressView) -> 
         arguments = {"recipe": recipe.to_json(), "run_id": run.run_id}
         log = settings.workspace / "logs" / f"{run.run_id}.log"
         with EventLog(run.events_path) as events:
-            run_compiled(package, arguments, settings, log, events.notice)
+            imports = shared_imports(recipe, settings)
+            run_compiled(package, arguments, settings, log, events.notice, imports=imports)
         watch.drain()
         store = open_store(settings)
         refs = run.results()
@@ -121,6 +133,22 @@ def finished_steps(recipe: Recipe, settings: Settings) -> dict[str, ArtifactRef]
             if ref is not None:
                 refs[name] = ref
     return refs
+
+
+def shared_imports(recipe: Recipe, settings: Settings) -> dict[str, tuple[str, ...]]:
+    """Return what tasks that will compute need, by component, so that it is imported once for all of them.
+
+    Nothing where there is a GPU: no fork may follow what a driver does when it is asked for, and the imports are little
+    beside the work there.
+    """
+    if any(found for pattern in _GPU_DEVICES for found in Path("/dev").glob(pattern)):
+        return {}
+    try:
+        done = finished_steps(recipe, settings)
+    except NvilaError:
+        # What is wrong with the store is for the step to say that needs it.
+        done = {}
+    return {component: _HEAVY for step, component in _COMPUTING.items() if step not in done}
 
 
 def plan(recipe: Recipe, settings: Settings) -> list[PlannedStep]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila_pipelines.compile import shipped
-from nvila_pipelines.lifecycle import RunWatch, new_run
+from nvila_pipelines.lifecycle import RunWatch, new_run, shared_imports
 from nvila_pipelines.local_pipeline import run_compiled
 from nvila_pipelines.recipe import Recipe
 from nvila_pipelines.steps.check import resolve_recipe
@@ -59,7 +59,8 @@ def run_graph(graph: str, arguments: Mapping[str, Any], settings: Settings, view
         RunWatch(run, recipe, view) if recipe is not None else nullcontext(),
         EventLog(run.events_path, step=graph) as events,
     ):
-        run_compiled(package, given, settings, log, events.notice, keep=run.directory / TASKS_FOLDER)
+        imports = {} if recipe is None else shared_imports(recipe, settings)
+        run_compiled(package, given, settings, log, events.notice, keep=run.directory / TASKS_FOLDER, imports=imports)
     return GraphRun(run_id=run.run_id, directory=run.directory)
 
 

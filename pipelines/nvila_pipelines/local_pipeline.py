@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nvila.errors import InfrastructureError, NvilaError
+from nvila_pipelines.local_tasks import forking, task_server
 from nvila_platform.artifacts import storage_errors
 from nvila_platform.launch.outcome import left_error
 from nvila_platform.launch.stopping import RunStop, Terminated
@@ -36,8 +38,9 @@ def run_compiled(
     log_path: Path,
     notice: Callable[[str], None] = lambda _: None,
     keep: Path | None = None,
+    imports: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Run a compiled pipeline; every task is a process of this interpreter.
+    """Run a compiled pipeline; every task is a process of its own.
 
     kfp's own cache is off: steps are reused by content key, which also sees changes of the code, and which checks
     that the files behind a hit are still there and unchanged.
@@ -51,6 +54,8 @@ def run_compiled(
         log_path: File for what kfp and the tasks print.
         notice: Tells the user that a signal came.
         keep: Folder that gets what each task wrote for the Kubeflow UI, also when one fails; None keeps nothing.
+        imports: Modules by the name of a component that this task and those behind it need, so that they are imported
+            once for all of them.
 
     Raises:
         NvilaError: A task failed; the task's own error when it left one.
@@ -70,7 +75,7 @@ def run_compiled(
     # looks up once: the scratch folder is gone when the run has ended.
     tempfile.gettempdir()
     environment |= {"TMPDIR": scratch.name}
-    with log, scratch, _environment(environment), contextlib.redirect_stdout(log):
+    with log, scratch, _environment(environment), contextlib.redirect_stdout(log), _task_processes(log, imports or {}):
         from kfp import components, local
 
         local.init(
@@ -94,6 +99,27 @@ def run_compiled(
         finally:
             if keep is not None:
                 _keep(Path(scratch.name) / "root", keep)
+
+
+@contextlib.contextmanager
+def _task_processes(log: TextIO, imports: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Import kfp and say how its local runner starts tasks."""
+    if sys.platform != "linux":
+        # Elsewhere system libraries do not survive a fork.
+        yield
+        return
+    # First, so that it imports while this process does.
+    with task_server(log.fileno()) as server:
+        import_kfp()
+        with forking(server, imports):
+            yield
+
+
+def import_kfp() -> None:
+    """Import kfp without its client of a cluster, which takes longer to import than all the rest."""
+    # What the package itself imports in a task: nothing. Its modules decide each for itself, when they are imported.
+    with _environment({"_KFP_RUNTIME": "true"}):
+        import kfp  # noqa: F401
 
 
 def _keep(root: Path, target: Path) -> None:

@@ -116,10 +116,23 @@ def _register(
                 name, source, run_id, tags=all_tags, await_creation_for=0, description=description
             )
         )
-        return model_version(made)
+        return _first_of_equals(client, model_version(made))
     except Exception:
         _undo(client, name, attempt, new_model)
         raise
+
+
+def _first_of_equals(client: MlflowClient, made: ModelVersion) -> ModelVersion:
+    """Return the version that an artifact keeps where two machines registered it at the same moment: the lower one.
+
+    Each looks after it has made its own, so the later of both sees the other's and takes its own back.
+    """
+    first = min(_equal_versions(client, made.name, made.ref), key=lambda version: version.version, default=made)
+    if first.version < made.version:
+        retrying(lambda: client.delete_model_version(made.name, str(made.version)))
+        logger.info("%s version %d already is %s", made.name, first.version, made.digest[:12])
+        return first
+    return made
 
 
 def _ensure_model(client: MlflowClient, name: str) -> bool:
@@ -147,10 +160,13 @@ def _undo(client: MlflowClient, name: str, attempt: str, new_model: bool) -> Non
 
 
 def _registered_already(client: MlflowClient, name: str, ref: ArtifactRef) -> ModelVersion | None:
+    return max(_equal_versions(client, name, ref), key=lambda version: version.version, default=None)
+
+
+def _equal_versions(client: MlflowClient, name: str, ref: ArtifactRef) -> list[ModelVersion]:
     query = f"name='{name}' and tags.`{DIGEST_TAG}`='{ref.digest}' and tags.`{KEY_TAG}`='{ref.key}'"
     found = retrying(lambda: client.search_model_versions(query))
-    versions = [model_version(version) for version in found]
-    return max((v for v in versions if v.ref == ref), key=lambda v: v.version, default=None)
+    return [version for version in map(model_version, found) if version.ref == ref]
 
 
 def _source(settings: Settings, ref: ArtifactRef) -> str:

@@ -65,6 +65,18 @@ def test_same_artifact_is_registered_once(tracked: Settings) -> None:
     assert len(_stored(tracked)) == 2
 
 
+def test_same_artifact_that_two_machines_register_at_once_is_one_version(
+    tracked: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = _register(tracked, 2)
+    # Both have looked before either made its version.
+    monkeypatch.setattr("nvila_platform.registration._registered_already", lambda *_: None)
+    first, second = _register(tracked), _register(tracked)
+    assert first.version == 2
+    assert second == first
+    assert {int(stored.version) for stored in _stored(tracked)} == {other.version, first.version}
+
+
 def test_replaced_champion_becomes_previous(tracked: Settings) -> None:
     for number in (1, 2, 3):
         _register(tracked, number)

@@ -14,6 +14,7 @@ def deploy_model(
     alias: str,
     policy: str,
     options: list[str],
+    job: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Artifact],
@@ -26,6 +27,7 @@ def deploy_model(
         alias: Alias of the registry that it gets once it serves.
         policy: The policy as YAML text; its section `live` decides about every step, without one all traffic moves.
         options: More words of `nvila deploy`.
+        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
         metrics: Numbers of the last verdict.
         report: Every step's verdict as a table.
         result: The outcome as JSON.
@@ -35,4 +37,4 @@ def deploy_model(
     """
     from nvila_pipelines.steps.verb import run_deploy_verb
 
-    return run_deploy_verb(model, name, policy, ["--alias", alias, *options], metrics, report, result)
+    return run_deploy_verb(model, name, policy, ["--alias", alias, *options], job, metrics, report, result)

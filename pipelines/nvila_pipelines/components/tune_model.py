@@ -14,6 +14,7 @@ def tune_model(
     method: str,
     register_as: str,
     options: list[str],
+    job: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Model],
@@ -26,6 +27,7 @@ def tune_model(
         method: How vision and language part are tuned, such as ln+lora.
         register_as: Name in the model registry.
         options: More words of `nvila tune`.
+        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
         metrics: Scores before and after.
         report: The same as a table.
         result: Reference to the tuned model in the artifact store.
@@ -36,4 +38,4 @@ def tune_model(
     from nvila_pipelines.steps.verb import run_verb
 
     words = [model, data, "--method", method, "--name", register_as, *options]
-    return str(run_verb("tune", words, "", metrics, report, result)["model"])
+    return str(run_verb("tune", words, job, metrics, report, result)["model"])

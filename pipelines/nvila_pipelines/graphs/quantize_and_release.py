@@ -61,7 +61,7 @@ def build(profile: Profile) -> Any:
                     place(promote(model=version, alias=alias), "promote").set_caching_options(False)
                 with dsl.Else(name="endpoint"):
                     rollout = deploy_model(
-                        model=version, name=deploy_as, alias=alias, policy=policy, options=deploy_options
+                        model=version, name=deploy_as, alias=alias, policy=policy, options=deploy_options, job=this
                     )
                     place(rollout, "deploy-model").set_caching_options(False)
 

@@ -33,8 +33,11 @@ def build(profile: Profile) -> Any:
         """
         job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
         ending = place(finish(run_id="", job=job), "finish").set_caching_options(False)
+        this = f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}"
         with dsl.ExitHandler(ending, name="every step"):
-            tuned = tune_model(model=model, data=data, method=method, register_as=register_as, options=options)
+            tuned = tune_model(
+                model=model, data=data, method=method, register_as=register_as, options=options, job=this
+            )
             # What an alias means changes; the store knows what was done already.
             place(tuned, "tune-model").set_caching_options(False)
 

@@ -12,10 +12,12 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nvila_pipelines.report.kept_figures import kept, kept_in
 from nvila_pipelines.report.score_summary import DeltaHistogram
 
 if TYPE_CHECKING:
@@ -40,24 +42,24 @@ _LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 8.5,
 _FONT_SIZE = 10.5
 
 
+_CACHE: ContextVar[Path | None] = ContextVar("cache", default=None)
+
+
 @contextmanager
 def cached_in(directory: Path | None) -> Iterator[None]:
-    """Let matplotlib keep its font list in this directory instead of the home directory.
+    """Keep figures in this directory, and matplotlib's font list, which would go to the home directory.
 
     A run writes nothing outside its workspace. A user's own MPLCONFIGDIR wins.
     """
-    if directory is None or "MPLCONFIGDIR" in os.environ:
-        yield
-        return
-    os.environ["MPLCONFIGDIR"] = str(directory)
+    token = _CACHE.set(directory)
     try:
-        import matplotlib.font_manager  # noqa: F401  # reads the variable on import and remembers the answer
-
-        yield
+        with kept_in(None if directory is None else directory / "figures"):
+            yield
     finally:
-        del os.environ["MPLCONFIGDIR"]
+        _CACHE.reset(token)
 
 
+@kept
 def loss_curve(curve: Sequence[tuple[int, float]], limits: tuple[float, float], *, name: str, alt: str) -> str:
     """Draw (step, loss) of one training stage on a logarithmic scale that all stages share.
 
@@ -67,11 +69,11 @@ def loss_curve(curve: Sequence[tuple[int, float]], limits: tuple[float, float], 
         name: Unique within the page; keeps the identifiers of several figures apart.
         alt: What the figure shows, for readers who cannot see it.
     """
-    from matplotlib.ticker import MaxNLocator
-
     shown = _thinned([(step, loss) for step, loss in curve if math.isfinite(loss) and loss > 0])
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes.plot([step for step, _ in shown], [loss for _, loss in shown], color=KEPT, linewidth=1.8)
         axes.set_yscale("log")
         axes.set_ylim(limits[0] / 1.3, limits[1] * 1.3)
@@ -83,6 +85,7 @@ def loss_curve(curve: Sequence[tuple[int, float]], limits: tuple[float, float], 
     return _svg(draw, (3.0, 2.2), name, alt)
 
 
+@kept
 def training_curve(
     curve: Sequence[tuple[float, float]],
     marks: Sequence[float],
@@ -100,12 +103,12 @@ def training_curve(
         name: Unique within the page.
         alt: What the figure shows, for readers who cannot see it.
     """
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     shown = _thinned([(x, y) for x, y in curve if math.isfinite(y)])
     top = max((y for _, y in shown), default=1.0) or 1.0
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
         axes.plot([x for x, _ in shown], [y for _, y in shown], color=KEPT, linewidth=1.6)
         if marks:
             axes.plot(list(marks), [0.03 * top] * len(marks), linestyle="none", marker="x", color=MARK, label="skipped")
@@ -120,15 +123,16 @@ def training_curve(
     return _svg(draw, (3.0, 2.2), name, alt, headroom=0.2)
 
 
+@kept
 def delta_histogram(histogram: DeltaHistogram, *, name: str, alt: str) -> str:
     """Draw how delta is distributed, with the boundary between kept and ignored samples."""
-    from matplotlib.ticker import MaxNLocator
-
     low, high, below, above = histogram.low, histogram.high, histogram.ignored, histogram.kept
     wide = (high - low) / len(below)
     edges = [low + wide * number for number in range(len(below))]
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes.bar(edges, below, wide, align="edge", color=IGNORED, hatch="/////", edgecolor=FAINT, lw=0, label="ignored")
         axes.bar(edges, above, wide, bottom=below, align="edge", color=KEPT, lw=0, label="kept")
         if histogram.boundary is not None:
@@ -144,14 +148,15 @@ def delta_histogram(histogram: DeltaHistogram, *, name: str, alt: str) -> str:
     return _svg(draw, (3.0, 2.4), name, alt, headroom=0.24)
 
 
+@kept
 def likelihood_scatter(points: Sequence[tuple[float, float, bool]], *, name: str, alt: str) -> str:
     """Draw (NLL of the small scorer, NLL of the large scorer, kept)."""
     top = max(_quantile(sorted(max(small, large) for small, large, _ in points), 0.995), 1e-3) * 1.05
 
     def draw(axes: Axes) -> None:
         axes.axline((0, 0), (top, top), color=MUTED, linewidth=1, linestyle="--", label="equally likely to both")
-        for kept, color, marker, label in ((False, IGNORED, "x", "ignored"), (True, KEPT, "o", "kept")):
-            chosen = [(min(small, top), min(large, top)) for small, large, was_kept in points if was_kept == kept]
+        for is_kept, color, marker, label in ((False, IGNORED, "x", "ignored"), (True, KEPT, "o", "kept")):
+            chosen = [(min(small, top), min(large, top)) for small, large, was_kept in points if was_kept == is_kept]
             axes.plot(
                 [small for small, _ in chosen],
                 [large for _, large in chosen],
@@ -171,6 +176,7 @@ def likelihood_scatter(points: Sequence[tuple[float, float, bool]], *, name: str
     return _svg(draw, (5.0, 4.6), name, alt)
 
 
+@kept
 def category_scatter(points: Sequence[tuple[float, float, str]], *, name: str, alt: str) -> str:
     """Draw (value of A, value of B, verdict) of every category, with the line on which both are equal."""
     values = [value for a, b, _ in points for value in (a, b) if math.isfinite(value)]
@@ -205,6 +211,7 @@ class FrontPoint:
     chosen: bool
 
 
+@kept
 def front_scatter(points: Sequence[FrontPoint], *, axes: tuple[str, str], name: str, alt: str) -> str:
     """Draw points by cost and score, the line of those that no other one beats, and the chosen one in a ring."""
     looks = ((False, MUTED, 3.5, "beaten"), (True, KEPT, 5.0, "Pareto front"))
@@ -256,6 +263,7 @@ def loss_limits(curves: Mapping[str, Sequence[tuple[int, float]]]) -> tuple[floa
 
 
 def _svg(draw: Callable[[Axes], None], inches: tuple[float, float], name: str, alt: str, headroom: float = 0.08) -> str:
+    _import_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -279,6 +287,18 @@ def _svg(draw: Callable[[Axes], None], inches: tuple[float, float], name: str, a
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Type")))
     return _inlined(out.getvalue(), name, alt)
+
+
+def _import_matplotlib() -> None:
+    directory = _CACHE.get()
+    own = directory is not None and "MPLCONFIGDIR" not in os.environ
+    if own:
+        os.environ["MPLCONFIGDIR"] = str(directory)
+    try:
+        import matplotlib.font_manager  # noqa: F401  # reads the variable on import and remembers the answer
+    finally:
+        if own:
+            del os.environ["MPLCONFIGDIR"]
 
 
 def _restrained(axes: Axes) -> None:

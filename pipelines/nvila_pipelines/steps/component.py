@@ -164,10 +164,13 @@ def run_task(name: str, run_id: str, work: Callable[[Settings], T]) -> T:
 def show_step(step: str, directory: Path, metrics: OutputArtifact, report: OutputArtifact) -> None:
     """Write what the Kubeflow UI shows of a step."""
     from nvila_pipelines.report.kubeflow import step_report
+    from nvila_pipelines.report.plots import cached_in
 
     manifest = read_manifest(directory)
     write_metrics(metrics, {} if manifest is None else manifest.metrics)
-    write_text(report, step_report(step, directory))
+    # The report of the run shows the same figures, and so does every run that finds the step done.
+    with cached_in(Settings.load().workspace / "cache" / "matplotlib"):
+        write_text(report, step_report(step, directory))
 
 
 def write_metrics(metrics: OutputArtifact, values: Mapping[str, float]) -> None:

@@ -92,6 +92,7 @@ def run_deploy_verb(
     name: str,
     policy: str,
     options: Sequence[str],
+    job: str,
     metrics: OutputArtifact,
     report: OutputArtifact,
     result: OutputArtifact,
@@ -108,7 +109,7 @@ def run_deploy_verb(
             file = Path(folder) / "policy.yaml"
             file.write_text(policy, encoding="utf-8")
             words += ["--policy", str(file)]
-        said = run_verb("deploy", words, "", metrics, report, result, refusal=True)
+        said = run_verb("deploy", words, job, metrics, report, result, refusal=True)
     steps = said["verdicts"]
     rows = [
         [

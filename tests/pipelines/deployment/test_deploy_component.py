@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nvila_pipelines.components.deploy_model import deploy_model
+from nvila_platform.mlflow_backend import connect
 
 if TYPE_CHECKING:
     from tests.pipelines.deployment.conftest import World
@@ -39,10 +40,10 @@ def task(deployed: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ta
     monkeypatch.setattr("nvila_pipelines.steps.component.die_with", lambda _: None)
     monkeypatch.setenv("NVILA_RUNNER_PID", str(os.getpid()))
 
-    def run(policy: str, *options: str, alias: str = "champion") -> tuple[bool, Result, Result, Result]:
+    def run(policy: str, *options: str, alias: str = "champion", job: str = "") -> tuple[bool, Result, Result, Result]:
         found = [Result(tmp_path / "task" / name) for name in ("metrics", "report", "result")]
         words = ["--timeout", "5", "--interval", "1", *options]
-        serves = deploy_model.python_func("models:/eye/2", "eye", alias, policy, words, *found)
+        serves = deploy_model.python_func("models:/eye/2", "eye", alias, policy, words, job, *found)
         return bool(serves), found[0], found[1], found[2]
 
     return run
@@ -81,3 +82,16 @@ def test_a_task_that_cannot_go_on_fails(deployed: World, task: Task) -> None:
     with pytest.raises(SystemExit) as stopped:
         task("")
     assert stopped.value.code == 1
+
+
+def test_a_rollout_is_a_run_below_that_of_its_pipeline(deployed: World, task: Task) -> None:
+    serves, *_ = task("", job="release-x/1")
+    assert serves is True
+    client = connect(deployed.settings)
+    experiment = client.get_experiment_by_name(deployed.settings.experiment)
+    assert experiment is not None
+    query = "tags.`nvila.run_id` = 'release-x'"
+    runs = client.search_runs([experiment.experiment_id], query, order_by=["start_time ASC"])
+    assert [run.info.run_name for run in runs] == ["release-x", "deploy"]
+    assert runs[0].data.tags["nvila.kfp_run_id"] == "1"
+    assert runs[1].data.tags["mlflow.parentRunId"] == runs[0].info.run_id
