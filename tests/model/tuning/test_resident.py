@@ -35,8 +35,8 @@ def test_the_file_of_the_weights_is_left_once_layers_are_in_4_bits(tmp_path: Pat
     save_file({"norm": torch.full((64,), 3.0), "layer": torch.randn(64, 64)}, path)
     model = Base(load_file(path))
     # A circle, as modules have them: only the collector frees what hangs on it.
-    model.layer.circle = [model.layer]
-    model.layer = four_bit_layer(model.layer)  # type: ignore[assignment]  # as `to_four_bit` does
+    model.layer.circle = [model.layer]  # type: ignore[assignment]  # of no module's types
+    model.layer = four_bit_layer(model.layer)
     assert mapped(path)
     give_back(model)
     assert not mapped(path)

@@ -330,8 +330,9 @@ def test_same_run_gives_the_same_page(finished: FakeRun, finished_page: str, tmp
 
 def test_font_list_stays_in_the_workspace(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from nvila_pipelines.report import write_report\n"
-        "root = Path(sys.argv[1]); write_report({}, {'workspace': str(root)}, None, root / 'report.html')\n"
+        "import os, sys; from pathlib import Path; from nvila_pipelines.report import plots\n"
+        "with plots.cached_in(Path(sys.argv[1]) / 'cache' / 'matplotlib'):\n"
+        "    plots.loss_curve([(1, 2.0), (2, 1.0)], (1.0, 2.0), name='a', alt='b')\n"
         "import matplotlib; print(matplotlib.get_cachedir(), os.environ.get('MPLCONFIGDIR'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
