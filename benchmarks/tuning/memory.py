@@ -154,8 +154,7 @@ def claims(counted: dict[str, dict[str, TracedStep]], cells: list[dict[str, Any]
             resident,
             "at least 3.4",
             min(resident) >= 3.4,
-            "as above, and what the allocator keeps, widened weights of one layer at a time, and the file of the base, "
-            "which stays mapped and which the system takes back when it must",
+            "as above, and what the allocator keeps and the widened weights of one layer at a time",
         ),
         claim(
             "planner-error",
