@@ -2,14 +2,13 @@
 
 Values are those of `nvila quantize`: torchao's asymmetric 4-bit groups along the inputs. They stay packed, two to a
 byte, and are widened for one product at a time, in the backward pass too: torch would otherwise keep the wide weights
-of all layers from the forward pass to the backward pass, and nothing would be saved. All layers are widened into one
-buffer: fresh memory for each would lie scattered among the saved activations, and the heap would grow by far more
-than what is live.
+of all layers from the forward pass to the backward pass, and nothing would be saved. In training the layers of a
+model are widened into one buffer: fresh memory for each would lie scattered among the saved activations, and the heap would grow by far
+more than what is live.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +31,21 @@ _AT_ONCE = 2**20
 _WITHOUT_VALUES: ContextVar[bool] = ContextVar("without_values", default=False)
 
 
+class WideBuffer:
+    """Memory for one wide layer, used again for the next one."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def of(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor (out, in) whose values are of no meaning, valid until the next call."""
+        rows, columns = codes.shape[0], 2 * codes.shape[1]
+        kept = self._kept
+        if kept is None or (kept.dtype, kept.device) != (dtype, codes.device) or kept.numel() < rows * columns:
+            self._kept = kept = torch.empty(rows * columns, dtype=dtype, device=codes.device)
+        return kept[: rows * columns].view(rows, columns)
+
+
 class FourBitLinear(nn.Linear):
     """A linear layer whose weight is packed 4-bit codes; it passes gradients on and learns nothing.
 
@@ -40,16 +54,18 @@ class FourBitLinear(nn.Linear):
         scale: Of every group, (out, groups).
         zero: Code that stands for 0, (out, groups).
         bias: Bias (out), if any.
+        buffer: Where it is widened in training; layers that are used one after the other share it.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, buffer: WideBuffer) -> None:
         # Not that of nn.Linear, which would make a wide weight.
         nn.Module.__init__(self)
         self.out_features, self.in_features = codes.shape[0], 2 * codes.shape[1]
+        self.buffer = buffer
         for name, value in (("codes", codes), ("scale", scale), ("zero", zero)):
             self.register_buffer(name, value)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
@@ -63,7 +79,11 @@ class FourBitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        out = cast("Tensor", _FourBitProduct.apply(input, self.codes, self.scale, self.zero))
+        if torch.is_grad_enabled() and input.requires_grad:
+            out = cast("Tensor", _FourBitProduct.apply(input, self.codes, self.scale, self.zero, self.buffer))
+        else:
+            # Nothing is saved that fresh memory could lie between, and threads that serve share no buffer.
+            out = F.linear(input, self.weight.to(input.dtype))
         bias = cast("Tensor | None", self.bias)
         return out if bias is None else out + bias.to(out.dtype)
 
@@ -92,36 +112,15 @@ def without_values() -> Iterator[None]:
 
 class _FourBitProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, buffer: WideBuffer) -> Tensor:
         ctx.save_for_backward(codes, scale, zero)
-        return F.linear(x, _widen(codes, scale, zero, _BUFFER.of(codes, x.dtype)))
+        ctx.buffer = buffer
+        return F.linear(x, _widen(codes, scale, zero, buffer.of(codes, x.dtype)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale, zero = ctx.saved_tensors
-        return grads[0] @ _widen(codes, scale, zero, _BUFFER.of(codes, grads[0].dtype)), None, None, None
-
-
-class _Buffer(threading.local):
-    """Memory for one wide layer, used again for the next one; every thread has its own."""
-
-    def __init__(self) -> None:
-        self._kept: Tensor | None = None
-
-    def of(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a tensor (out, in) whose values are of no meaning, valid until the next call."""
-        rows, columns = codes.shape[0], 2 * codes.shape[1]
-        if codes.is_meta:
-            return torch.empty(rows, columns, dtype=dtype, device="meta")
-        kept = self._kept
-        if kept is None or (kept.dtype, kept.device) != (dtype, codes.device) or kept.numel() < rows * columns:
-            # A tensor that is made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False):
-                self._kept = kept = torch.empty(rows * columns, dtype=dtype, device=codes.device)
-        return kept[: rows * columns].view(rows, columns)
-
-
-_BUFFER = _Buffer()
+        return grads[0] @ _widen(codes, scale, zero, ctx.buffer.of(codes, grads[0].dtype)), None, None, None, None
 
 
 def _widen(codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
@@ -189,16 +188,26 @@ def to_four_bit(model: NVILAForConditionalGeneration) -> int:
     """
     decoder = cast("nn.Module", model.model.language_model)
     names = [name for name, child in decoder.named_modules() if type(child) is nn.Linear]
+    buffer = WideBuffer()
     for name in names:
         layer = cast("nn.Linear", decoder.get_submodule(name))
-        made = _nf4_layer(layer) if kind_on(layer.weight.device) == "nf4" else four_bit_layer(layer)
+        made = _nf4_layer(layer) if kind_on(layer.weight.device) == "nf4" else four_bit_layer(layer, buffer)
         parent, _, own = name.rpartition(".")
         setattr(decoder.get_submodule(parent), own, made)
     return len(names)
 
 
-def four_bit_layer(layer: nn.Linear) -> FourBitLinear:
-    """Quantize a linear layer; on the meta device only its shape is made."""
+def four_bit_layer(layer: nn.Linear, buffer: WideBuffer | None = None) -> FourBitLinear:
+    """Quantize a linear layer; on the meta device only its shape is made.
+
+    Args:
+        layer: The layer, whose weight is given up.
+        buffer: That of other layers of the model; None makes one.
+
+    Raises:
+        CapabilityError: No 4-bit kernel takes its width.
+    """
+    buffer = WideBuffer() if buffer is None else buffer
     size = group_size(layer.in_features)
     if size is None:
         raise CapabilityError(
@@ -209,7 +218,7 @@ def four_bit_layer(layer: nn.Linear) -> FourBitLinear:
         shape = (layer.out_features, groups)
         codes = torch.empty(layer.out_features, layer.in_features // 2, dtype=torch.uint8, device="meta")
         scale, zero = (torch.empty(shape, dtype=layer.weight.dtype, device="meta") for _ in range(2))
-        return FourBitLinear(codes, scale, zero, bias)
+        return FourBitLinear(codes, scale, zero, bias, buffer)
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
     from torchao.quantization.granularity import PerGroup
 
@@ -222,7 +231,9 @@ def four_bit_layer(layer: nn.Linear) -> FourBitLinear:
     quantized: Any = cast("nn.Linear", holder[0]).weight
     shape = (layer.out_features, groups)
     scale, zero = quantized.scale.reshape(shape), quantized.zero_point.reshape(shape)
-    return FourBitLinear(pack_nibbles(quantized.qdata), scale.contiguous(), zero.to(scale.dtype).contiguous(), bias)
+    return FourBitLinear(
+        pack_nibbles(quantized.qdata), scale.contiguous(), zero.to(scale.dtype).contiguous(), bias, buffer
+    )
 
 
 def widen_model(model: nn.Module) -> int:

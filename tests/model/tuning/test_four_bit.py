@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nvila.errors import CapabilityError
 from nvila.tuning import four_bit
-from nvila.tuning.four_bit import FourBitLinear, check_four_bit, four_bit_layer, group_size
+from nvila.tuning.four_bit import FourBitLinear, WideBuffer, check_four_bit, four_bit_layer, group_size
 
 
 @pytest.fixture
@@ -66,26 +66,30 @@ def test_only_packed_weights_are_kept_for_the_backward_pass(layer: nn.Linear) ->
 def test_layers_of_several_sizes_and_types_share_a_buffer_without_mixing_values() -> None:
     torch.manual_seed(1)
     # More numbers than are widened at a time, then a smaller one, and a product in bf16 in between.
-    layers = [four_bit_layer(nn.Linear(4096, 300)), four_bit_layer(nn.Linear(256, 48))]
+    buffer = WideBuffer()
+    layers = [four_bit_layer(nn.Linear(width, out), buffer) for width, out in ((4096, 300), (256, 48))]
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         for layer in layers:
-            x = torch.randn(3, layer.in_features).to(dtype)
+            x = torch.randn(3, layer.in_features).to(dtype).requires_grad_()
             expected = nn.functional.linear(x, layer.weight.to(dtype)) + layer.bias.to(dtype)
             assert torch.equal(layer(x), expected)
-    assert (
-        four_bit._BUFFER.of(layers[0].codes, torch.float32).data_ptr()
-        == four_bit._BUFFER.of(layers[1].codes, torch.float32).data_ptr()
-    )
+    used = [buffer.of(layer.codes, torch.float32) for layer in layers]
+    assert used[0].data_ptr() == used[1].data_ptr()
 
 
-def test_a_layer_first_used_in_inference_mode_learns_afterwards(layer: nn.Linear) -> None:
-    made = four_bit_layer(layer)
-    four_bit._BUFFER = four_bit._Buffer()
+def test_answering_keeps_no_buffer_and_training_goes_on_after_it(layer: nn.Linear) -> None:
+    made, x = four_bit_layer(layer), torch.randn(2, 256)
     with torch.inference_mode():
-        made(torch.randn(2, 256))
-    x = torch.randn(2, 256, requires_grad=True)
-    made(x).sum().backward()
-    assert x.grad is not None
+        said = made(x)
+    with torch.no_grad():
+        made(x.clone().requires_grad_())
+    assert made.buffer._kept is None
+    y = x.clone().requires_grad_()
+    learned = made(y)
+    assert torch.equal(learned, said)
+    learned.sum().backward()
+    assert y.grad is not None
+    assert made.buffer._kept is not None
 
 
 def test_adapters_are_added_without_widening_a_layer(layer: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
