@@ -156,6 +156,7 @@ def score(model_folder: Path, pages: int) -> float:
     """Return the share of so many test pages whose digit is named."""
     model, processor = load_model(model_folder)
     answered = answer_stream(model, processor, which_digit(f"{PAGES}:test", pages), limit=pages, batch_size=64)
+    assert len(answered) == pages, f"only {len(answered)} of {pages} test pages exist"
     return mean(float(exact_match(one.said, one.wanted)) for one in answered)
 
 

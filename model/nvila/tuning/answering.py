@@ -66,10 +66,13 @@ def answer_stream(
     for number, record in enumerate(stream.records(stop=total), start=1):
         if (asked := _asked(record, processor)) is not None:
             batch.append((record, asked))
-        if batch and (len(batch) == batch_size or number == total):
+        if len(batch) == batch_size:
             answered += _answer(model, processor, batch, max_new_tokens)
             batch = []
         reporter.progress(phase, number, total)
+    # Behind the last one that comes, which may be before the last one that was counted.
+    if batch:
+        answered += _answer(model, processor, batch, max_new_tokens)
     return answered
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nvila.assembly import load_model
+from nvila.data.readers.record import CountedStream
 from nvila.errors import CapabilityError, ConfigError, InfrastructureError, NvilaError
 from nvila.packed_attention import joins_rows
 from nvila.training.config import CheckpointConfig, PrecisionConfig
@@ -79,6 +80,17 @@ def test_a_resumed_run_ends_in_the_same_weights(color_data: TuneData, saved_mode
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+class Counted:
+    """A stream that counts more than it yields, as one whose files have shrunk."""
+
+    def __init__(self, stream: CountedStream, more: int) -> None:
+        self._stream, self._more = stream, more
+        self.name, self.records = stream.name, stream.records
+
+    def count(self) -> int:
+        return self._stream.count() + self._more
+
+
 def test_tuning_learns_and_the_best_weights_are_kept(
     color_data: TuneData, saved_model: Path, processor: NVILAProcessor, tmp_path: Path
 ) -> None:
@@ -91,6 +103,11 @@ def test_tuning_learns_and_the_best_weights_are_kept(
     assert len(answered) == color_data.held_out.count()
     right = sum(one.said == one.wanted for one in answered)
     assert right > len(answered) / 2
+    # All are answered where fewer come than were counted, and the last batch is not full.
+    less = Counted(color_data.held_out, more=1)
+    assert [one.said for one in answer_stream(model, processor, less, batch_size=less.count())] == [
+        one.said for one in answered
+    ]
 
 
 def test_an_early_end_keeps_the_weights_of_the_best_step(
@@ -137,8 +154,10 @@ def test_joined_rows_learn_what_rows_under_a_mask_do(color_data: TuneData, saved
     # Samples that share their image share a row, which needs a mask.
     assert not color_data.budget(replace(joined, samples_per_image=2)).flat
     first, second = (run(one, saved_model, color_data, tmp_path / one.attention) for one in (joined, masked))
-    # Adam's first steps make much of rounding: how much differs from processor to processor.
-    assert [one.loss for one in first.losses] == pytest.approx([one.loss for one in second.losses], rel=5e-4)
+    # The two add up in another order, and every step makes more of that; on a busy machine the last came to 1.01e-4.
+    ours, theirs = ([one.loss for one in run.losses] for run in (first, second))
+    assert ours[:-1] == pytest.approx(theirs[:-1], rel=1e-4)
+    assert ours[-1] == pytest.approx(theirs[-1], rel=5e-4)
     stored = [load_file(one.directory / "adapter_model.safetensors") for one in (first, second)]
     assert all(torch.allclose(stored[0][name], stored[1][name], atol=1e-3) for name in stored[0])
     # No padding, no mask and no probabilities.
