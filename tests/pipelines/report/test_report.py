@@ -328,21 +328,32 @@ def test_same_run_gives_the_same_page(finished: FakeRun, finished_page: str, tmp
     assert written.sub("", report_of(finished, tmp_path)) == written.sub("", finished_page)
 
 
-def test_font_list_stays_in_the_workspace(tmp_path: Path) -> None:
+def test_font_list_and_figures_stay_in_the_workspace(
+    finished: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from nvila_pipelines.report import plots\n"
-        "with plots.cached_in(Path(sys.argv[1]) / 'cache' / 'matplotlib'):\n"
-        "    plots.loss_curve([(1, 2.0), (2, 1.0)], (1.0, 2.0), name='a', alt='b')\n"
+        "import json, os, sys; from pathlib import Path; from nvila_pipelines.report import write_report\n"
+        "root, artifacts = Path(sys.argv[1]), {step: Path(path) for step, path in json.loads(sys.argv[2]).items()}\n"
+        "write_report(artifacts, {'workspace': str(root)}, None, root / 'report.html')\n"
         "import matplotlib; print(matplotlib.get_cachedir(), os.environ.get('MPLCONFIGDIR'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
     home = tmp_path / "home"
     home.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "ws")],
+        [sys.executable, "-c", code, str(tmp_path / "ws"), json.dumps(finished.artifacts, default=str)],
         env=environment | {"HOME": str(home), "XDG_CACHE_HOME": str(home), "XDG_CONFIG_HOME": str(home)},
         capture_output=True,
         text=True,
     )
     assert done.stdout.split() == [str(tmp_path / "ws" / "cache" / "matplotlib"), "None"], done.stderr
     assert list(home.iterdir()) == []
+    # Read again as they are, which shows in what the next report says.
+    figures = sorted((tmp_path / "ws" / "cache" / "matplotlib" / "figures").iterdir())
+    assert figures
+    for path in figures:
+        path.write_text(path.read_text().replace("</svg>\n", "<!--kept--></svg>\n"))
+    with monkeypatch.context() as patch:
+        patch.setattr("nvila_pipelines.report.plots._svg", lambda *_, **__: pytest.fail("drawn again"))
+        page = write_report(finished.artifacts, {"workspace": str(tmp_path / "ws")}, None, tmp_path / "again.html")
+    assert "<!--kept-->" in page.read_text(encoding="utf-8")
