@@ -149,14 +149,14 @@ def told(clips: DigitClips) -> list[Sample]:
     for clip in range(CLIPS["train"]):
         key = f"train/{clip}"
         words = " ".join(WORDS[digits.digit(one.number)] for one in clips.showings(key))
-        found.append(_sample(f"told-{clip}", [(_video(key, "tell what is shown."), words)]))
+        found.append(_sample(f"told-{clip}", _video(key, "tell what is shown."), words))
     return found
 
 
 def asked(clips: DigitClips) -> list[Sample]:
     """Return the questions; those of a clip share its encoding, and none sees what another one says."""
     return [
-        _sample(sample.id, [(sample.messages[0].content, encode_times(sample.answer, SECONDS))])
+        _sample(sample.id, sample.messages[0].content, encode_times(sample.answer, SECONDS))
         for sample in clips.questions("train")
     ]
 
@@ -165,16 +165,10 @@ def _video(key: str, text: str) -> tuple[Part, ...]:
     return (Part(type="video", value=key), Part(type="text", value=text))
 
 
-def _sample(id: str, turns: list[tuple[tuple[Part, ...], str]]) -> Sample:
-    messages = [
-        message
-        for question, answer in turns
-        for message in (
-            Message(role="user", content=question),
-            Message(role="assistant", content=(Part(type="text", value=answer),)),
-        )
-    ]
-    return Sample(id=id, source="clip", messages=tuple(messages))
+def _sample(id: str, question: tuple[Part, ...], answer: str) -> Sample:
+    said = (Part(type="text", value=answer),)
+    messages = (Message(role="user", content=question), Message(role="assistant", content=said))
+    return Sample(id=id, source="clip", messages=messages)
 
 
 if __name__ == "__main__":

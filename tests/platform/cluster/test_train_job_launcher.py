@@ -258,7 +258,8 @@ def test_a_user_who_may_not_make_jobs_is_told_so(step: Step) -> None:
         step.launch()
 
 
-# A signal between making a socket and connecting it leaves it to the collector.
+# A signal between making a socket and connecting it leaves it to the collector: its handler raises no OSError, and that
+# is the only thing for which `socket.create_connection` closes.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_deletes_the_job_and_its_last_lines_still_come(step: Step, number: signal.Signals) -> None:
