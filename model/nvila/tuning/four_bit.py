@@ -2,9 +2,9 @@
 
 Values are those of `nvila quantize`: torchao's asymmetric 4-bit groups along the inputs. They stay packed, two to a
 byte, and are widened for one product at a time, in the backward pass too: torch would otherwise keep the wide weights
-of all layers from the forward pass to the backward pass, and nothing would be saved. In training the layers of a
-model are widened into one buffer: fresh memory for each would lie scattered among the saved activations, and the heap would grow by far
-more than what is live.
+of all layers from the forward pass to the backward pass, and nothing would be saved. In training the layers of a model
+are widened into one buffer: fresh memory for each would lie scattered among the saved activations, and the heap would
+grow by far more than what is live.
 """
 
 from __future__ import annotations
