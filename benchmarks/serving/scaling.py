@@ -14,7 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 
 TOLERANCE = 0.1
 UP_PODS, UP_FACTOR, UP_PERIOD_S = 4, 2, 15
@@ -72,6 +72,7 @@ class Policy:
         start_s: From a pod's creation until it answers.
         down_window_s: Seconds over which the highest wish counts when pods are taken away.
         down_share: Largest share of the pods that is taken away in a minute.
+        mean_s: Seconds whose mean is the metric, as `avg_over_time` of Prometheus has it; 0 takes the latest scrape.
     """
 
     target: float
@@ -80,6 +81,7 @@ class Policy:
     start_s: float = 30.0
     down_window_s: float = DOWN_WINDOW_S
     down_share: float = 1.0
+    mean_s: int = 0
 
 
 @dataclass(slots=True)
@@ -122,7 +124,7 @@ def simulate(arrivals: Callable[[int], float], seconds: int, speed: PodSpeed, po
     draw = random.Random(seed)
     starting: list[float] = []
     ready, backlog = policy.lowest, 0.0
-    scraped: deque[float] = deque([0.0], maxlen=SCRAPE_S + 1)
+    scraped: deque[float] = deque([0.0], maxlen=SCRAPE_S + policy.mean_s + 1)
     wishes: deque[tuple[int, int]] = deque()
     line = Timeline()
     for now in range(seconds):
@@ -135,7 +137,8 @@ def simulate(arrivals: Callable[[int], float], seconds: int, speed: PodSpeed, po
         load = backlog + (ready * speed.load(done / ready) if ready else 0.0)
         scraped.append(load)
         if now % SYNC_S == 0:
-            heard = scraped[0]
+            # The samples that Prometheus has: the newest is a scrape old, the others a scrape apart.
+            heard = mean(list(scraped)[max(len(scraped) - 1 - SCRAPE_S, 0) :: -SCRAPE_S])
             pods = ready + len(starting)
             a_minute_ago = line.pods[-DOWN_PERIOD_S] if len(line.pods) >= DOWN_PERIOD_S else pods
             wanted = decide(pods, heard, policy, wishes, now, a_minute_ago)
