@@ -34,8 +34,9 @@ _TAIL = 512  # holds the event with the counts
 
 @dataclass(slots=True)
 class Seen:
-    """What one client saw of one request: times in seconds, from sending on."""
+    """What one client saw of one request, by its seed: times in seconds, from sending on."""
 
+    number: int = 0
     status: int = 0
     first_s: float = 0.0
     total_s: float = 0.0
@@ -111,7 +112,7 @@ async def client(base_url: str) -> AsyncIterator[httpx.AsyncClient]:
 
 async def ask(http: httpx.AsyncClient, request: dict[str, Any]) -> Seen:
     """Stream one answer."""
-    seen, began = Seen(), time.perf_counter()
+    seen, began = Seen(number=request["seed"]), time.perf_counter()
     last = began
     async with http.stream("POST", "/openai/v1/chat/completions", json=request) as answer:
         seen.status = answer.status_code
@@ -139,7 +140,7 @@ async def light_ask(base_url: str, request: dict[str, Any]) -> Seen:
     host, _, port = base_url.removeprefix("http://").partition(":")
     sent = json.dumps(request).encode()
     head = f"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    seen, began, tail = Seen(), time.perf_counter(), b""
+    seen, began, tail = Seen(number=request["seed"]), time.perf_counter(), b""
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(f"{head}Content-Length: {len(sent)}\r\nConnection: close\r\n\r\n".encode() + sent)

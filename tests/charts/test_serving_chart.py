@@ -375,8 +375,8 @@ def test_service_account(render: Render, row: str, made: str | None, used: str) 
         (
             "keda",
             (1, 4),
-            'sum(nvila:num_requests_running{namespace="models",model_name="demo-nvila-serving"}'
-            ' + nvila:num_requests_waiting{namespace="models",model_name="demo-nvila-serving"})',
+            'avg_over_time(sum(nvila:num_requests_running{namespace="models",model_name="demo-nvila-serving"}'
+            ' + nvila:num_requests_waiting{namespace="models",model_name="demo-nvila-serving"})[2m:15s])',
             "4",
         ),
         ("keda-to-zero", (0, 4), 'sum(rate(gateway_requests_total{route="eyes"}[1m]))', "10"),
@@ -399,7 +399,7 @@ def test_keda_scales_by_what_prometheus_sees(
 @pytest.mark.parametrize(
     ("row", "query", "target", "window", "percent"),
     [
-        ("keda-by-visual-load", 'sum(nvila:visual_load_tokens{namespace="models",', "8000", 60, 50),
+        ("keda-by-visual-load", 'avg_over_time(sum(nvila:visual_load_tokens{namespace="models",', "8000", 60, 50),
         (
             "keda-by-latency",
             "histogram_quantile(0.95, sum by (le) (rate(nvila:time_to_first_token_seconds_",

@@ -211,7 +211,8 @@ def test_values_are_those_of_the_chart(world: World, nvila: Nvila, tmp_path: Pat
     external = predictor["autoScaling"]["metrics"][0]["external"]
     # KServe tells KEDA no type, and KEDA then divides by the number of pods.
     assert external["target"] == {"type": "AverageValue", "value": "8000", "averageValue": "8000"}
-    assert external["metric"]["query"] == 'sum(nvila:visual_load_tokens{namespace="models",model_name="eye"})'
+    of = '{namespace="models",model_name="eye"}'
+    assert external["metric"]["query"] == f"avg_over_time(sum(nvila:visual_load_tokens{of})[2m:15s])"
     assert "only the chart makes these" in done.last_json["warnings"][0]
     assert world.service()["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "keda"
 
