@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,47 @@ def test_a_tokenizer_of_words_cannot_follow_a_schema_and_says_so(client: openai.
     with pytest.raises(openai.InternalServerError, match="need a tokenizer of bytes or pieces") as caught:
         ask(client, response_format={"type": "json_object"})
     assert (caught.value.status_code, caught.value.code) == (501, "capability")
+
+
+@pytest.mark.slow
+def test_an_answer_follows_the_schema_that_the_official_client_sends(tmp_path: Path) -> None:
+    import torch
+
+    from nvila.configuration import NVILAConfig
+    from nvila.modeling import NVILAForConditionalGeneration
+    from nvila.processing import NVILAProcessor
+
+    # A model whose tokens are bytes, so that it can spell any JSON.
+    torch.manual_seed(1)
+    NVILAForConditionalGeneration(NVILAConfig.from_preset("tiny-nvila-lite")).save_pretrained(tmp_path)
+    NVILAProcessor.from_preset("tiny-nvila-lite").save_pretrained(tmp_path)
+    schema = {
+        "type": "object",
+        "properties": {"color": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["color", "count"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "seen", "schema": schema, "strict": True}}
+    messages: Any = [{"role": "user", "content": "which color, and how many?"}]
+    http_client = openai.DefaultHttpxClient(trust_env=False)
+    with (
+        start_server(tmp_path, "bytes", timeout_s=300.0) as server,
+        openai.OpenAI(base_url=server.openai_url, api_key="none", max_retries=0, http_client=http_client) as asking,
+    ):
+        create: Any = asking.chat.completions.create
+        options = {"model": "bytes", "messages": messages, "max_tokens": 80, "temperature": 1.5}
+        options["response_format"] = form
+        whole = create(**options, seed=2).choices[0]
+        pieces = [chunk.choices[0] for chunk in create(**options, seed=3, stream=True) if chunk.choices]
+    for said, reason in (
+        (whole.message.content, whole.finish_reason),
+        ("".join(piece.delta.content or "" for piece in pieces), pieces[-1].finish_reason),
+    ):
+        found = json.loads(said)
+        assert set(found) == {"color", "count"}
+        assert found["color"] in ("red", "blue")
+        assert found["count"] in range(10)
+        assert reason == "stop"
 
 
 def test_kserves_own_client_asks_in_both_protocols(tiny: RunningServer) -> None:
