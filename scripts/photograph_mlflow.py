@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT = 1440, 900
 # Charts are drawn after their data have come, one after the other.
-_SETTLE_MS = 4000
+_SETTLE_MS = 12_000
+# The panel of the assistant would take a quarter of every picture.
+_NO_ASSISTANT = """
+localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+"""
+# What shows the steps below a run.
+_UNFOLD = "button[data-component-id*=runnamecellrenderer]"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+        page.add_init_script(_NO_ASSISTANT)
         for name, address in pages.items():
             photograph(page, address, args.dest / f"{name}.png")
             print(args.dest / f"{name}.png")
@@ -72,11 +80,13 @@ def addresses(server: str, model: str, alias: str) -> dict[str, str]:
 
 
 def photograph(page: Page, address: str, path: Path) -> None:
-    """Save what a page shows once it is quiet."""
+    """Save what a page shows once it has settled; it never is quiet, because it asks for news."""
     page.goto("about:blank")
     page.goto(address)
-    page.wait_for_load_state("networkidle")
     page.wait_for_timeout(_SETTLE_MS)
+    if page.locator(_UNFOLD).count():
+        page.locator(_UNFOLD).first.click()
+        page.wait_for_timeout(_SETTLE_MS / 4)
     page.screenshot(path=path)
 
 
