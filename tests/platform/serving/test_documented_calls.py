@@ -1,4 +1,4 @@
-"""What docs/serving.md shows works as it stands there: the calls, and every metric that it names."""
+"""What the README and the docs show works as it stands there: the calls, and every metric that is named."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from nvila_platform.serving import RunningServer
 
-PAGE = (Path(__file__).resolve().parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+# What asks about a picture in a file.
+PAGES = ["README.md", "docs/quickstart.md"]
 
 
-def block(language: str) -> str:
-    """The first block of the page in a language."""
-    return PAGE.partition(f"```{language}\n")[2].partition("\n```")[0]
+def block(language: str, page: str = PAGE, beginning: str = "") -> str:
+    """The first block of a page in a language, or the first that begins so."""
+    return beginning + page.partition(f"```{language}\n{beginning}")[2].partition("\n```")[0]
+
+
+def asking(name: str) -> str:
+    """The part of a page that shows how to ask."""
+    return (ROOT / name).read_text(encoding="utf-8").partition("## Serve and ask")[2].partition("\n## ")[0]
 
 
 def here(text: str, server: RunningServer) -> str:
     """The same call to the server of these tests."""
+    text = text.replace("127.0.0.1:8080", "localhost:8080")
     text = text.replace("http://localhost:8080", server.base_url).replace("localhost:8080", server.base_url)
     return re.sub(r'("model": |model=)"nvila"', r'\1"words"', text)
 
@@ -47,6 +57,22 @@ def test_the_openai_snippet_gets_an_answer_about_an_image(server: RunningServer,
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, env=environment()
     )
     assert done.stdout == "30x20 What is shown?\n"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_calls_about_a_picture_in_a_file_are_answered(
+    page: str, server: RunningServer, png: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "shape.png").write_bytes(png)
+    calls = [
+        ["bash", "-c", here(block("bash", asking(page), "curl"), server)],
+        [sys.executable, "-c", here(block("python", asking(page)), server)],
+    ]
+    for call, question in zip(calls, ("what shape is in the image?", "what color is the shape?"), strict=True):
+        done = subprocess.run(
+            call, capture_output=True, text=True, timeout=120, check=True, env=environment(), cwd=tmp_path
+        )
+        assert f"30x20 {question}" in done.stdout
 
 
 def test_every_metric_of_the_table_is_there(server: RunningServer, http: httpx.Client) -> None:
