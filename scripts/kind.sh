@@ -143,7 +143,8 @@ install_nvila() {
     secret "$NAMESPACE" nvila-postgres \
         --from-literal=password="$(password PASSWORD)"
     chart nvila charts/nvila --namespace "$NAMESPACE" --values charts/nvila/values-laptop.yaml \
-        --set nvila-platform.pipelines.namespace="$PIPELINES"
+        --set nvila-platform.pipelines.namespace="$PIPELINES" \
+        --set nvila-platform.pipelines.rbac.servingNamespace="$NAMESPACE"
     run helm --kube-context "kind-$CLUSTER" test nvila --namespace "$NAMESPACE"
 }
 

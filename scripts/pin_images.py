@@ -3,7 +3,7 @@
 A tag may name other bytes tomorrow, a digest never does. The registry is asked for the digest behind each tag (OCI
 distribution API, without a login) and what is written down is renewed: `ARG BASE_IMAGE=NAME:TAG@sha256:...` in the
 Dockerfiles, `--build-arg BASE_IMAGE=...` in their comments, and the chart's files/image-digests.yaml, which the
-templates use as long as image and tag are the chart's own. `make release` refuses a tree in which one is missing.
+templates use as long as repository and tag are the chart's own. `make release` refuses a tree in which one is missing.
 
 Usage:
     python scripts/pin_images.py             # ask the registries, rewrite what differs
@@ -31,7 +31,7 @@ CHART = Path("charts") / "nvila-platform"
 DIGESTS = CHART / "files" / "image-digests.yaml"
 HEADER = """\
 # Digests of the images of others that this chart runs by default, written by scripts/pin_images.py (make pin-images).
-# An image or tag of your own is used as it is; pin it with `digest`.
+# A mirror keeps them; a repository or tag of your own is used as it is, pin it with `digest`.
 # Of {date}, as the registries say.
 """
 _ARG = re.compile(
@@ -49,6 +49,8 @@ _ACCEPT = ", ".join(
     )
 )
 _TIMEOUT_S = 30
+# Its API is at another host.
+_DOCKER_HUB = "docker.io"
 
 
 class PinError(Exception):
@@ -68,9 +70,10 @@ class Image:
         """Take `NAME:TAG` apart; the name has a registry where its first part looks like a host."""
         name, _, tag = reference.rpartition(":")
         host, slash, rest = name.partition("/")
-        if slash and ("." in host or ":" in host or host == "localhost"):
+        if slash and host != _DOCKER_HUB and ("." in host or ":" in host or host == "localhost"):
             return cls(registry=host, repository=rest, tag=tag)
-        return cls(registry="registry-1.docker.io", repository=name if slash else f"library/{name}", tag=tag)
+        name = name.removeprefix(f"{_DOCKER_HUB}/")
+        return cls(registry="registry-1.docker.io", repository=name if "/" in name else f"library/{name}", tag=tag)
 
     @property
     def url(self) -> str:

@@ -118,8 +118,13 @@ def rows() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for chart in ("nvila-observability", "nvila-platform", "nvila-serving"):
         found[chart] = {"chart": chart, "values": {}}
+    # The second step of an installation, which has everything of the first.
+    serving = {
+        "parts": {"serving": {"enabled": True}},
+        "nvila-serving": {"model": {"storageUri": "s3://nvila/artifacts/quantize/0123"}},
+    }
     for profile in ("laptop", "gpu", "production"):
-        found[f"nvila-{profile}"] = {"chart": "nvila", "profile": profile, "values": {}}
+        found[f"nvila-{profile}"] = {"chart": "nvila", "profile": profile, "values": serving}
     minio = {"seaweedfs": {"enabled": False}, "minio": {"enabled": True}}
     found["nvila-platform-minio"] = {"chart": "nvila-platform", "values": {"s3": minio}}
     queue = {"kueue": {"enabled": True}, "pipelines": {"podDefault": {"enabled": True}, "upload": {"enabled": True}}}

@@ -178,6 +178,8 @@ def test_a_registry_that_is_not_there_is_named(tree: Path, capsys: pytest.Captur
     [
         ("python:3.11-slim", "https://registry-1.docker.io/v2/library/python/manifests/3.11-slim"),
         ("chrislusf/seaweedfs:4.48", "https://registry-1.docker.io/v2/chrislusf/seaweedfs/manifests/4.48"),
+        ("docker.io/library/postgres:17", "https://registry-1.docker.io/v2/library/postgres/manifests/17"),
+        ("docker.io/postgres:17", "https://registry-1.docker.io/v2/library/postgres/manifests/17"),
         ("quay.io/minio/minio:x", "https://quay.io/v2/minio/minio/manifests/x"),
         ("localhost:5000/a/b:1", "http://localhost:5000/v2/a/b/manifests/1"),
     ],

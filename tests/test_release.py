@@ -87,7 +87,11 @@ def test_a_tree_of_several_versions_is_refused(tree: Path, file: str, old: str, 
     ("file", "pattern", "named"),
     [
         ("docker/serve.Dockerfile", "@sha256:[0-9a-f]{64}", "docker/serve.Dockerfile: python:3.11-slim"),
-        ("charts/nvila-platform/files/image-digests.yaml", "(?m)^postgres.*$", "values.yaml: postgres:17.5-bookworm"),
+        (
+            "charts/nvila-platform/files/image-digests.yaml",
+            "(?m)^docker.io/library/postgres.*$",
+            "values.yaml: docker.io/library/postgres:17.5-bookworm",
+        ),
     ],
 )
 def test_an_image_without_a_digest_is_refused(tree: Path, file: str, pattern: str, named: str) -> None:

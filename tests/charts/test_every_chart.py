@@ -38,10 +38,17 @@ API_FLAGS = tuple(word for api in APIS for word in ("--api-versions", api))
 UNDEFINED = {"ClusterQueue", "LocalQueue", "ResourceFlavor", "PodDefault"}
 CLUSTER_SCOPED = {"ClusterQueue", "ResourceFlavor"}
 # They hold for what runs on; hooks end.
-LONG_RUNNING = {"Deployment", "StatefulSet"}
+LONG_RUNNING = {"Deployment", "StatefulSet", "InferenceService"}
 NAMES = ("nvila-platform", "nvila-observability")
 UMBRELLA = CHARTS / "nvila"
+VERSION = str(yaml.safe_load((UMBRELLA / "Chart.yaml").read_text("utf-8"))["appVersion"])
 PROFILES = ("laptop", "gpu", "production")
+# What the docs have a user set once a pipeline has made a model; flags, since they come after the profile.
+MODEL = "s3://nvila/artifacts/quantize/0123"
+SERVE = ("--set", "parts.serving.enabled=true")
+SERVING = (*SERVE, "--set", f"nvila-serving.model.storageUri={MODEL}")
+# The keys of callers are a file.
+SECRET_VOLUMES = {"InferenceService": {"secret"}}
 SECRET_NAME = re.compile(r"(KEY|SECRET|PASSWORD|TOKEN|CREDENTIALS?)($|_)")
 CHANGING_LABELS = {"helm.sh/chart", "app.kubernetes.io/version"}
 
@@ -61,6 +68,7 @@ def rows() -> Iterator[Any]:
         yield pytest.param(UMBRELLA, values, API_FLAGS, id=f"umbrella-{row}")
     for profile in PROFILES:
         yield pytest.param(UMBRELLA, {}, profile_flags(profile), id=f"profile-{profile}")
+        yield pytest.param(UMBRELLA, {}, (*profile_flags(profile), *SERVING), id=f"profile-{profile}-serving")
 
 
 def profile_flags(profile: str) -> tuple[str, ...]:
@@ -72,12 +80,29 @@ each_row = pytest.mark.parametrize(("chart", "values", "extra"), ROWS)
 
 
 def pod_templates(documents: list[Document]) -> Iterator[tuple[str, Document]]:
-    """Yield kind of owner and pod template of everything that makes pods."""
+    """Yield kind of owner and pod template of everything that makes pods, KServe's predictors included."""
     for document in documents:
+        if document["kind"] == "InferenceService":
+            yield "InferenceService", predictor(documents, document)
         if document["kind"] == "Pod":
             yield "Pod", {"metadata": document["metadata"], "spec": document["spec"]}
         elif "template" in document.get("spec", {}) and document["kind"] in LONG_RUNNING | {"Job"}:
             yield document["kind"], document["spec"]["template"]
+
+
+def predictor(documents: list[Document], service: Document) -> Document:
+    """Return the template of the pods that KServe makes of an InferenceService and its runtime."""
+    asked = service["spec"]["predictor"]
+    (runtime,) = (
+        d["spec"]
+        for d in documents
+        if d["kind"].endswith("ServingRuntime") and d["metadata"]["name"] == asked["model"]["runtime"]
+    )
+    own = {"serving.kserve.io/inferenceservice": service["metadata"]["name"], "component": "predictor"}
+    return {
+        "metadata": {"labels": service["metadata"]["labels"] | asked.get("labels", {}) | own},
+        "spec": {**asked, "containers": runtime["containers"], "volumes": runtime["volumes"]},
+    }
 
 
 def selectors(document: Document) -> Iterator[tuple[str, dict[str, str]]]:
@@ -116,7 +141,7 @@ def test_resources_of_others_match_their_definitions(
 
 @each_row
 def test_pods_are_locked_down(render: Render, chart: Path, values: dict[str, Any], extra: tuple[str, ...]) -> None:
-    for _, template in pod_templates(render(chart, values, extra=extra)):
+    for owner, template in pod_templates(render(chart, values, extra=extra)):
         spec = template["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
@@ -125,7 +150,7 @@ def test_pods_are_locked_down(render: Render, chart: Path, values: dict[str, Any
         assert spec["enableServiceLinks"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
         for volume in spec.get("volumes", []):
-            assert volume.keys() <= {"name", "emptyDir", "projected", "configMap"}
+            assert volume.keys() <= {"name", "emptyDir", "projected", "configMap"} | SECRET_VOLUMES.get(owner, set())
             # A volume in memory or on the node's disk without a limit takes the node down.
             assert volume.get("emptyDir", {"sizeLimit": "-"})["sizeLimit"]
         for container in spec["containers"]:
@@ -156,7 +181,8 @@ def test_containers_have_requests_limits_and_probes(
 def test_images_do_not_move(render: Render, chart: Path, values: dict[str, Any], extra: tuple[str, ...]) -> None:
     for _, template in pod_templates(render(chart, values, extra=extra)):
         for container in template["spec"]["containers"]:
-            assert re.search(r"(@sha256:[0-9a-f]{64}|:(?!latest$)[A-Za-z0-9._-]+)$", container["image"])
+            # A tag alone is the project's own, of this version; what others publish is named by its bytes.
+            assert re.search(rf"(@sha256:[0-9a-f]{{64}}|(^|/)nvila/[a-z]+:{re.escape(VERSION)})$", container["image"])
 
 
 @each_row
@@ -167,6 +193,7 @@ def test_no_secret_is_written_down(render: Render, chart: Path, values: dict[str
         for container in template["spec"]["containers"]:
             for variable in container.get("env", []):
                 if SECRET_NAME.search(variable["name"]) and not variable["name"].endswith("_PATH"):
+                    assert "value" not in variable, variable["name"]
                     assert "secretKeyRef" in variable["valueFrom"], variable["name"]
     for document in documents:
         if document["kind"] == "ConfigMap":
@@ -210,9 +237,6 @@ def test_selectors_find_exactly_the_pods_of_their_part(
     pods = [template["metadata"]["labels"] for _, template in pod_templates(documents)]
     for document in documents:
         for kind, selector in selectors(document):
-            if "serving.kserve.io/inferenceservice" in selector:
-                # KServe makes those pods.
-                continue
             if kind in ("PodMonitor", "ServiceMonitor"):
                 # They watch the pods of other charts: test_observability_chart.py renders those beside them.
                 continue
@@ -335,13 +359,22 @@ def test_the_archive_of_the_umbrella_holds_its_parts_and_renders_alone(helm: Hel
 
 
 def test_a_part_takes_the_umbrellas_registry_and_leaves_nothing_when_off(render: Render) -> None:
-    images = {
-        container["image"]
-        for _, template in pod_templates(render(UMBRELLA, matrix("umbrella")["mirrored"], extra=API_FLAGS))
-        for container in template["spec"]["containers"]
-    }
-    assert images
-    assert all(image.startswith("mirror.example.com/") for image in images), images
+    def images(values: dict[str, Any]) -> set[str]:
+        return {
+            container["image"]
+            for _, template in pod_templates(render(UMBRELLA, values, extra=API_FLAGS))
+            for container in template["spec"]["containers"]
+        }
+
+    mirrored = images(matrix("umbrella")["mirrored"])
+    assert {image.rpartition("/")[2].partition(":")[0] for image in mirrored} == {
+        "mlflow", "pipelines", "serve", "postgres", "seaweedfs",
+    }  # fmt: skip
+    assert all(image.startswith("mirror.example.com/") for image in mirrored), mirrored
+    # The registry that a user pushed to has the project's own images, and none of others.
+    pushed = images({"global": {"imageRegistry": "registry.example.com"}})
+    assert {image.partition("/")[0] for image in pushed if "/nvila/" in image} == {"registry.example.com"}
+    assert {image.partition("/")[0] for image in pushed if "/nvila/" not in image} == {"docker.io"}
     kinds = {document["kind"] for document in render(UMBRELLA, matrix("umbrella")["serving-alone"], extra=API_FLAGS)}
     assert kinds == {
         "InferenceService",
@@ -353,10 +386,60 @@ def test_a_part_takes_the_umbrellas_registry_and_leaves_nothing_when_off(render:
     }
 
 
-def test_notes_of_the_umbrella_give_the_next_three_commands(helm: Helm) -> None:
-    done = helm.run("install", "demo", UMBRELLA, "--namespace", "models", "--dry-run=client")
+@pytest.mark.parametrize(
+    ("row", "on", "third"),
+    [
+        ("defaults", "platform", "port-forward service/demo-platform-mlflow 5000:5000"),
+        ("foreign-mlflow", "platform", "get configmap demo-platform-settings -o yaml"),
+        ("serving-alone", "serving", "wait inferenceservice/demo-serving --for=condition=Ready"),
+        ("observability-alone", "observability", "get podmonitors,servicemonitors,prometheusrules,configmaps"),
+        ("everything", "observability, platform, serving", "port-forward service/demo-platform-mlflow 5000:5000"),
+    ],
+)
+def test_notes_of_the_umbrella_give_the_next_three_commands(helm: Helm, row: str, on: str, third: str) -> None:
+    # An installation without a cluster knows no API of others.
+    without = {"nvila-observability": {"monitors": {"enabled": False}, "rules": {"enabled": False}}}
+    done = helm.run(
+        "install", "demo", UMBRELLA, "--namespace", "models", "--dry-run=client", "--values", "-",
+        stdin=yaml.safe_dump(matrix("umbrella")[row] | without),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     _, _, notes = done.stdout.rpartition("NOTES:")
-    assert "with: platform." in notes
+    assert f"with: {on}." in notes
     commands = [line.strip() for line in notes.splitlines() if line.startswith("     ")]
-    assert [command.split()[0] for command in commands] == ["kubectl", "helm", "helm"]
+    assert [command.split()[0] for command in commands] == ["kubectl", "helm", "kubectl"]
+    assert third in commands[2]
+    # helm hides the notes of parts, so sending the reader to the notes would show these lines again.
+    assert "get notes" not in notes
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_serves_nothing_until_a_model_is_named(helm: Helm, render: Render, profile: str) -> None:
+    first = render(UMBRELLA, {}, "nvila", profile_flags(profile))
+    assert "InferenceService" not in {document["kind"] for document in first}
+    # No profile names a model that nobody has made.
+    text = (UMBRELLA / f"values-{profile}.yaml").read_text(encoding="utf-8")
+    assert "storageUri" not in yaml.safe_load(text)["nvila-serving"].get("model", {})
+    done = helm.template(UMBRELLA, {}, "nvila", (*profile_flags(profile), *SERVE))
+    assert "model.storageUri is empty: name the model's folder" in done.stderr
+    second = render(UMBRELLA, {}, "nvila", (*profile_flags(profile), *SERVING))
+    (service,) = (document for document in second if document["kind"] == "InferenceService")
+    assert service["spec"]["predictor"]["model"]["storageUri"] == MODEL
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_rights_and_accounts_of_a_profile_fit_its_kubeflow(render: Render, profile: str) -> None:
+    documents = render(UMBRELLA, {}, "nvila", (*profile_flags(profile), *SERVING, "--namespace", "nvila"))
+    (service,) = (d["metadata"]["namespace"] for d in documents if d["kind"] == "InferenceService")
+    bindings = {d["roleRef"]["name"].rpartition("-")[2]: d for d in documents if d["kind"] == "RoleBinding"}
+    # Pipelines may deploy where the endpoint of the release is.
+    assert bindings["inferenceservices"]["metadata"]["namespace"] == service
+    (account,) = bindings["trainjobs"]["subjects"]
+    assert account["namespace"] == bindings["trainjobs"]["metadata"]["namespace"]
+    # A Kubeflow that asks for tokens serves several users, whose runs are in their own namespaces.
+    several = "serviceAccountToken" in json.dumps(documents)
+    assert several is (profile == "production")
+    assert (account["name"] == "default-editor") is several
+    assert (account["namespace"] == "kubeflow") is (profile == "gpu")
+    watched = {n for d in documents if d["kind"] == "PodMonitor" for n in d["spec"]["namespaceSelector"]["matchNames"]}
+    assert not watched or {service, account["namespace"]} <= watched

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ UMBRELLA = ROOT / "charts" / "nvila"
 APIS = ("kueue.x-k8s.io/v1beta2", "monitoring.coreos.com/v1")
 API_FLAGS = tuple(word for api in APIS for word in ("--api-versions", api))
 PROFILES = ("laptop", "gpu", "production")
+# The second step of the guide; flags, since they come after the profile.
+MODEL = "s3://nvila/artifacts/quantize/0123"
+SERVING = ("--set", "parts.serving.enabled=true", "--set", f"nvila-serving.model.storageUri={MODEL}")
 SHORT = {"deploy": "deployment", "svc": "service", "sts": "statefulset"}
 
 
@@ -33,7 +37,8 @@ def commands(program: str) -> list[list[str]]:
     text = "\n".join(blocks).replace("\\\n", " ")
     text = re.sub(r"(^|\s)# .*", "", text, flags=re.MULTILINE)
     # What the shell puts in, and the namespaces of the loop.
-    text = re.sub(r"\$\([^()]*(\([^()]*\))*[^()]*\)|\$key", "WORD", text).replace("$namespace", "nvila")
+    text = re.sub(r"\$\([^()]*(\([^()]*\))*[^()]*\)|\$key", "WORD", text)
+    text = text.replace("$namespace", "nvila").replace("$uri", MODEL)
     parts = [part for line in text.splitlines() for part in re.split(r"\s(?:\||&&?|>|<|;)(?:\s|$)", line)]
     return [shlex.split(part)[1:] for part in parts if part.split()[:1] == [program]]
 
@@ -46,8 +51,9 @@ def kubectl(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([binary, *words], capture_output=True, text=True, check=False, env=env, timeout=60)
 
 
-def profile(render: Render, name: str) -> list[Document]:
-    return render(UMBRELLA, {}, "nvila", (*API_FLAGS, "--values", str(UMBRELLA / f"values-{name}.yaml")))
+def profile(render: Render, name: str, *more: str) -> list[Document]:
+    flags = (*API_FLAGS, "--values", str(UMBRELLA / f"values-{name}.yaml"), "--namespace", "nvila", *more)
+    return render(UMBRELLA, {}, "nvila", flags)
 
 
 def test_the_guide_has_commands_of_both_programs() -> None:
@@ -57,13 +63,75 @@ def test_the_guide_has_commands_of_both_programs() -> None:
 
 @pytest.mark.parametrize("words", commands("helm"), ids=" ".join)
 def test_helm_takes_its_commands(helm: Helm, words: list[str]) -> None:
-    if words[0] == "install":
+    if words[0] == "install" or "--set" in words:
         # The nearest thing without a cluster whose APIs could be looked up.
         done = helm.run("template", *(str(ROOT / w) if w.startswith("charts/") else w for w in words[1:]), *API_FLAGS)
         assert done.returncode == 0, done.stderr
     else:
         # The arguments are right; what is missing is a cluster.
         assert "cluster unreachable" in helm.run(*words).stderr
+
+
+def test_serving_is_a_second_step_that_names_a_model(helm: Helm) -> None:
+    first, second = (
+        next(words for words in commands("helm") if words[0] == verb and "charts/nvila/values-gpu.yaml" in words)
+        for verb in ("install", "upgrade")
+    )
+    assert second[1 : len(first)] == first[1:]
+
+    def endpoints(words: list[str]) -> list[Any]:
+        done = helm.run("template", *(str(ROOT / w) if w.startswith("charts/") else w for w in words[1:]), *API_FLAGS)
+        made = [document for document in yaml.safe_load_all(done.stdout) if document]
+        return [d["spec"]["predictor"]["model"]["storageUri"] for d in made if d["kind"] == "InferenceService"]
+
+    assert endpoints(first) == []
+    assert endpoints(second) == [MODEL]
+
+
+@pytest.mark.parametrize("name", ["gpu", "production"])
+def test_images_that_the_guide_pushes_are_those_that_a_profile_pulls(render: Render, name: str) -> None:
+    """What the registry is told to hold by the guide, and what nobody pushed there."""
+    registry = "registry.example.com"
+    documents = profile(render, name, *SERVING, "--set", f"global.imageRegistry={registry}")
+    images = set(re.findall(r"'image': '([^']+)'", str(documents)))
+    own = {image for image in images if image.startswith(f"{registry}/")}
+    assert 'make images ARGS="--registry registry.example.com/nvila --push"' in GUIDE
+    assert {image.partition(":")[0] for image in own} == {
+        f"{registry}/nvila/{n}" for n in ("mlflow", "pipelines", "serve")
+    }
+    assert {image.partition("/")[0] for image in images - own} == ({"docker.io"} if name == "gpu" else set())
+
+
+def test_a_mirror_gets_the_images_that_the_charts_then_ask_it_for(render: Render, tmp_path: Path) -> None:
+    (block,) = (one for one in re.findall(r"(?ms)^ *```bash\n(.*?)^ *```", GUIDE) if "skopeo" in one)
+    program = tmp_path / "skopeo"
+    program.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\n')
+    program.chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    bash = shutil.which("bash") or "bash"
+    done = subprocess.run([bash, "-eu", "-c", block], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    copied = {}
+    for line in (tmp_path / "asked").read_text(encoding="utf-8").splitlines():
+        *flags, source, target = line.split()
+        # The index of all platforms, byte by byte: anything else has another digest.
+        assert flags == ["copy", "--all", "--preserve-digests"]
+        copied[target.removeprefix("docker://")] = source.rpartition("@")[2]
+    mirror = {"image": {"registry": "registry.example.com"}}
+    chart = ROOT / "charts" / "nvila-platform"
+    pulled = set()
+    for kind in ("seaweedfs", "minio"):
+        stores = {name: {"enabled": name == kind, **mirror} for name in ("seaweedfs", "minio")}
+        documents = render(chart, {"postgres": {"bundled": mirror}, "s3": stores})
+        pulled |= {
+            container["image"]
+            for document in documents
+            if document["kind"] == "StatefulSet"
+            for container in document["spec"]["template"]["spec"]["containers"]
+        }
+    assert pulled == {f"{image}@{digest}" for image, digest in copied.items()}
+    for kind in ("postgres.bundled", "s3.seaweedfs", "s3.minio"):
+        assert f"`nvila-platform.{kind}.image.registry" in GUIDE
 
 
 def test_every_command_on_the_release_names_its_namespace() -> None:
@@ -88,7 +156,7 @@ def test_every_resource_that_is_named_is_one_of_a_profile(render: Render) -> Non
     made = {
         f"{document['kind'].lower()}/{document['metadata']['name']}"
         for name in PROFILES
-        for document in profile(render, name)
+        for document in profile(render, name, *SERVING)
     }
     named = set()
     for words in commands("kubectl"):
@@ -125,7 +193,7 @@ def test_every_secret_of_a_profile_is_made_with_its_keys(render: Render, name: s
             given = [word for word in words if word.startswith(("--from-literal=", "--from-file="))]
             keys = {word.split("=")[1] for word in given}
             made.setdefault(words[words.index("generic") + 1], set()).update(keys)
-    read = {pair for document in profile(render, name) for pair in secrets_of(document)}
+    read = {pair for document in profile(render, name, *SERVING) for pair in secrets_of(document)}
     assert read
     for secret, key in read:
         assert secret in made

@@ -307,6 +307,79 @@ def test_monitors_find_the_pods_of_the_other_charts(render: Render) -> None:
     assert monitors["mlflow"]["endpoints"][0]["port"] == mlflow["spec"]["ports"][0]["name"]
 
 
+def relabelled(spec: Document, meta: dict[str, str]) -> dict[str, str] | None:
+    """Return the labels of a target as Prometheus makes them, or None when it is dropped."""
+    labels = dict(meta)
+    for rule in spec["podMetricsEndpoints"][0]["relabelings"]:
+        value = ";".join(labels.get(name, "") for name in rule["sourceLabels"])
+        match = re.fullmatch(rule.get("regex", "(.*)"), value)
+        if rule.get("action", "replace") == "keep":
+            if match is None:
+                return None
+        elif match is not None:
+            text = re.sub(r"\$(\d)", r"\\\1", rule.get("replacement", "$1"))
+            labels[rule["targetLabel"]] = match.expand(text)
+    return {name: value for name, value in labels.items() if not name.startswith("__meta_")}
+
+
+META = "__meta_kubernetes_pod_"
+JOBSET, INDEX = f"{META}label_jobset_sigs_k8s_io_jobset_name", f"{META}label_batch_kubernetes_io_job_completion_index"
+RUN = f"{META}label_pipeline_runid"
+
+
+@pytest.mark.parametrize(
+    ("meta", "target"),
+    [
+        (
+            {f"{META}container_name": "node", f"{META}ip": "10.0.0.7", JOBSET: "nvila-train-1", INDEX: "0"},
+            {"__address__": "10.0.0.7:9464", "trainjob": "nvila-train-1"},
+        ),
+        # Of several nodes only the first one listens: asking the others would raise alarms of targets that are down.
+        ({f"{META}container_name": "node", f"{META}ip": "10.0.0.8", JOBSET: "nvila-train-1", INDEX: "1"}, None),
+        ({f"{META}container_name": "node", f"{META}ip": "10.0.0.9", JOBSET: "nvila-train-1", INDEX: "10"}, None),
+        (
+            {f"{META}container_name": "main", f"{META}ip": "10.0.0.7", RUN: "0a1b"},
+            {"__address__": "10.0.0.7:9464", "trainjob": "0a1b"},
+        ),
+        ({f"{META}container_name": "wait", f"{META}ip": "10.0.0.7", RUN: "0a1b"}, None),
+        (
+            {f"{META}container_name": "main", f"{META}ip": "fd00::7", RUN: "0a1b"},
+            {"__address__": "[fd00::7]:9464", "trainjob": "0a1b"},
+        ),
+    ],
+    ids=["first-node", "second-node", "eleventh-node", "task", "beside-the-task", "ipv6"],
+)
+def test_training_is_asked_once_and_where_it_listens(
+    render: Render, meta: dict[str, str], target: dict[str, str] | None
+) -> None:
+    spec = next(
+        d["spec"]
+        for d in render(CHART, extra=OPERATOR)
+        if d["metadata"]["name"].endswith("-training") and "Monitor" in d["kind"]
+    )
+    # A pod that trains declares no such port, and `port` or `portNumber` would find none.
+    assert not {"port", "portNumber", "targetPort"} & spec["podMetricsEndpoints"][0].keys()
+    assert relabelled(spec, meta) == target
+
+
+def test_the_monitor_of_training_finds_what_the_code_and_the_platform_chart_make(render: Render) -> None:
+    from nvila_platform.cluster.placement import METRICS_ADDRESS, WATCHED
+
+    spec = next(
+        d["spec"]
+        for d in render(CHART, extra=OPERATOR)
+        if d["metadata"]["name"].endswith("-training") and "Monitor" in d["kind"]
+    )
+    assert spec["selector"] == {"matchLabels": WATCHED}
+    meta = {f"{META}container_name": "main", f"{META}ip": "0.0.0.0"}
+    asked = relabelled(spec, meta)
+    settings = next(
+        d for d in render(ROOT / "charts" / "nvila-platform") if d["metadata"]["name"].endswith("-settings")
+    )
+    assert asked == {"__address__": METRICS_ADDRESS}
+    assert settings["data"]["NVILA_METRICS_ADDRESS"] == METRICS_ADDRESS
+
+
 def test_notes_give_the_next_three_commands(helm: Helm) -> None:
     done = helm.run(
         "install", "demo", CHART, "--namespace", "models", "--dry-run=client", "--set", "monitors.enabled=false",

@@ -59,6 +59,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two-registries": ({"mlflow": {"externalUri": "http://other:5000"}}, "there is one registry"),
     "no-registry": ({"mlflow": {"enabled": False}}, "name the MLflow that pipelines shall use"),
     "no-pods": ({"mlflow": {"replicas": 0}}, "at '/mlflow/replicas': minimum: got 0, want 1"),
+    "prefix-as-an-argument": (
+        {"mlflow": {"extraArgs": ["--static-prefix", "/mlflow"]}},
+        "mlflow.extraArgs has --static-prefix, which probes and clients would not follow: set mlflow.staticPrefix",
+    ),
+    "port-as-an-argument": ({"mlflow": {"extraArgs": ["--port=80"]}}, "mlflow.extraArgs has --port, which probes"),
+    "prefix-without-a-slash": ({"mlflow": {"staticPrefix": "mlflow"}}, "at '/mlflow/staticPrefix'"),
+    "prefix-with-one-too-many": ({"mlflow": {"staticPrefix": "/mlflow/"}}, "at '/mlflow/staticPrefix'"),
+    "every-origin": ({"mlflow": {"allowedOrigins": ["*"]}}, "at '/mlflow/allowedOrigins/0'"),
+    "folder-of-the-node": (
+        {"mlflow": {"extraVolumes": [{"name": "x", "hostPath": {"path": "/"}}]}},
+        "at '/mlflow/extraVolumes/0': additional properties 'hostPath' not allowed",
+    ),
+    "privileged-metrics-port": ({"pipelines": {"metricsPort": 80}}, "at '/pipelines/metricsPort'"),
     "moving-tag": ({"mlflow": {"image": {"tag": "latest"}}}, 'mlflow.image.tag "latest" names another image tomorrow'),
     "moving-tag-of-the-store": (
         {"s3": {"seaweedfs": {"image": {"tag": "latest"}}}},
@@ -146,8 +159,15 @@ def test_settings_are_what_the_project_reads(
     assert settings.s3_secure is secure
     assert settings.store_uri == "s3://nvila/artifacts"
     assert settings.log_format == "json"
+    assert settings.metrics_address == "0.0.0.0:9464"
     # Every variable counts: none is misspelt.
     assert data.keys() <= settings.to_env().keys()
+
+
+def test_the_example_profile_takes_every_setting_of_the_chart(render: Render) -> None:
+    profile = yaml.safe_load((ROOT / "examples" / "kind-profile.yaml").read_text(encoding="utf-8"))
+    data = by_name(render(CHART), "ConfigMap")["data"]
+    assert profile["defaults"]["config_maps"]["nvila-platform-settings"] == {name: name for name in data}
 
 
 def test_mlflow_reaches_the_database_and_the_bucket(render: Render) -> None:
@@ -172,17 +192,90 @@ def test_mlflow_reaches_the_database_and_the_bucket(render: Render) -> None:
     }
 
 
-def test_mlflow_answers_to_its_service_and_to_a_gateway(render: Render) -> None:
+@pytest.mark.parametrize(
+    ("host", "admitted"),
+    [
+        ("demo-nvila-platform-mlflow:5500", True),
+        ("demo-nvila-platform-mlflow.models.svc:5500", True),
+        ("demo-nvila-platform-mlflow.models.svc.cluster.local:5500", True),
+        ("mlflow.example.com", True),
+        # Forwarded ports are any, and Prometheus asks pods by their addresses.
+        ("localhost", True),
+        ("localhost:38211", True),
+        ("127.0.0.1:38211", True),
+        ("10.1.2.3:5500", True),
+        ("192.168.1.2:5500", True),
+        ("172.16.0.9:5500", True),
+        ("172.31.255.1:5500", True),
+        # What a name server outside may lead here.
+        ("172.15.0.9:5500", False),
+        ("172.32.0.9:5500", False),
+        ("localhost.example.com:5500", False),
+        ("mlflow.example.org", False),
+        ("8.8.8.8:5500", False),
+    ],
+)
+def test_mlflow_answers_to_its_service_a_gateway_and_forwarded_ports(render: Render, host: str, admitted: bool) -> None:
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    hosts = environment(render(CHART, MATRIX["large-mlflow"]))["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert is_allowed_host_header(hosts, host) is admitted
+
+
+@pytest.mark.parametrize(
+    ("values", "origin", "blocked"),
+    [
+        # Browsers name the origin of a page with every POST, to its own host too.
+        ({"allowedHosts": ["mlflow.example.com"]}, "https://mlflow.example.com", False),
+        ({"allowedHosts": ["mlflow.example.com:8443"]}, "https://mlflow.example.com:8443", False),
+        ({"allowedHosts": ["mlflow.example.com"]}, "http://mlflow.example.com", True),
+        ({"allowedHosts": ["mlflow.example.com"]}, "https://example.org", True),
+        (
+            {"allowedHosts": ["mlflow.example.com"], "allowedOrigins": ["http://mlflow.example.com"]},
+            "http://mlflow.example.com",
+            False,
+        ),
+        ({"allowedOrigins": ["https://portal.example.com"]}, "https://portal.example.com", False),
+        ({}, "https://mlflow.example.com", True),
+        ({}, "http://127.0.0.1:38211", False),
+    ],
+)
+def test_pages_of_mlflow_behind_a_gateway_may_change_something(
+    render: Render, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], origin: str, blocked: bool
+) -> None:
+    from mlflow.server.security_utils import get_allowed_origins_from_env, should_block_cors_request
+
+    name = "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
+    rendered = environment(render(CHART, {"mlflow": values}))
+    monkeypatch.delenv(name, raising=False)
+    if name in rendered:
+        monkeypatch.setenv(name, rendered[name])
+    assert should_block_cors_request(origin, "POST", get_allowed_origins_from_env()) is blocked
+
+
+def test_a_path_of_its_own_is_followed_by_everybody_who_asks_mlflow(render: Render) -> None:
     documents = render(CHART, MATRIX["large-mlflow"])
-    hosts = environment(documents)["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
-    service = by_name(documents, "Service", "-mlflow")
-    name, (port,) = service["metadata"]["name"], service["spec"]["ports"]
-    assert {f"{name}:5500", f"{name}.models.svc:5500", "mlflow.example.com", "10.*"} <= set(hosts)
+    (container,) = by_name(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["args"][container["args"].index("--static-prefix") + 1] == "/mlflow"
+    probes = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")]
+    assert probes == ["/mlflow/health"] * 3
+    uri = "http://demo-nvila-platform-mlflow.models.svc:5500/mlflow"
+    assert by_name(documents, "ConfigMap")["data"]["NVILA_TRACKING_URI"] == uri
+    test = by_name(documents, "Pod")["spec"]["containers"][0]["env"]
+    assert {"name": "MLFLOW_URI", "value": uri} in test
+    plain = by_name(render(CHART), "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert plain["startupProbe"]["httpGet"]["path"] == "/health"
+    assert "--static-prefix" not in plain["args"]
+
+
+def test_mlflow_has_the_pods_and_processes_that_were_asked_for(render: Render) -> None:
+    documents = render(CHART, MATRIX["large-mlflow"])
+    (port,) = by_name(documents, "Service", "-mlflow")["spec"]["ports"]
     assert port["port"] == 5500
     deployment = by_name(documents, "Deployment")["spec"]
     assert deployment["replicas"] == 3
+    assert deployment["template"]["spec"]["containers"][0]["args"][-1] == "--uvicorn-opts=--timeout-keep-alive=75"
     arguments = deployment["template"]["spec"]["containers"][0]["args"]
-    assert arguments[-2:] == ["--static-prefix", "/mlflow"]
     assert arguments[arguments.index("--workers") + 1] == "8"
     assert arguments[arguments.index("--artifacts-destination") + 1] == "s3://nvila/tracking/artifacts"
 
@@ -299,6 +392,39 @@ def test_what_each_part_may_reach(render: Render, row: str, component: str, port
     assert [[port["port"] for port in rule.get("ports", [])] for rule in spec["egress"]] == ports
 
 
+@pytest.mark.parametrize(
+    ("values", "mlflow", "s3"),
+    [
+        ({}, {"kubeflow", "monitoring"}, {"kubeflow", "monitoring"}),
+        (
+            MATRIX["pipelines-elsewhere"],
+            {"kubeflow", "monitoring", "kubeflow-user", "serving"},
+            {"kubeflow", "monitoring", "kubeflow-user", "serving"},
+        ),
+        (
+            {"pipelines": {"namespace": "kubeflow", "rbac": {"servingNamespace": "models"}}},
+            {"kubeflow", "monitoring"},
+            {"kubeflow", "monitoring"},
+        ),
+        (MATRIX["closed-network"], set(), set()),
+        # Gateways have MLflow behind them, and not the bucket.
+        (MATRIX["behind-a-gateway"], {"team", "istio-system"}, {"team"}),
+    ],
+    ids=["defaults", "pipelines-elsewhere", "each-once", "closed", "behind-a-gateway"],
+)
+def test_namespaces_of_pipelines_endpoints_and_gateways_are_let_in(
+    render: Render, values: dict[str, Any], mlflow: set[str], s3: set[str]
+) -> None:
+    documents = render(CHART, values)
+    for component, names in {"mlflow": mlflow, "s3": s3}.items():
+        (rule,) = by_name(documents, "NetworkPolicy", f"-{component}")["spec"]["ingress"]
+        own, *others = rule["from"]
+        assert own == {"podSelector": {}}
+        found = [name for peer in others for name in peer["namespaceSelector"]["matchExpressions"][0]["values"]]
+        assert sorted(found) == sorted(names)
+        assert len(others) == bool(names)
+
+
 def test_the_database_is_reached_by_mlflow_alone(render: Render) -> None:
     (rule,) = by_name(render(CHART), "NetworkPolicy", "-postgres")["spec"]["ingress"]
     (peer,) = rule["from"]
@@ -350,5 +476,16 @@ def test_what_others_publish_runs_by_digest_unless_it_is_ones_own_choice(render:
     pinned = yaml.safe_load((CHART / "files" / "image-digests.yaml").read_text(encoding="utf-8"))
     minio = {"seaweedfs": {"enabled": False}, "minio": {"enabled": True}}
     assert images() | images(s3=minio) == {f"{name}@{digest}" for name, digest in pinned.items()}
-    assert "postgres:18.0" in images(postgres={"bundled": {"image": {"tag": "18.0"}}})
-    assert "mirror.example.com/postgres:17.5-bookworm" in images(**{"global": {"imageRegistry": "mirror.example.com"}})
+    assert "docker.io/library/postgres:18.0" in images(postgres={"bundled": {"image": {"tag": "18.0"}}})
+    # The project's registry has none of them; a mirror has the same bytes, so the digest stays.
+    assert images(**{"global": {"imageRegistry": "registry.example.com"}}) == images()
+    mirrored = images(
+        postgres={"bundled": {"image": {"registry": "mirror.example.com"}}},
+        s3={"seaweedfs": {"image": {"registry": "mirror.example.com:5000/hub"}}},
+    )
+    assert mirrored == {
+        f"{registry}/{name.partition('/')[2]}@{digest}"
+        for name, digest in pinned.items()
+        for part, registry in (("postgres", "mirror.example.com"), ("seaweedfs", "mirror.example.com:5000/hub"))
+        if part in name
+    }

@@ -26,13 +26,14 @@ ABSENT: dict[str, Any] = {"kind": "Status", "code": 404, "reason": "NotFound"}
 
 @pytest.fixture
 def cluster(tmp_path: Path, serve_http: Serve) -> Iterator[tuple[dict[str, list[str]], Path]]:
-    """A cluster's secrets (name -> keys), and a kubeconfig that leads to them."""
+    """A cluster's secrets (name -> keys; with a namespace where it is not the release's), and a kubeconfig."""
     secrets: dict[str, list[str]] = {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            name = path.removeprefix("/api/v1/namespaces/models/secrets").strip("/")
+            namespace, _, name = path.removeprefix("/api/v1/namespaces/").partition("/secrets")
+            name = f"{'' if namespace == 'models' else f'{namespace}/'}{name.strip('/')}"
             known: dict[str, dict[str, Any]] = {
                 "/version": {"major": "1", "minor": "34", "gitVersion": "v1.34.0"},
                 "/api": {"kind": "APIVersions", "versions": ["v1"]},
@@ -42,7 +43,7 @@ def cluster(tmp_path: Path, serve_http: Serve) -> Iterator[tuple[dict[str, list[
                     "groupVersion": "v1",
                     "resources": [{"name": "secrets", "namespaced": True, "kind": "Secret", "verbs": ["get", "list"]}],
                 },
-                "/api/v1/namespaces/models/secrets": {
+                f"/api/v1/namespaces/{namespace}/secrets": {
                     "kind": "SecretList", "apiVersion": "v1", "items": [secret(one) for one in secrets]
                 },
             }  # fmt: skip
@@ -106,6 +107,23 @@ def test_a_missing_secret_is_refused_with_the_command_that_makes_it(
         secrets[name] = SECRETS[name]
     done = render(helm, kubeconfig, "nvila-platform", {})
     assert admitted(done), done.stderr
+
+
+def test_pipelines_elsewhere_need_the_keys_of_the_store_there(
+    helm: Helm, cluster: tuple[dict[str, list[str]], Path]
+) -> None:
+    secrets, kubeconfig = cluster
+    secrets.update(SECRETS)
+    values = {"pipelines": {"namespace": "team"}}
+    done = render(helm, kubeconfig, "nvila-platform", values)
+    assert 's3.existingSecret names secret "nvila-s3", which namespace team does not have' in done.stderr
+    assert "kubectl -n team create secret generic nvila-s3 --from-literal=access-key=..." in done.stderr
+    secrets["team/nvila-s3"] = ["access-key"]
+    done = render(helm, kubeconfig, "nvila-platform", values)
+    assert 's3.existingSecret names secret "nvila-s3", which has no key "secret-key"' in done.stderr
+    secrets["team/nvila-s3"] = SECRETS["nvila-s3"]
+    assert admitted(render(helm, kubeconfig, "nvila-platform", values))
+    assert admitted(render(helm, kubeconfig, "nvila-platform", {"pipelines": {"namespace": "models"}}))
 
 
 def test_a_secret_without_its_key_is_refused(helm: Helm, cluster: tuple[dict[str, list[str]], Path]) -> None:

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "nvila-serving"
 KEDA = ("--api-versions", "keda.sh/v1alpha1")
 DIGEST = "sha256:" + "0a" * 32
+SECRET_NAME = re.compile(r"(KEY|SECRET|PASSWORD|TOKEN|CREDENTIALS?)($|_)")
 KSERVE_KINDS = {"InferenceService", "ServingRuntime"}
 BUILT_IN_KINDS = {"NetworkPolicy", "PodDisruptionBudget", "ServiceAccount", "Pod"}
 
@@ -142,8 +143,13 @@ def test_containers_are_locked_down(render: Render, values: dict[str, Any]) -> N
         assert spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert spec["automountServiceAccountToken"] is False
+        # A Service named like a setting of the server would become one.
+        assert spec["enableServiceLinks"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
-        assert all(volume.keys() <= {"name", "emptyDir", "secret", "configMap"} for volume in spec.get("volumes", []))
+        for volume in spec.get("volumes", []):
+            assert volume.keys() <= {"name", "emptyDir", "secret", "configMap"}
+            # A volume in memory or on the node's disk without a limit takes the node down.
+            assert volume.get("emptyDir", {"sizeLimit": "-"})["sizeLimit"]
         for container in spec["containers"]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -156,6 +162,9 @@ def test_containers_are_locked_down(render: Render, values: dict[str, Any]) -> N
             assert "memory" in container["resources"]["limits"]
             assert re.search(r"(:[^:/@]+|@sha256:[0-9a-f]{64})$", container["image"]), container["image"]
             assert not container["image"].endswith(":latest")
+            for variable in container.get("env", []):
+                if SECRET_NAME.search(variable["name"]):
+                    assert "secretKeyRef" in variable["valueFrom"], variable["name"]
 
 
 @each_row

@@ -32,6 +32,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "short-digest": ({"image": {"digest": "sha256:abc"}}, "at '/image/digest'"),
     "tag-in-repository": ({"image": {"repository": "nvila/serve:1"}}, "at '/image/repository'"),
     "path-for-a-uri": ({"model": {"storageUri": "/models/x"}}, "at '/model/storageUri'"),
+    "no-model": ({"model": {"storageUri": ""}}, "model.storageUri is empty: name the model's folder"),
+    "folder-of-the-node": (
+        {"server": {"extraVolumes": [{"name": "x", "hostPath": {"path": "/"}}]}},
+        "at '/server/extraVolumes/0': additional properties 'hostPath' not allowed",
+    ),
     "root": ({"podSecurityContext": {"runAsUser": 0}}, "at '/podSecurityContext/runAsUser'"),
     "may-be-root": ({"podSecurityContext": {"runAsNonRoot": False}}, "at '/podSecurityContext/runAsNonRoot'"),
     "privileged-port": ({"server": {"port": 80}}, "at '/server/port'"),

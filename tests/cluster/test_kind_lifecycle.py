@@ -103,6 +103,7 @@ def test_kserve_serves_that_model_and_it_answers(version: ModelVersion) -> None:
         "parts.serving.enabled": "true",
         "nvila-serving.model.storageUri": f"{version.uri}/model",
         "nvila-platform.pipelines.namespace": PIPELINES,
+        "nvila-platform.pipelines.rbac.servingNamespace": NAMESPACE,
     }
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     laptop = ("--values", str(ROOT / "charts" / "nvila" / "values-laptop.yaml"))

@@ -11,7 +11,7 @@ import yaml
 from nvila import __version__
 from nvila.errors import ConfigError
 from nvila_pipelines.compile import GRAPHS, compile_graph
-from nvila_pipelines.graphs.profile import read_profile
+from nvila_pipelines.graphs.profile import NOWHERE, Placement, Profile, read_profile
 from nvila_platform.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,11 +33,35 @@ def test_every_task_of_every_graph_runs_where_the_kind_profile_says(graph: str, 
         assert {one["envVar"] for one in secret["keyToEnv"]} == {"NVILA_S3_ACCESS_KEY", "NVILA_S3_SECRET_KEY"}
 
 
+def labels_of(graph: str, profile: Profile, folder: Path) -> dict[str, dict[str, str]]:
+    """Return the labels of the tasks' pods, of those that have any."""
+    documents = list(yaml.safe_load_all(compile_graph(graph, folder / "g.yaml", profile).read_text()))
+    if len(documents) == 1:
+        return {}
+    placed = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return {name: one["podMetadata"]["labels"] for name, one in placed.items() if "podMetadata" in one}
+
+
+def test_pods_that_train_carry_the_label_that_the_monitor_looks_for(tmp_path: Path) -> None:
+    kind = read_profile(KIND)
+    watched = {"nvila.dev/metrics": "training"}
+    assert labels_of("lifecycle", kind, tmp_path) == {"exec-train": watched}
+    assert labels_of("tune", kind, tmp_path) == {"exec-tune-model": watched}
+    # The nodes of a job train then, and the task follows them.
+    job = Profile(tasks={"train": Placement(launcher="trainjob", claims={"work": "/data"})})
+    assert labels_of("lifecycle", job, tmp_path) == {}
+    # A graph without a profile is one document, which every Kubeflow takes.
+    assert labels_of("lifecycle", NOWHERE, tmp_path) == {}
+
+
 def test_the_settings_of_the_kind_profile_are_ones_that_the_project_reads() -> None:
     defaults = read_profile(KIND).defaults
     (names,) = (set(keys.values()) for keys in defaults.config_maps.values())
     values = dict.fromkeys(names, "x") | {"NVILA_S3_SECURE": "false", "NVILA_LOG_FORMAT": "json"}
-    loaded = Settings.load(environ=values | {"NVILA_STORE_URI": "s3://bucket/prefix", "NVILA_TRACKING_URI": "http://m"})
+    assert "NVILA_METRICS_ADDRESS" in names
+    values |= {"NVILA_STORE_URI": "s3://bucket/prefix", "NVILA_TRACKING_URI": "http://m"}
+    loaded = Settings.load(environ=values | {"NVILA_METRICS_ADDRESS": "0.0.0.0:9464"})
+    assert loaded.metrics_address == "0.0.0.0:9464"
     assert loaded.store_uri == "s3://bucket/prefix"
     assert loaded.tracking_uri == "http://m"
 

@@ -33,6 +33,13 @@ Refuse values that contradict each other. Every template that needs an address c
 {{- if not .Values.postgres.existingSecret }}
 {{- fail (printf "postgres.existingSecret is empty: kubectl -n %s create secret generic nvila-postgres --from-literal=%s=..., and name it" .Release.Namespace .Values.postgres.passwordKey) }}
 {{- end }}
+{{- range $argument := .Values.mlflow.extraArgs }}
+{{- $flag := first (splitList "=" $argument) }}
+{{- $value := get (dict "--static-prefix" "mlflow.staticPrefix" "--host" "nothing: it is 0.0.0.0" "--port" "mlflow.port" "--workers" "mlflow.workers" "--artifacts-destination" "s3.bucket and mlflow.artifactPrefix" "--allowed-hosts" "mlflow.allowedHosts" "--cors-allowed-origins" "mlflow.allowedOrigins") $flag }}
+{{- if $value }}
+{{- fail (printf "mlflow.extraArgs has %s, which probes and clients would not follow: set %s" $flag $value) }}
+{{- end }}
+{{- end }}
 {{- else if not .Values.mlflow.externalUri }}
 {{- fail "mlflow.enabled is off and mlflow.externalUri is empty: name the MLflow that pipelines shall use" }}
 {{- end }}
@@ -78,7 +85,7 @@ Address of MLflow for everybody in the cluster.
 {{- define "nvila-platform.mlflowUri" -}}
 {{- include "nvila-platform.validate" . }}
 {{- if .Values.mlflow.enabled }}
-{{- printf "http://%s-mlflow.%s.svc:%v" (include "nvila-platform.fullname" .) .Release.Namespace .Values.mlflow.port }}
+{{- printf "http://%s-mlflow.%s.svc:%v%s" (include "nvila-platform.fullname" .) .Release.Namespace .Values.mlflow.port .Values.mlflow.staticPrefix }}
 {{- else }}
 {{- .Values.mlflow.externalUri }}
 {{- end }}
@@ -133,16 +140,31 @@ Refuse a part whose API the cluster does not have. Takes `root`, `api` and `what
 {{- end }}
 
 {{/*
-Host names that MLflow answers to: the service's own, those of a gateway, and private addresses.
+Host names that MLflow answers to: the service's own, those of a gateway, this machine's behind a forwarded port, and
+private addresses. MLflow compares an entry with the whole Host header, port included, unless it has a `*`.
 */}}
 {{- define "nvila-platform.mlflowHosts" -}}
 {{- $service := printf "%s-mlflow" (include "nvila-platform.fullname" .) }}
 {{- $hosts := list }}
-{{- range $name := list $service (printf "%s.%s" $service .Release.Namespace) (printf "%s.%s.svc" $service .Release.Namespace) (printf "%s.%s.svc.cluster.local" $service .Release.Namespace) "localhost" "127.0.0.1" }}
+{{- range $name := list $service (printf "%s.%s" $service .Release.Namespace) (printf "%s.%s.svc" $service .Release.Namespace) (printf "%s.%s.svc.cluster.local" $service .Release.Namespace) }}
 {{- $hosts = append $hosts (printf "%s:%v" $name $.Values.mlflow.port) }}
 {{- end }}
-{{- range $private := list "10.*" "192.168.*" "172.*" }}
-{{- $hosts = append $hosts $private }}
+{{- /* kubectl port-forward takes any port of this machine. */}}
+{{- $hosts = concat $hosts (list "localhost" "localhost:*" "127.0.0.1" "127.0.0.1:*") }}
+{{- $hosts = concat $hosts (list "10.*" "192.168.*") }}
+{{- range $second := untilStep 16 32 1 }}
+{{- $hosts = append $hosts (printf "172.%d.*" $second) }}
 {{- end }}
 {{- join "," (concat $hosts .Values.mlflow.allowedHosts) }}
+{{- end }}
+
+{{/*
+Origins whose pages may change something. Without one named, MLflow refuses what its own pages send through a gateway.
+*/}}
+{{- define "nvila-platform.mlflowOrigins" -}}
+{{- $origins := list }}
+{{- range .Values.mlflow.allowedHosts }}
+{{- $origins = append $origins (printf "https://%s" .) }}
+{{- end }}
+{{- join "," (concat $origins .Values.mlflow.allowedOrigins | uniq) }}
 {{- end }}

@@ -58,7 +58,8 @@ app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 {{- end }}
 
 {{/*
-Image reference, by digest where one is given, otherwise by tag; the chart's own choices are pinned besides. Takes `root`, `image` and `path`, its key in the values.
+Image reference, by digest where one is given, otherwise by tag; the chart's own choices are pinned besides, whatever
+registry they come from: a mirror keeps digests. Takes `root`, `image` and `path`, its key in the values.
 */}}
 {{- define "nvila-platform.image" -}}
 {{- if eq .image.tag "latest" }}
@@ -72,12 +73,14 @@ Image reference, by digest where one is given, otherwise by tag; the chart's own
 {{- if .image.digest }}
 {{- printf "%s@%s" $name .image.digest }}
 {{- else }}
-{{- $tagged := printf "%s:%s" $name (default .root.Chart.AppVersion .image.tag) }}
-{{- $digests := .root.Files.Get "files/image-digests.yaml" | fromYaml }}
-{{- with get $digests $tagged }}
-{{- $tagged = printf "%s@%s" $tagged . }}
+{{- $tag := default .root.Chart.AppVersion .image.tag }}
+{{- $digest := "" }}
+{{- range $pinned, $of := .root.Files.Get "files/image-digests.yaml" | fromYaml }}
+{{- if eq (regexReplaceAll "^[^/]+/" $pinned "") (printf "%s:%s" $.image.repository $tag) }}
+{{- $digest = printf "@%s" $of }}
 {{- end }}
-{{- $tagged }}
+{{- end }}
+{{- printf "%s:%s%s" $name $tag $digest }}
 {{- end }}
 {{- end }}
 
@@ -255,12 +258,12 @@ Where S3 is and who we are there, as the project's own settings name it.
 {{- end }}
 
 {{/*
-Refuse when the release's namespace lacks a secret or a key of it. Takes `root`, `name`, `value`, the value that names it,
-and `keys`. Only with a cluster: without one a lookup gives nothing, with one at least an empty list. Helm reads the
-namespace's secrets anyhow, so it needs no more rights than an installation.
+Refuse when a namespace lacks a secret or a key of it. Takes `root`, `name`, `value`, the value that names it, `keys`, and
+`namespace`, the release's by default. Only with a cluster: without one a lookup gives nothing, with one at least an empty
+list. Helm reads the secrets of the release's namespace anyhow, so there it needs no more rights than an installation.
 */}}
 {{- define "nvila-platform.requireSecret" -}}
-{{- $namespace := .root.Release.Namespace }}
+{{- $namespace := default .root.Release.Namespace .namespace }}
 {{- if lookup "v1" "Secret" $namespace "" }}
 {{- $make := printf "kubectl -n %s create secret generic %s" $namespace .name }}
 {{- range .keys }}

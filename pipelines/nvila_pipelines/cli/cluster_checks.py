@@ -45,8 +45,8 @@ PARTS = (
         "cert-manager",
         "cert-manager.io",
         "KServe",
-        "helm install cert-manager oci://quay.io/jetstack/charts/cert-manager -n cert-manager --create-namespace"
-        " --set crds.enabled=true",
+        "helm install cert-manager oci://quay.io/jetstack/charts/cert-manager --version v1.18.2 -n cert-manager"
+        " --create-namespace --set crds.enabled=true",
     ),
     Part(
         "KServe",
@@ -73,19 +73,33 @@ PARTS = (
         "helm install kubeflow-trainer oci://ghcr.io/kubeflow/charts/kubeflow-trainer --version 2.3.0"
         " -n kubeflow-system --create-namespace",
     ),
-    Part("Kueue", "kueue.x-k8s.io", "queues of training jobs", "https://kueue.sigs.k8s.io/docs/installation"),
+    Part(
+        "Kueue",
+        "kueue.x-k8s.io",
+        "queues of training jobs",
+        "helm install kueue oci://registry.k8s.io/kueue/charts/kueue --version 0.14.4 -n kueue-system"
+        " --create-namespace",
+    ),
     Part(
         "KEDA",
         "keda.sh",
         "autoscaling by visual load and latency",
-        "helm install keda keda --repo https://kedacore.github.io/charts -n keda --create-namespace",
+        "helm install keda keda --repo https://kedacore.github.io/charts --version 2.20.2 -n keda --create-namespace",
     ),
     Part(
         "Prometheus operator",
         "monitoring.coreos.com",
         "alerts and dashboards",
-        "helm install monitoring kube-prometheus-stack --repo https://prometheus-community.github.io/helm-charts"
-        " -n monitoring --create-namespace",
+        # Version 0.93 of the operator. The profiles of the charts name this release in their labels.
+        "helm install kube-prometheus-stack kube-prometheus-stack"
+        " --repo https://prometheus-community.github.io/helm-charts --version 88.0.0 -n monitoring --create-namespace",
+    ),
+    Part(
+        "Gateway API",
+        "gateway.networking.k8s.io",
+        "routes, and rollouts in steps",
+        "kubectl apply -f"
+        " https://github.com/kubernetes-sigs/gateway-api/releases/download/v1.4.1/standard-install.yaml",
     ),
 )
 # What the steps of the pipelines do, as the roles of charts/nvila-platform grant it.

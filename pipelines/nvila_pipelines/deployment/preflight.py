@@ -13,11 +13,9 @@ if TYPE_CHECKING:
 
 _FIXES = {part.group: (part.name, part.fix) for part in PARTS} | {
     "serving.knative.dev": ("Knative Serving", "https://knative.dev/docs/install, or deploy with --mode standard"),
-    "gateway.networking.k8s.io": (
-        "the Gateway API",
-        "kubectl apply -f https://github.com/kubernetes-sigs/gateway-api/releases/download/v1.4.1/standard-install.yaml"
-        ", or deploy without --policy: all traffic moves when the new pods are ready",
-    ),
+}
+_WAYS_OUT = {
+    "gateway.networking.k8s.io": ", or deploy without --policy: all traffic moves when the new pods are ready",
 }
 
 
@@ -44,4 +42,5 @@ def check_cluster_for(api: ResourceApi, revision: Revision, *, splits: bool) -> 
     for group in needed:
         if group not in groups:
             name, fix = _FIXES[group]
-            raise CapabilityError(f"this cluster has no {group}: {name} is not installed", fix)
+            hint = fix + _WAYS_OUT.get(group, "")
+            raise CapabilityError(f"this cluster has no {group}: {name} is not installed", hint)

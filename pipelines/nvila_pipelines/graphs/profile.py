@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nvila.errors import ConfigError, nearest
 from nvila_pipelines.components.image import IMAGE
 from nvila_platform.cluster.placement import (
+    WATCHED,
     AbsolutePath,
     Image,
     JobPlacement,
@@ -32,6 +33,8 @@ TASKS = (
     "deploy-model", "finish",
 )  # fmt: skip
 TRAIN = "train"
+# In their own process, unless a job does.
+_TRAINING = (TRAIN, "tune-model")
 _SHM = "dshm"
 # The first task checks what training will be given.
 _TOLD_OF_JOB = ("check", TRAIN)
@@ -134,6 +137,12 @@ class Profile(_Strict):
         if placement.retries:
             task.set_env_variable("NVILA_TASK_RETRIES", str(placement.retries))
         _on_kubernetes(task, placement)
+        if name in _TRAINING and self != NOWHERE and (job is None or name != TRAIN):
+            from kfp import kubernetes
+
+            # Whether or not anybody watches: training offers /metrics where the settings say so.
+            for key, value in WATCHED.items():
+                kubernetes.add_pod_label(task, key, value)
         return task
 
 

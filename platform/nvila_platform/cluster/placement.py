@@ -13,6 +13,9 @@ Image = Annotated[str, Field(pattern=r"^[^\s@:]+(:[0-9]+/[^\s@:]+)?(:[^\s@:/]+|@
 ResourceName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^\s]+$")]
 _DAY_S = 86_400
+# How the PodMonitor of charts/nvila-observability finds the pods in which a model is trained, and where it asks them.
+WATCHED = {"nvila.dev/metrics": "training"}
+METRICS_ADDRESS = "0.0.0.0:9464"  # all addresses of the pod
 
 
 class _Strict(BaseModel):

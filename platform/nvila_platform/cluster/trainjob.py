@@ -53,6 +53,7 @@ class TrainJobSpec:
         service_account: Of the pods; None leaves the runtime's.
         grace_s: Time between SIGTERM and SIGKILL on a node; None leaves Kubernetes' 30 seconds.
         annotations: Of the job.
+        pod_labels: Of the nodes' pods.
 
     Raises:
         ConfigError: A name or a number cannot be used.
@@ -81,6 +82,7 @@ class TrainJobSpec:
     service_account: str | None = None
     grace_s: int | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
+    pod_labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -117,7 +119,7 @@ def train_job(spec: TrainJobSpec) -> dict[str, Any]:
         trainer["resourcesPerNode"] = {"requests": resources, "limits": dict(resources)}
     job: dict[str, Any] = {"runtimeRef": {"name": spec.runtime}, "trainer": trainer}
     if pod := _pod(spec):
-        replicated = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
+        replicated = {"name": NODE, "template": {"spec": {"template": pod}}}
         patch = {"template": {"spec": {"replicatedJobs": [replicated]}}}
         job["runtimePatches"] = [{"manager": MANAGER, "trainingRuntimeSpec": patch}]
     return {"apiVersion": API_VERSION, "kind": "TrainJob", "metadata": metadata, "spec": job}
@@ -139,7 +141,7 @@ def _resources(spec: TrainJobSpec) -> dict[str, str]:
 
 
 def _pod(spec: TrainJobSpec) -> dict[str, Any]:
-    """Return what is patched into the pods of the runtime."""
+    """Return what is patched into the template of the runtime's pods."""
     volumes: list[dict[str, Any]] = [
         {"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in spec.claims
     ]
@@ -156,4 +158,8 @@ def _pod(spec: TrainJobSpec) -> dict[str, Any]:
         "serviceAccountName": spec.service_account,
         "terminationGracePeriodSeconds": spec.grace_s,
     }
-    return {name: value for name, value in pod.items() if value}
+    patch: dict[str, Any] = {
+        "metadata": {"labels": dict(spec.pod_labels)} if spec.pod_labels else {},
+        "spec": {name: value for name, value in pod.items() if value},
+    }
+    return {name: value for name, value in patch.items() if value}

@@ -17,7 +17,7 @@ from nvila_platform.artifacts import storage_errors
 from nvila_platform.cluster.client import ClusterClient
 from nvila_platform.cluster.errors import NotThereError, TakenError
 from nvila_platform.cluster.logs import PodLogs, Say
-from nvila_platform.cluster.placement import JobPlacement
+from nvila_platform.cluster.placement import METRICS_ADDRESS, WATCHED, JobPlacement
 from nvila_platform.cluster.pods import selector
 from nvila_platform.cluster.trainjob import NODE, TrainJobSpec, train_job
 from nvila_platform.launch.job_progress import JobProgress, Patience, conditions
@@ -116,7 +116,11 @@ class TrainJobLauncher:
     ) -> dict[str, Any]:
         placement = self._placement
         given = {ERROR_FILE: str(files.error), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-        plain = {name: value for name, value in env.items() if value and name not in SECRET_VARIABLES}
+        secrets, config_maps = _by_variable(placement.secrets), _by_variable(placement.config_maps)
+        # A node reads them where the profile says; the API server refuses a variable that is there twice.
+        left_out = {*SECRET_VARIABLES, *secrets, *config_maps}
+        plain = {"NVILA_METRICS_ADDRESS": METRICS_ADDRESS} | {name: value for name, value in env.items() if value}
+        plain = {name: value for name, value in plain.items() if name not in left_out}
         if run := os.environ.get("MLFLOW_RUN_ID"):
             plain["MLFLOW_RUN_ID"] = run
         spec = TrainJobSpec(
@@ -131,8 +135,8 @@ class TrainJobLauncher:
             cpu=placement.cpu,
             memory=placement.memory,
             env=plain | dict(placement.env) | given,
-            secrets=_by_variable(placement.secrets),
-            config_maps=_by_variable(placement.config_maps),
+            secrets=secrets,
+            config_maps=config_maps,
             claims=placement.claims,
             namespace=placement.namespace,
             runtime=placement.runtime,
@@ -142,6 +146,7 @@ class TrainJobLauncher:
             queue=placement.queue,
             service_account=placement.service_account,
             grace_s=_GRACE_S,
+            pod_labels=WATCHED,
         )
         manifest = train_job(spec)
         manifest["metadata"]["annotations"] = {_MADE_OF: _digest(manifest)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ import yaml
 
 from nvila_pipelines.cli.cluster_checks import PARTS
 
+ROOT = Path(__file__).resolve().parents[3]
 GROUPS = {part.group for part in PARTS}
 
 
@@ -132,8 +134,41 @@ def test_every_missing_part_is_named_with_what_adds_it(nvila: Callable[..., Any]
     found = checks(nvila)
     assert found[part.name]["status"] == part.absent
     assert found[part.name]["detail"] == f"no {part.group}; needed for {part.use}"
-    assert found[part.name]["fix"] == part.fix
+    # To be pasted, and to add the same version tomorrow.
+    assert re.match(r"(helm install|kubectl apply) ", found[part.name]["fix"])
+    for command in part.fix.split(" && "):
+        assert re.search(r"(--version |\?ref=|/download/)v?\d+\.\d+", command), command
     assert [name for name, check in found.items() if check["status"] != "ok"] == [part.name]
+
+
+def test_the_versions_are_those_of_the_guide_and_of_the_script() -> None:
+    fixes = {part.name: part.fix for part in PARTS}
+    guide = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"(?m)^\| \[([^]]+)\]\([^)]*\)[^|]*\| ([\d.]+) \|", guide))
+    # The operator comes with a chart whose version is another.
+    said = {
+        name: rows[name]
+        for name in ("KServe", "Kubeflow Pipelines", "Kubeflow Trainer", "KEDA", "Kueue", "Gateway API")
+    }
+    for name, version in said.items():
+        assert re.search(rf"(--version |ref=|/)v?{re.escape(version)}(\.\d+)?(?=[ /\"]|$)", fixes[name]), name
+    script = (ROOT / "scripts" / "kind.sh").read_text(encoding="utf-8")
+    for variable, name in {
+        "CERT_MANAGER": "cert-manager",
+        "KSERVE": "KServe",
+        "KFP": "Kubeflow Pipelines",
+        "TRAINER": "Kubeflow Trainer",
+    }.items():
+        (version,) = re.findall(rf"(?m)^{variable}=(\S+)$", script)
+        assert version in fixes[name], name
+
+
+def test_the_profiles_name_the_release_of_the_operator_that_the_fix_installs() -> None:
+    (fix,) = (part.fix for part in PARTS if part.name == "Prometheus operator")
+    for name in ("gpu", "production"):
+        values = yaml.safe_load((ROOT / "charts" / "nvila" / f"values-{name}.yaml").read_text(encoding="utf-8"))
+        watched = values["nvila-observability"]
+        assert {watched[part]["labels"]["release"] for part in ("monitors", "rules")} == {fix.split()[2]}
 
 
 def test_what_is_missing_is_told_in_the_last_line(nvila: Callable[..., Any], cluster: Cluster) -> None:

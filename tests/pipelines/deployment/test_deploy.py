@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,6 +195,8 @@ def test_a_dry_run_prints_manifests_and_touches_nothing(world: World, nvila: Nvi
     assert service["spec"]["predictor"]["model"]["runtime"] == runtime["metadata"]["name"]
     for document in (runtime, service):
         assert crds.errors(document) == []
+    # docs/install.md takes the model's folder from here with sed.
+    assert re.findall(r"(?m)^ *storageUri: (.*)$", done.out) == ["s3://nvila/artifacts/quantize/2"]
     assert world.cluster.calls == []
     assert nvila("deploy", "eye/2", "--dry-run", "--json").last_json["manifests"][1]["metadata"]["name"] == "eye"
 

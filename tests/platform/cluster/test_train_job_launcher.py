@@ -77,7 +77,13 @@ def test_the_manifest_says_what_the_profile_says(step: Step, crds: CrdSchemas, m
         step.trainer.complete()
 
     step.cluster.on_create = create
-    env = {"NVILA_WORKSPACE": "/data/ws", "NVILA_S3_SECRET_KEY": "hunter2", "NVILA_S3_ENDPOINT": ""}
+    env = {
+        "NVILA_WORKSPACE": "/data/ws",
+        "NVILA_S3_SECRET_KEY": "hunter2",
+        "NVILA_S3_ENDPOINT": "",
+        # The task has it of the same config map.
+        "NVILA_TRACKING_URI": "http://mlflow:5000",
+    }
     step.launch(env)
     (job,) = seen
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
@@ -89,11 +95,13 @@ def test_the_manifest_says_what_the_profile_says(step: Step, crds: CrdSchemas, m
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 8)
     assert trainer["resourcesPerNode"]["limits"] == {"cpu": "32", "memory": "256Gi", "nvidia.com/gpu": "8"}
     variables = {one["name"]: one.get("value", one.get("valueFrom")) for one in trainer["env"]}
+    assert len(variables) == len(trainer["env"])
     assert "hunter2" not in json.dumps(job)
     assert variables.pop(ERROR_FILE).startswith(str(step.log.parent))
     assert variables == {
         "MLFLOW_RUN_ID": "run7",
         "NCCL_DEBUG": "INFO",
+        "NVILA_METRICS_ADDRESS": "0.0.0.0:9464",
         "NVILA_S3_SECRET_KEY": {"secretKeyRef": {"name": "s3", "key": "secret-key"}},
         "NVILA_TRACKING_URI": {"configMapKeyRef": {"name": "settings", "key": "uri"}},
         "NVILA_WORKSPACE": "/data/ws",
@@ -101,12 +109,52 @@ def test_the_manifest_says_what_the_profile_says(step: Step, crds: CrdSchemas, m
         "PYTHONUNBUFFERED": "1",
     }
     patch = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
-    nodes = patch["template"]["spec"]["template"]["spec"]
+    template = patch["template"]["spec"]["template"]
+    assert template["metadata"] == {"labels": {"nvila.dev/metrics": "training"}}
+    nodes = template["spec"]
     assert nodes["nodeSelector"] == {"pool": "h100"}
     assert nodes["tolerations"] == [{"key": "spot", "operator": "Exists", "effect": "NoSchedule"}]
     assert (nodes["serviceAccountName"], nodes["terminationGracePeriodSeconds"]) == ("trainer", 120)
     assert nodes["volumes"][1] == {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": "32768Mi"}}
     assert [one["mountPath"] for one in nodes["containers"][0]["volumeMounts"]][1] == "/dev/shm"  # noqa: S108
+
+
+@pytest.mark.parametrize(
+    ("env", "own", "said"),
+    [
+        ({}, {}, "0.0.0.0:9464"),
+        ({"NVILA_METRICS_ADDRESS": ""}, {}, "0.0.0.0:9464"),
+        ({"NVILA_METRICS_ADDRESS": "0.0.0.0:9100"}, {}, "0.0.0.0:9100"),
+        ({"NVILA_METRICS_ADDRESS": "0.0.0.0:9100"}, {"env": {"NVILA_METRICS_ADDRESS": "0"}}, "0"),
+        (
+            {"NVILA_METRICS_ADDRESS": "0.0.0.0:9100"},
+            {"config_maps": {"settings": {"address": "NVILA_METRICS_ADDRESS"}}},
+            {"configMapKeyRef": {"name": "settings", "key": "address"}},
+        ),
+    ],
+    ids=["default", "unset", "settings", "off-in-the-profile", "config-map"],
+)
+def test_nodes_offer_metrics_where_prometheus_asks_unless_told_otherwise(
+    step: Step, env: dict[str, str], own: dict[str, Any], said: Any
+) -> None:
+    step.values |= own
+    seen: list[dict[str, Any]] = []
+    made = step.cluster.on_create
+
+    def create(job: dict[str, Any]) -> None:
+        seen.append(job)
+        made(job)
+        step.trainer.complete()
+
+    step.cluster.on_create = create
+    step.launch(env)
+    (job,) = seen
+    found = [
+        one.get("value", one.get("valueFrom"))
+        for one in job["spec"]["trainer"]["env"]
+        if one["name"] == "NVILA_METRICS_ADDRESS"
+    ]
+    assert found == [said]
 
 
 def test_nodes_that_cannot_see_the_workspace_are_refused_before_there_is_a_job(step: Step) -> None:
