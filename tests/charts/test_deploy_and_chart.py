@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "nvila-serving"
-KEDA = ("--api-versions", "keda.sh/v1alpha1")
+APIS = ("--api-versions", "keda.sh/v1alpha1", "--api-versions", "gateway.networking.k8s.io/v1")
 MATRIX: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "serving_matrix.yaml").read_text("utf-8"))
 each_row = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 # Rows that only Standard mode takes.
@@ -75,7 +75,7 @@ def neutral(document: Document) -> Document:
 
 @each_row
 def test_both_make_the_same_resources(render: Render, values: dict[str, Any]) -> None:
-    documents = {document["kind"]: document for document in render(CHART, values, extra=KEDA)}
+    documents = {document["kind"]: document for document in render(CHART, values, extra=APIS)}
     service = documents["InferenceService"]
     name = service["metadata"]["name"]
     if len(name) == 48:

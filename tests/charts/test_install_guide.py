@@ -50,6 +50,15 @@ def profile(render: Render, name: str) -> list[Document]:
     return render(UMBRELLA, {}, "nvila", (*API_FLAGS, "--values", str(UMBRELLA / f"values-{name}.yaml")))
 
 
+def test_kserve_has_one_version_everywhere() -> None:
+    script = (ROOT / "scripts" / "kind.sh").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^KSERVE=v(\d+\.\d+)\.\d+$", script, re.MULTILINE)
+    (row,) = (line for line in GUIDE.splitlines() if line.startswith("| [KServe]"))
+    assert f"| {version} |" in row
+    readme = (ROOT / "charts" / "nvila-serving" / "README.md").read_text(encoding="utf-8")
+    assert f"shortly before {version};" in re.sub(r"\s+", " ", readme)
+
+
 def test_the_guide_has_commands_of_both_programs() -> None:
     assert len(commands("kubectl")) >= 12
     assert len(commands("helm")) >= 4
