@@ -41,7 +41,7 @@ STANDARD_ONLY = {
 
 def taken(values: dict[str, Any]) -> ServingValues:
     """Read a row as `nvila deploy` does. By default the chart makes the account, and a deployment does not."""
-    raw = {key: value for key, value in values.items() if key not in CHART_ONLY}
+    raw = {key: value for key, value in values.items() if key not in (*CHART_ONLY, "deploymentMode")}
     raw["serviceAccount"] = {"create": True} | raw.get("serviceAccount", {})
     return parse_values(raw, "row")
 

@@ -80,6 +80,39 @@ Name of the runtime. One of the whole cluster is told from those of other namesp
 {{- end }}
 
 {{/*
+"true" in the Knative mode of KServe, else empty.
+*/}}
+{{- define "nvila-serving.knative" -}}
+{{- if eq .Values.deploymentMode "Knative" }}true{{ end }}
+{{- end }}
+
+{{/*
+Refuse what a mode of KServe cannot do.
+*/}}
+{{- define "nvila-serving.checkMode" -}}
+{{- $scaling := .Values.autoscaling }}
+{{- if include "nvila-serving.knative" . }}
+{{- if not (.Capabilities.APIVersions.Has "serving.knative.dev/v1") }}
+{{- fail "deploymentMode Knative needs the API serving.knative.dev/v1, which this cluster does not have: install Knative Serving, or set deploymentMode=Standard. Rendering without a cluster: add --api-versions serving.knative.dev/v1" }}
+{{- end }}
+{{- range list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
+{{- if get $.Values . }}
+{{- fail (printf "deploymentMode Knative leaves the place of pods to Knative, and %s is set: leave it out, or set deploymentMode=Standard" .) }}
+{{- end }}
+{{- end }}
+{{- if eq $scaling.class "keda" }}
+{{- fail "autoscaling.class keda scales Deployments, and Knative scales its own: set autoscaling.class=hpa and autoscaling.knative, or deploymentMode=Standard" }}
+{{- end }}
+{{- if and (not $scaling.enabled) (eq (int $scaling.minReplicas) 0) }}
+{{- fail "autoscaling.minReplicas is 0 and autoscaling.enabled is off, which would be no pods for ever: raise it to 1, or set autoscaling.enabled=true" }}
+{{- end }}
+{{- if and .Values.route.enabled (not .Values.endpoint.service.name) }}
+{{- fail "route.enabled needs a service with pods behind it, and Knative's leads to its gateway: set endpoint.service.name, .namespace and .host to those of that gateway" }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/*
 Name of the service that leads to the endpoint.
 */}}
 {{- define "nvila-serving.serviceName" -}}

@@ -143,7 +143,7 @@ class Keda(_Values):
 
 
 class Knative(_Values):
-    """Scaling by Knative, of a deployment in that mode; the chart has no such mode.
+    """Scaling by Knative, of a deployment in that mode.
 
     Args:
         metric: What is measured.
