@@ -147,6 +147,7 @@ def test_another_image_is_another_runtime_and_another_model_is_not() -> None:
         ({"server": {"port": "web"}}, "server.port is 'web'", "README"),
         ({"server": {"drainSeconds": 60}}, "leaves nothing after server.drainSeconds 60", "raise"),
         ({"image": {"tag": "latest"}}, "image.tag is latest", "version"),
+        ({"image": {"variant": "cpu", "tag": "1"}}, "image.variant chooses", "leave out"),
         ({"playground": {"enabled": False}}, "production", "access.existingSecret"),
         ({"access": {"requestsPerMinute": 5}}, "counts callers", "access"),
         ({"media": {"networks": ["10.0.0.0/8"]}}, "media.networks", "hosts"),

@@ -320,6 +320,7 @@ def test_a_route_leads_from_the_gateway_to_the_service_that_kserve_makes(render:
         ("by-tag", "team/nvila-serve:1.2.3"),
         ("by-digest", f"registry.example.com:5000/nvila/serve@{DIGEST}"),
         ("umbrella", "mirror.example.com/nvila/serve:0.1.0"),
+        ("without-cuda", "nvila/serve:0.1.0-cpu"),
     ],
 )
 def test_image_reference(render: Render, row: str, image: str) -> None:

@@ -133,6 +133,9 @@ Image reference: by digest where one is given, otherwise by tag.
 {{- if eq .Values.image.tag "latest" }}
 {{- fail "image.tag \"latest\" names another image tomorrow: give a version, or set image.digest" }}
 {{- end }}
+{{- if and .Values.image.variant (or .Values.image.tag .Values.image.digest) }}
+{{- fail "image.variant chooses among the chart's own tags: leave image.tag and image.digest empty, or the variant" }}
+{{- end }}
 {{- $registry := default .Values.global.imageRegistry .Values.image.registry }}
 {{- $path := .Values.image.repository }}
 {{- if $registry }}
@@ -141,7 +144,8 @@ Image reference: by digest where one is given, otherwise by tag.
 {{- if .Values.image.digest }}
 {{- printf "%s@%s" $path .Values.image.digest }}
 {{- else }}
-{{- printf "%s:%s" $path (default .Chart.AppVersion .Values.image.tag) }}
+{{- $own := ternary (printf "%s-%s" .Chart.AppVersion .Values.image.variant) .Chart.AppVersion (not (empty .Values.image.variant)) }}
+{{- printf "%s:%s" $path (default $own .Values.image.tag) }}
 {{- end }}
 {{- end }}
 
