@@ -191,6 +191,15 @@ def test_serving_image_starts_and_checks_the_server() -> None:
     compile(program[2], "HEALTHCHECK", "exec")
 
 
+def test_mlflow_image_checks_the_server() -> None:
+    stage = last(ROOT / "docker" / "mlflow.Dockerfile")
+    (check,) = values(stage, "HEALTHCHECK")
+    program = json.loads(check.partition("CMD ")[2])
+    assert program[:2] == ["python", "-c"]
+    assert f"http://127.0.0.1:{values(stage, 'EXPOSE')[0]}/health" in program[2]
+    compile(program[2], "HEALTHCHECK", "exec")
+
+
 @each_file_of_ours
 def test_the_stage_without_source_is_enough_to_resolve_the_project(dockerfile: Path, tmp_path: Path) -> None:
     # The same commands as in the image, up to the download: they fail when the build needs a file that is not there.
