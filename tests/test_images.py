@@ -10,8 +10,9 @@ from pathlib import Path
 import images
 import pytest
 import yaml
+from release import ROOT, checked_version
 
-VERSION = images.checked_version(images.ROOT)
+VERSION = checked_version(ROOT)
 DIGEST = "sha256:" + "0b" * 32
 STUB = """#!/bin/bash
 echo "$*" >> "{log}"
@@ -70,7 +71,7 @@ def test_transformer_engine_stands_on_the_pinned_images_of_cuda(engine: Engine) 
     assert re.fullmatch(r"nvidia/cuda:\S+-runtime-\S+@sha256:[0-9a-f]{64}", arguments["BASE_IMAGE"])
     assert re.fullmatch(r"transformer-engine\[pytorch\]==[0-9.]+", arguments["TRANSFORMER_ENGINE"])
     # The Dockerfile takes all of them.
-    text = (images.ROOT / "docker" / "train.Dockerfile").read_text(encoding="utf-8")
+    text = (ROOT / "docker" / "train.Dockerfile").read_text(encoding="utf-8")
     assert all(re.search(rf"^ARG {name}\b", text, re.MULTILINE) for name in arguments)
 
 
@@ -105,7 +106,7 @@ def test_pushed_images_are_pinned_in_values_of_the_charts(engine: Engine, progra
 
 def test_the_places_of_digests_are_those_of_the_charts() -> None:
     for chart, *keys in images.DIGEST_VALUES.values():
-        place = yaml.safe_load((images.ROOT / "charts" / chart / "values.yaml").read_text(encoding="utf-8"))
+        place = yaml.safe_load((ROOT / "charts" / chart / "values.yaml").read_text(encoding="utf-8"))
         for key in keys:
             place = place[key]
         assert place["digest"] == ""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from nvila.data.readers.locations import Location, reading
 from nvila.data.readers.packages import package
 from nvila.data.selections import SELECTION_FILE
 
-State = Literal["kept", "dropped", "quarantined", "scored"]
-CurationCounts: TypeAlias = "dict[str, Counter[State]]"
+# Records by source and by state: kept, dropped, quarantined; or scored, while nothing is chosen yet.
+CurationCounts: TypeAlias = "dict[str, Counter[str]]"
 
 
 def count_selections(places: Iterable[Location]) -> CurationCounts:

@@ -12,7 +12,7 @@ from nvila.errors import NvilaError
 if TYPE_CHECKING:
     from nvila.curation.choosing import SourceCount
     from nvila.curation.shards import Shards
-    from nvila.data.selection_counts import CurationCounts, State
+    from nvila.data.selection_counts import CurationCounts
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,6 @@ def _counted(shards: Shards, number: int) -> CurationCounts | None:
         return None
     counts: CurationCounts = {}
     for row in table.group_by(["source", "status"]).aggregate([([], "count_all")]).to_pylist():
-        state: State = "scored" if row["status"] == OK else "quarantined"
+        state = "scored" if row["status"] == OK else "quarantined"
         counts.setdefault(row["source"], Counter())[state] += row["count_all"]
     return counts

@@ -15,7 +15,7 @@ from nvila_platform.training.exporter import Exporter
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-    from nvila.data.selection_counts import CurationCounts, State
+    from nvila.data.selection_counts import CurationCounts
 
 _HELP = (
     "Records of a data set by source: kept, dropped, quarantined (without a score), or scored while nothing is chosen."
@@ -78,7 +78,7 @@ def _bounded(counts: CurationCounts) -> CurationCounts:
     if len(counts) <= _MOST_SOURCES:
         return counts
     ranked = sorted(counts, key=lambda source: counts[source].total(), reverse=True)
-    others: Counter[State] = Counter()
+    others: Counter[str] = Counter()
     for source in ranked[_MOST_SOURCES - 1 :]:
         others.update(counts[source])
     return {source: counts[source] for source in ranked[: _MOST_SOURCES - 1]} | {_OTHERS: others}

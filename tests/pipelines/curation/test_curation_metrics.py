@@ -43,10 +43,10 @@ def test_a_scrape_sees_shards_as_they_appear_and_then_the_choice(
     curate: Curate, models: dict[str, Path], llava: Any, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nvila.curation.scoring_run import ScoringRun
-    from nvila_pipelines.curation import dataset_run
+    from nvila_pipelines.curation.finishing import finish
 
     seen: list[dict[tuple[str, str], float]] = []
-    read, finish = ScoringRun._read, dataset_run.finish
+    read = ScoringRun._read
 
     def reading(self: ScoringRun, number: int, phase: str) -> Any:
         seen.append(scraped(port))
@@ -57,7 +57,7 @@ def test_a_scrape_sees_shards_as_they_appear_and_then_the_choice(
         return finish(*words)
 
     monkeypatch.setattr(ScoringRun, "_read", reading)
-    monkeypatch.setattr(dataset_run, "finish", finishing)
+    monkeypatch.setattr("nvila_pipelines.curation.dataset_run.finish", finishing)
     data = llava(24, {9: "{broken"})
     words = ("--small", models["small"], "--large", models["large"], "--shard-size", "10", "--keep-rate", "vqa=25%")
     assert curate(data, *words, "--out", "out", "--threads", "1") == 0
