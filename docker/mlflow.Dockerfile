@@ -48,5 +48,8 @@ ENV PATH="/opt/mlflow/bin:${PATH}" \
 WORKDIR /tmp
 USER 10001:10001
 EXPOSE 5000
+# For Docker and Compose; Kubernetes has the chart's probes.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:5000/health', timeout=4)"]
 ENTRYPOINT ["mlflow"]
 CMD ["server", "--help"]

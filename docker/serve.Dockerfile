@@ -2,7 +2,7 @@
 #
 #   docker build -f docker/serve.Dockerfile -t nvila/serve:0.1.0 --build-arg VERSION=0.1.0 .
 #
-# PyPI's torch for Linux brings CUDA along. For a small image without it:
+# PyPI's torch for Linux brings CUDA along. For a small image without it, tagged 0.1.0-cpu (scripts/images.py --cpu):
 #   --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 # Of 2026-11-26, as several public projects pin this tag; renewed by make pin-images.

@@ -2,17 +2,18 @@
 #
 #   docker build -f docker/train.Dockerfile -t nvila/train:0.1.0 --build-arg VERSION=0.1.0 .
 #
-# Without a GPU, a much smaller torch:
+# Without a GPU, a much smaller torch, tagged 0.1.0-cpu (scripts/images.py --cpu):
 #   --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-# With Transformer Engine, whose PyTorch part is compiled against CUDA's headers while the image is built (both images
-# of one distribution, so that the interpreter is the same):
-#   --build-arg BUILD_IMAGE=nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04@sha256:0230b7f243483cb15969fa3cc724a9459599604427052fc2a0d4291c7c0647dd \
-#   --build-arg BASE_IMAGE=nvidia/cuda:13.0.3-cudnn-runtime-ubuntu24.04@sha256:14f6d08d1cd4a96effbfe3101d0b56326f552c199d05e4979ee0bd616df5811b \
-#   --build-arg TRANSFORMER_ENGINE="transformer-engine[pytorch]==2.20.2"
+# With Transformer Engine, whose PyTorch part is compiled against CUDA's headers while the image is built:
+#   python scripts/images.py train --transformer-engine
+# which gives BUILD_IMAGE, BASE_IMAGE and TRANSFORMER_ENGINE.
 
 # Of 2026-11-26, as several public projects pin this tag; renewed by make pin-images.
 ARG BASE_IMAGE=python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7
 ARG BUILD_IMAGE=${BASE_IMAGE}
+# For Transformer Engine. Both of one distribution, so that the interpreter is the same.
+ARG CUDA_BUILD_IMAGE=nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04@sha256:0230b7f243483cb15969fa3cc724a9459599604427052fc2a0d4291c7c0647dd
+ARG CUDA_BASE_IMAGE=nvidia/cuda:13.0.3-cudnn-runtime-ubuntu24.04@sha256:14f6d08d1cd4a96effbfe3101d0b56326f552c199d05e4979ee0bd616df5811b
 
 # ---- Dependencies alone. This stage does not see the source, so its large layer changes only with the pins.
 FROM ${BUILD_IMAGE} AS dependencies

@@ -119,8 +119,13 @@ load_images() {
     say "building the images, without CUDA, and loading them into the node"
     # shellcheck disable=SC2086 # a list of names
     run "$PYTHON" scripts/images.py $IMAGES --cpu --engine docker
+    local tag
     for image in $IMAGES; do
-        run kind load docker-image "nvila/$image:$VERSION" --name "$CLUSTER"
+        case $image in
+        serve | train) tag=$VERSION-cpu ;; # another torch, another tag
+        *) tag=$VERSION ;;
+        esac
+        run kind load docker-image "nvila/$image:$tag" --name "$CLUSTER"
     done
 }
 

@@ -138,7 +138,8 @@ def crds() -> CrdSchemas:
     """Definitions of the custom resources that charts and manifests make."""
     if not CRDS.is_dir():
         pytest.skip(f"the custom resource definitions are not here: {CRDS}")
-    schemas: CrdSchemas = _module(Path(__file__).parent / "charts" / "crd_validation.py").CrdSchemas(CRDS)
+    here = Path(__file__).parent / "charts"
+    schemas: CrdSchemas = _module(here / "crd_validation.py").CrdSchemas(CRDS, (here / "definitions",))
     return schemas
 
 

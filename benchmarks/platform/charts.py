@@ -96,7 +96,8 @@ def claim_of(id: str, what: str, value: int, goal: int, fine: bool = True, notes
 def notes(count: Count) -> str:
     """Say what the number of objects stands for."""
     unknown = ", ".join(f"{kind} ({times})" for kind, times in sorted(count.unknown.items()))
-    return f"{count.validations} validations over the versions; no definition is at hand of {unknown}"
+    without = f"; no definition is at hand of {unknown}" if unknown else ""
+    return f"{count.validations} validations over the versions{without}"
 
 
 # ---- Rendering and validation.
@@ -121,14 +122,14 @@ def rows() -> Iterator[tuple[str, Path, dict[str, Any], tuple[str, ...]]]:
         chart, values, extra = row.values
         yield str(row.id), chart, values, extra
     for name, values in serving.MATRIX.items():
-        yield f"serving-{name}", serving.CHART, values, serving.KEDA
+        yield f"serving-{name}", serving.CHART, values, serving.APIS
 
 
 def validate() -> Count:
     """Render every combination and validate every object."""
     tools = load("conftest")
     built_in = load("built_in_validation").BuiltInSchemas(tools.KUBERNETES)
-    crds = load("crd_validation").CrdSchemas(CRDS)
+    crds = load("crd_validation").CrdSchemas(CRDS, (TESTS / "definitions",))
     count = Count()
     with tempfile.TemporaryDirectory(prefix="nvila-helm-") as home:
         helm = tools.Helm(ROOT / ".tools" / "bin" / "helm", Path(home))

@@ -90,7 +90,7 @@ class Settings:
         system_metrics_s: Seconds between two measurements of the machine's load for MLflow; 0 takes none.
         track_training: Who tells MLflow about the steps of training: whoever follows the run's events, or the training
             process itself, in a run nested under the one that MLFLOW_RUN_ID names.
-        metrics_address: `host:port` that a training process offers `/metrics` on; empty offers none.
+        metrics_address: `host:port` that a training process, or a curation, offers `/metrics` on; empty offers none.
         checkpoint_uri: Where unfinished training is backed up: a folder or `s3://bucket/prefix`; empty for nowhere.
         peak_tflops: Peak speed of one device, for MFU; None takes what is known of the device.
         price_per_gpu_hour: Money for a GPU-hour; None when nobody said.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import yaml
 
 Schema = dict[str, Any]
 Document = dict[str, Any]
@@ -35,13 +36,19 @@ METADATA: Schema = {
 
 @dataclass
 class CrdSchemas:
-    """Definitions in a folder of JSON files named `<group>_<plural>.json`, read when first asked for."""
+    """Definitions in folders of files named `<group>_<plural>.json` or `.yaml`, read when first asked for.
+
+    Args:
+        folder: Definitions as their projects publish them.
+        also: Further folders.
+    """
 
     folder: Path
+    also: tuple[Path, ...] = ()
     _validators: dict[tuple[str, str], jsonschema.Draft202012Validator] = field(default_factory=dict)
 
     def knows(self, document: Document) -> bool:
-        """Whether the folder defines this kind of resource in this version."""
+        """Whether the folders define this kind of resource in this version."""
         return self._validator(document["apiVersion"], document["kind"]) is not None
 
     def errors(self, document: Document) -> list[str]:
@@ -66,8 +73,10 @@ class CrdSchemas:
 
     def _find(self, api_version: str, kind: str) -> Schema | None:
         group, _, version = api_version.rpartition("/")
-        for path in sorted(self.folder.glob(f"{group}_*.json")):
-            spec = json.loads(path.read_text(encoding="utf-8"))["spec"]
+        found = (path for folder in (self.folder, *self.also) for path in sorted(folder.glob(f"{group}_*.*")))
+        for path in found:
+            text = path.read_text(encoding="utf-8")
+            spec = (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))["spec"]
             if spec["names"]["kind"] != kind:
                 continue
             for served in spec["versions"]:

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,6 +55,11 @@ kube_pod_container_status_restarts_total{{namespace="models",pod="run-train",con
 kube_pod_container_status_terminated_reason{{namespace="models",pod="run-data",container="main",reason="OOMKilled"}} 1
 kube_pod_completion_time{{namespace="models",pod="run-data"}} 1790000060
 kube_pod_start_time{{namespace="models",pod="run-data"}} 1790000000
+kube_pod_owner{{namespace="models",pod="run-train",owner_kind="Workflow",owner_name="run-x7k2p"}} 1
+kube_pod_owner{{namespace="models",pod="run-data",owner_kind="Workflow",owner_name="run-x7k2p"}} 1
+kube_horizontalpodautoscaler_status_current_replicas{{namespace="models",horizontalpodautoscaler="eyes-predictor"}} 1
+kube_horizontalpodautoscaler_status_desired_replicas{{namespace="models",horizontalpodautoscaler="eyes-predictor"}} 2
+kube_horizontalpodautoscaler_spec_max_replicas{{namespace="models",horizontalpodautoscaler="eyes-predictor"}} 4
 mlflow_http_request_total{{method="POST",status="200"}} {n}
 mlflow_http_request_total{{method="POST",status="500"}} {n}
 mlflow_http_request_duration_seconds_bucket{{method="POST",status="200",le="0.1"}} {n}
@@ -101,7 +107,11 @@ def others() -> Iterator[int]:
 @contextmanager
 def training(settings: Settings) -> Iterator[tuple[int, Callable[[int], None]]]:
     """Offer the metrics of a stage; yields the port and what makes a step."""
-    sink = ScrapeSink("127.0.0.1:0")
+    curation = {
+        "vqa": Counter(kept=500, dropped=480, quarantined=20),
+        "charts": Counter(kept=800, dropped=199, quarantined=1),
+    }
+    sink = ScrapeSink("127.0.0.1:0", curation)
     with TrainingObserver([sink], settings, peak_flops=1e12, flops={"align": lambda record: 2e11}) as observer:
         observer.on_stage_start(StageStart(stage="align", steps=1000, first_step=0, parameters=7, world_size=1))
 

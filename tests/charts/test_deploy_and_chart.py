@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "nvila-serving"
-KEDA = ("--api-versions", "keda.sh/v1alpha1")
+APIS = ("--api-versions", "keda.sh/v1alpha1", "--api-versions", "gateway.networking.k8s.io/v1")
 MATRIX: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "serving_matrix.yaml").read_text("utf-8"))
 each_row = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 # Rows that only Standard mode takes.
@@ -41,7 +41,7 @@ STANDARD_ONLY = {
 
 def taken(values: dict[str, Any]) -> ServingValues:
     """Read a row as `nvila deploy` does. By default the chart makes the account, and a deployment does not."""
-    raw = {key: value for key, value in values.items() if key not in CHART_ONLY}
+    raw = {key: value for key, value in values.items() if key not in (*CHART_ONLY, "deploymentMode")}
     raw["serviceAccount"] = {"create": True} | raw.get("serviceAccount", {})
     return parse_values(raw, "row")
 
@@ -75,7 +75,7 @@ def neutral(document: Document) -> Document:
 
 @each_row
 def test_both_make_the_same_resources(render: Render, values: dict[str, Any]) -> None:
-    documents = {document["kind"]: document for document in render(CHART, values, extra=KEDA)}
+    documents = {document["kind"]: document for document in render(CHART, values, extra=APIS)}
     service = documents["InferenceService"]
     name = service["metadata"]["name"]
     if len(name) == 48:
@@ -147,6 +147,7 @@ def test_another_image_is_another_runtime_and_another_model_is_not() -> None:
         ({"server": {"port": "web"}}, "server.port is 'web'", "README"),
         ({"server": {"drainSeconds": 60}}, "leaves nothing after server.drainSeconds 60", "raise"),
         ({"image": {"tag": "latest"}}, "image.tag is latest", "version"),
+        ({"image": {"variant": "cpu", "tag": "1"}}, "image.variant chooses", "leave out"),
         ({"playground": {"enabled": False}}, "production", "access.existingSecret"),
         ({"access": {"requestsPerMinute": 5}}, "counts callers", "access"),
         ({"media": {"networks": ["10.0.0.0/8"]}}, "media.networks", "hosts"),

@@ -69,8 +69,16 @@ def test_hadolint_finds_nothing(dockerfile: Path) -> None:
 @each_file
 def test_base_image_can_be_chosen_and_does_not_move(dockerfile: Path) -> None:
     default, *more = values(stages(dockerfile)[""], "ARG")
-    assert more == (["BUILD_IMAGE=${BASE_IMAGE}"] if dockerfile.stem == "train" else [])
-    assert re.fullmatch(r"BASE_IMAGE=[a-z0-9./-]+:(?!latest)[a-z0-9.-]+@sha256:[0-9a-f]{64}", default)
+    pinned = r"[a-z0-9./-]+:(?!latest)[a-z0-9.-]+@sha256:[0-9a-f]{64}"
+    assert re.fullmatch(f"BASE_IMAGE={pinned}", default)
+    if dockerfile.stem == "train":
+        same, build, base = more
+        assert same == "BUILD_IMAGE=${BASE_IMAGE}"
+        assert re.fullmatch(f"CUDA_BUILD_IMAGE={pinned}", build)
+        assert re.fullmatch(f"CUDA_BASE_IMAGE={pinned}", base)
+        assert build.partition("devel")[2].partition("@")[0] == base.partition("runtime")[2].partition("@")[0]
+    else:
+        assert more == []
     bases = {rest.split(" AS ")[0] for word, rest in instructions(dockerfile) if word == "FROM"}
     assert bases <= {"${BASE_IMAGE}", "${BUILD_IMAGE}", "dependencies"}
 
@@ -180,6 +188,15 @@ def test_serving_image_starts_and_checks_the_server() -> None:
     program = json.loads(check.partition("CMD ")[2])
     assert program[:2] == ["python", "-c"]
     assert "http://127.0.0.1:8080/v2/health/ready" in program[2]
+    compile(program[2], "HEALTHCHECK", "exec")
+
+
+def test_mlflow_image_checks_the_server() -> None:
+    stage = last(ROOT / "docker" / "mlflow.Dockerfile")
+    (check,) = values(stage, "HEALTHCHECK")
+    program = json.loads(check.partition("CMD ")[2])
+    assert program[:2] == ["python", "-c"]
+    assert f"http://127.0.0.1:{values(stage, 'EXPOSE')[0]}/health" in program[2]
     compile(program[2], "HEALTHCHECK", "exec")
 
 

@@ -1,4 +1,4 @@
-"""The images are really built, without a daemon, on a Debian made here; the server in one of them answers a question.
+"""The images are really built, without a daemon, on a Debian made here; the servers in them answer.
 
 Needs root, buildah, debootstrap and Debian's archive; minutes and some gigabytes. Registries of images are not asked.
 """
@@ -15,11 +15,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import images
 import local_engine
 import pytest
+
+if TYPE_CHECKING:
+    from tests.charts.conftest import Document
+
+    Render = Callable[..., list[Document]]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Minutes of downloads and copies on an idle machine; an hour on one that is busy, the base image included.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
@@ -149,13 +156,118 @@ def test_the_server_in_the_image_answers_a_question(
         subprocess.run([*base, "rm", name], capture_output=True, check=False)
 
 
-def wait_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+HOST = "mlflow.example.com"
+
+
+def mlflow_container(render: Render, port: int) -> dict[str, Any]:
+    """Return MLflow's container as charts/nvila-platform renders it."""
+    values = {"mlflow": {"port": port, "workers": 1, "allowedHosts": [HOST]}}
+    documents = render(ROOT / "charts" / "nvila-platform", values)
+    owner = next(
+        one for one in documents if one["kind"] == "Deployment" and one["metadata"]["name"].endswith("-mlflow")
+    )
+    found: dict[str, Any] = owner["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def mlflow_settings(container: dict[str, Any]) -> dict[str, str]:
+    """Return its variables, with a database in a file instead of Postgres and made-up keys of a store."""
+    given = {one["name"]: one.get("value", "made-up") for one in container["env"]}
+    return given | {"MLFLOW_BACKEND_STORE_URI": "sqlite:////tmp/mlflow.db"}
+
+
+def asked(port: int, path: str, body: dict[str, Any] | None = None, **headers: str) -> tuple[int, str]:
+    """Ask this machine; returns status and text."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        None if body is None else json.dumps(body).encode(),
+        {"Content-Type": "application/json", **headers},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - this machine
+            return int(answer.status), answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_mlflow_in_the_image_starts_as_the_chart_says_and_answers(
+    builder: images.Builder, build: Callable[[str], str], render: Render, tmp_path: Path
+) -> None:
+    tag = build("mlflow")
+    config = config_of(builder, tag)
+    assert config["User"] == "10001:10001"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    container = mlflow_container(render, port)
+    environment = mlflow_settings(container)
+    # The chart's own words, on the loopback of this machine.
+    command = [*container["command"], *("127.0.0.1" if word == "0.0.0.0" else word for word in container["args"])]
+    variables = (word for name, value in environment.items() for word in ("--env", f"{name}={value}"))
+    base = ["buildah", *builder.options]
+    name = local_engine.buildah(builder.options, "from", "--pull-never", tag)
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*base, "run", "--isolation", "chroot", "--network", "host", *variables, name, "--", *command],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        wait_ready(server, port, tmp_path / "log", "/health")
+        assert asked(port, "/health")[0] == 200
+        searched = {"max_results": 1}
+        # By the name of a gateway, from a page that it delivered.
+        origins = environment.get("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", "") or f"http://localhost:{port}"
+        allowed = {"Host": HOST, "Origin": origins.split(",")[0]}
+        status, text = asked(port, "/api/2.0/mlflow/experiments/search", searched, **allowed)
+        assert status == 200, text
+        assert json.loads(text)["experiments"][0]["name"] == "Default"
+        for foreign in ({"Host": "evil.example.org"}, {"Host": HOST, "Origin": "https://evil.example.org"}):
+            assert asked(port, "/api/2.0/mlflow/experiments/search", searched, **foreign)[0] == 403, foreign
+        status, text = asked(port, "/metrics")
+        assert status == 200
+        assert "mlflow_http_request_total" in text
+        check = [word.replace(":5000/", f":{port}/") for word in config["Healthcheck"]["Test"][1:]]
+        assert run(builder, tag, *check, volumes=("--network", "host")).returncode == 0
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+        subprocess.run([*base, "rm", name], capture_output=True, check=False)
+    # The drivers that the chart's addresses name, which a file as database does not need.
+    drivers = run(builder, tag, "python", "-c", "import boto3, psycopg2, prometheus_flask_exporter")
+    assert drivers.returncode == 0, drivers.stderr
+
+
+def test_the_training_image_checks_its_machine_and_holds_what_steps_import(
+    builder: images.Builder, build: Callable[[str], str]
+) -> None:
+    tag = build("train")
+    config = config_of(builder, tag)
+    assert config["User"] == "10001:10001"
+    assert config["Cmd"] == ["nvila", "doctor"]
+    said = run(builder, tag, "nvila", "version")
+    assert said.returncode == 0, said.stderr
+    assert tag.rpartition(":")[2] in said.stdout
+    # What a machine lacks is said, with exit code 1 where `nvila run` needs it.
+    checked = run(builder, tag, *config["Cmd"], "--json")
+    assert checked.returncode in (0, 1), checked.stderr
+    assert json.loads(checked.stdout.splitlines()[-1])["checks"]
+    program = "import deepspeed, torch, transformers; print(torch.__version__, transformers.__version__)"
+    versions = run(builder, tag, "python", "-c", program)
+    assert versions.returncode == 0, versions.stderr
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    torch, transformers = versions.stdout.split()[-2:]
+    assert f"torch=={torch.partition('+')[0]}" in constraints
+    assert f"transformers=={transformers}" in constraints
+    # DeepSpeed compiles with it at first use.
+    assert run(builder, tag, "g++", "--version").returncode == 0
+
+
+def wait_ready(server: subprocess.Popen[bytes], port: int, log: Path, path: str = "/v2/health/ready") -> None:
     """Wait for the server, or fail with its last words."""
     for _ in range(600):
         if server.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=2) as ready:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=2) as ready:
                 if ready.status == 200:
                     return
         except (urllib.error.URLError, ConnectionError, TimeoutError):

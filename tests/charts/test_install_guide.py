@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -16,13 +17,14 @@ import yaml
 
 if TYPE_CHECKING:
     from tests.charts.conftest import Document, Helm
+    from tests.charts.crd_validation import CrdSchemas
 
     Render = Callable[..., list[Document]]
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 UMBRELLA = ROOT / "charts" / "nvila"
-APIS = ("kueue.x-k8s.io/v1beta2", "monitoring.coreos.com/v1")
+APIS = ("kueue.x-k8s.io/v1beta2", "monitoring.coreos.com/v1", "gateway.networking.k8s.io/v1")
 API_FLAGS = tuple(word for api in APIS for word in ("--api-versions", api))
 PROFILES = ("laptop", "gpu", "production")
 # The second step of the guide; flags, since they come after the profile.
@@ -56,6 +58,15 @@ def profile(render: Render, name: str, *more: str) -> list[Document]:
     return render(UMBRELLA, {}, "nvila", flags)
 
 
+def test_kserve_has_one_version_everywhere() -> None:
+    script = (ROOT / "scripts" / "kind.sh").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^KSERVE=v(\d+\.\d+)\.\d+$", script, re.MULTILINE)
+    (row,) = (line for line in GUIDE.splitlines() if line.startswith("| [KServe]"))
+    assert f"| {version} |" in row
+    readme = (ROOT / "charts" / "nvila-serving" / "README.md").read_text(encoding="utf-8")
+    assert f"shortly before {version};" in re.sub(r"\s+", " ", readme)
+
+
 def test_the_guide_has_commands_of_both_programs() -> None:
     assert len(commands("kubectl")) >= 12
     assert len(commands("helm")) >= 4
@@ -63,9 +74,10 @@ def test_the_guide_has_commands_of_both_programs() -> None:
 
 @pytest.mark.parametrize("words", commands("helm"), ids=" ".join)
 def test_helm_takes_its_commands(helm: Helm, words: list[str]) -> None:
-    if words[0] == "install" or "--set" in words:
+    if words[0] == "install" or (words[0] == "upgrade" and {"--set", "-f", "--values"} & set(words)):
         # The nearest thing without a cluster whose APIs could be looked up.
-        done = helm.run("template", *(str(ROOT / w) if w.startswith("charts/") else w for w in words[1:]), *API_FLAGS)
+        here = (str(ROOT / word) if word.startswith(("charts/", "examples/")) else word for word in words[1:])
+        done = helm.run("template", *here, *API_FLAGS)
         assert done.returncode == 0, done.stderr
     else:
         # The arguments are right; what is missing is a cluster.
@@ -165,6 +177,77 @@ def test_every_resource_that_is_named_is_one_of_a_profile(render: Render) -> Non
             if slash and SHORT.get(kind, kind) in {"deployment", "statefulset", "service", "inferenceservice"}:
                 named.add(f"{SHORT.get(kind, kind)}/{name}")
     assert {"statefulset/nvila-platform-postgres", "deployment/nvila-platform-mlflow"} <= named <= made
+
+
+def routed(render: Render) -> list[Document]:
+    """Return what production with the routes of the example is."""
+    files = (UMBRELLA / "values-production.yaml", ROOT / "examples" / "production-routes.yaml")
+    return render(UMBRELLA, {}, "nvila", (*API_FLAGS, *(word for file in files for word in ("--values", str(file)))))
+
+
+def gateway_example() -> dict[str, Document]:
+    text = (ROOT / "examples" / "production-gateway.yaml").read_text(encoding="utf-8")
+    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+
+
+def test_the_routes_of_the_example_hang_on_listeners_of_its_gateway(render: Render, crds: CrdSchemas) -> None:
+    gateway = gateway_example()["Gateway"]
+    assert crds.errors(gateway) == []
+    listeners = {one["name"]: one for one in gateway["spec"]["listeners"]}
+    routes = [document for document in routed(render) if document["kind"] == "HTTPRoute"]
+    assert len(routes) == len(listeners) == 2
+    for route in routes:
+        assert crds.errors(route) == []
+        (parent,) = route["spec"]["parentRefs"]
+        assert (parent["name"], parent["namespace"]) == (gateway["metadata"]["name"], gateway["metadata"]["namespace"])
+        listener = listeners[parent["sectionName"]]
+        assert route["spec"]["hostnames"] == [listener["hostname"]]
+        # TLS ends there, and the listener admits the namespace that the guide installs into.
+        assert (listener["protocol"], listener["tls"]["mode"]) == ("HTTPS", "Terminate")
+        admitted = listener["allowedRoutes"]["namespaces"]["selector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        assert admitted == "nvila"
+    gateway["spec"]["listeners"][0]["tls"]["certificates"] = []
+    assert crds.errors(gateway) != []
+
+
+def test_sign_on_stands_before_the_route_to_mlflow_and_no_other(render: Render) -> None:
+    policy = gateway_example()["SecurityPolicy"]
+    routes = {document["metadata"]["name"]: document for document in routed(render) if document["kind"] == "HTTPRoute"}
+    (target,) = policy["spec"]["targetRefs"]
+    assert (target["kind"], policy["metadata"]["namespace"]) == ("HTTPRoute", "nvila")
+    route = routes[target["name"]]
+    assert route["spec"]["rules"][0]["backendRefs"][0]["name"] == "nvila-platform-mlflow"
+    oidc = policy["spec"]["oidc"]
+    assert oidc["redirectURL"] == f"https://{route['spec']['hostnames'][0]}/oauth2/callback"
+    assert oidc["redirectURL"] in GUIDE
+    secret = next(words for words in commands("kubectl") if oidc["clientSecret"]["name"] in words)
+    assert secret[:2] == ["-n", "nvila"]
+    assert any(word.startswith("--from-literal=client-secret=") for word in secret)
+
+
+def test_the_gateways_proxies_are_let_in_and_answered(render: Render) -> None:
+    documents = routed(render)
+    for name in ("nvila-platform-mlflow", "nvila-serving"):
+        (policy,) = (d for d in documents if d["kind"] == "NetworkPolicy" and d["metadata"]["name"] == name)
+        assert "envoy-gateway-system" in json.dumps(policy["spec"]["ingress"]), name
+    (mlflow,) = (d for d in documents if d["kind"] == "Deployment" and d["metadata"]["name"] == "nvila-platform-mlflow")
+    env = {one["name"]: one.get("value") for one in mlflow["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert "mlflow.example.com" in env["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+
+
+def test_models_are_copied_from_the_store_of_production() -> None:
+    values = yaml.safe_load((UMBRELLA / "values-production.yaml").read_text(encoding="utf-8"))
+    notes = [
+        dict(word.split("=", 1) for word in words if word.startswith("serving.kserve.io/"))
+        for words in commands("kubectl")
+        if "annotate" in words and "nvila-storage" in words
+    ]
+    bundled, production = notes
+    assert bundled["serving.kserve.io/s3-endpoint"].startswith("nvila-platform-s3.")
+    assert production["serving.kserve.io/s3-endpoint"] == values["nvila-platform"]["s3"]["external"]["endpoint"]
+    assert production["serving.kserve.io/s3-usehttps"] == "1"
+    # Nothing of the bundled store is left behind.
+    assert bundled.keys() <= production.keys()
 
 
 def secrets_of(node: Any) -> set[tuple[str, str]]:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -38,6 +39,10 @@ FOREIGN = {
     "kube_pod_container_status_terminated_reason",
     "kube_pod_completion_time",
     "kube_pod_start_time",
+    "kube_pod_owner",
+    "kube_horizontalpodautoscaler_status_current_replicas",
+    "kube_horizontalpodautoscaler_status_desired_replicas",
+    "kube_horizontalpodautoscaler_spec_max_replicas",
     "mlflow_http_request_total",
     "mlflow_http_request_duration_seconds_bucket",
 }
@@ -204,7 +209,7 @@ def names_in(expr: str) -> set[str]:
     """Return the metrics that an expression names."""
     bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\"[^\"]*\"", " ", expr)
     bare = re.sub(r"\b(by|on|without|group_left|group_right)\s*\([^)]*\)", " ", bare)
-    functions = {"sum", "max", "avg", "rate", "increase", "histogram_quantile", "and", "or", "on", "by"}
+    functions = {"sum", "max", "avg", "rate", "increase", "histogram_quantile", "and", "or", "on", "by", "count", "min"}
     return {name for name in re.findall(r"(?<![\w.])[a-z][\w:]*", bare) if name not in functions}
 
 
@@ -232,7 +237,7 @@ def test_metrics_of_the_server_are_those_that_it_offers(rules: dict[str, Any]) -
     expressions = [expr for _, expr in queries()]
     expressions += [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     asked = {name for expr in expressions for name in names_in(expr)}
-    training = {name for name in asked if name.startswith("nvila_train_")}
+    training = {name for name in asked if name.startswith(("nvila_train_", "nvila_curation_"))}
     assert asked - training - FOREIGN - recorded <= offered, asked - training - FOREIGN - recorded - offered
     # And the other way round: nothing that the server offers goes unseen; gen_ai_* are the same under other names.
     offered = {name for name in offered if not name.startswith("gen_ai_")}
@@ -250,6 +255,24 @@ def test_metrics_of_training_are_those_that_it_offers(rules: dict[str, Any]) -> 
     for name in {name for expr in expressions for name in names_in(expr) if name.startswith("nvila_train_")}:
         bare = name.removeprefix("nvila_train_").removesuffix("_total")
         assert f'"{bare}"' in source or f"nvila_train_{bare}" in source, name
+
+
+def test_metrics_of_curation_are_those_that_it_offers() -> None:
+    from nvila_platform.training.curation import CurationCollector
+
+    counts = {"vqa": Counter({"kept": 1})}
+    offered = {family.name for family in CurationCollector(lambda: counts).collect()}
+    asked = {name for _, expr in queries() for name in names_in(expr) if name.startswith("nvila_curation_")}
+    assert asked == offered
+
+
+def test_what_each_dashboard_is_for_has_a_panel() -> None:
+    titles = {path.stem: {panel["title"] for panel in panels(read(path))} for path in DASHBOARDS}
+    assert {"Keep rate", "Quarantine", "Records by state", "Drift"} <= titles["data"]
+    assert {"Runs", "Runs with a failed task", "Duration by run"} <= titles["pipeline"]
+    assert "Replicas" in titles["serving"]
+    # Every panel has an answer of its own kind: none only says in words where to look instead.
+    assert not [panel for path in DASHBOARDS for panel in read(path)["panels"] if panel["type"] == "text"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ CHART = ROOT / "charts" / "nvila-platform"
 MATRIX: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "platform_matrix.yaml").read_text("utf-8"))
 APIS = ("kubeflow.org/v1alpha1", "pipelines.kubeflow.org/v2beta1", "kueue.x-k8s.io/v1beta2")
 API_FLAGS = tuple(word for api in APIS for word in ("--api-versions", api))
+GATEWAY_FLAGS = ("--api-versions", "gateway.networking.k8s.io/v1")
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown-key": ({"mlfow": {}}, "additional properties 'mlfow' not allowed"),
@@ -111,6 +112,7 @@ def test_wrong_values_are_refused_by_name(helm: Helm, values: dict[str, Any], sa
         ({"kueue": {"enabled": True}}, "kueue.enabled", "kueue.x-k8s.io/v1beta1"),
         (MATRIX["pod-default"], "pipelines.podDefault.enabled", "kubeflow.org/v1alpha1"),
         (MATRIX["pipeline-as-a-resource"], "pipelines.resource.enabled", "pipelines.kubeflow.org/v2beta1"),
+        (MATRIX["behind-a-gateway"], "mlflow.route.enabled", "gateway.networking.k8s.io/v1"),
     ],
 )
 def test_a_part_without_its_api_is_refused_with_the_way_out(
@@ -263,6 +265,11 @@ def test_a_path_of_its_own_is_followed_by_everybody_who_asks_mlflow(render: Rend
     assert by_name(documents, "ConfigMap")["data"]["NVILA_TRACKING_URI"] == uri
     test = by_name(documents, "Pod")["spec"]["containers"][0]["env"]
     assert {"name": "MLFLOW_URI", "value": uri} in test
+    route = {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["mlflow.example.com"]}
+    mlflow = {"staticPrefix": "/mlflow", "allowedHosts": route["hostnames"], "route": route}
+    routed = render(CHART, {"mlflow": mlflow}, flags=("--api-versions", "gateway.networking.k8s.io/v1"))
+    (rule,) = by_name(routed, "HTTPRoute")["spec"]["rules"]
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/mlflow"}}]
     plain = by_name(render(CHART), "Deployment")["spec"]["template"]["spec"]["containers"][0]
     assert plain["startupProbe"]["httpGet"]["path"] == "/health"
     assert "--static-prefix" not in plain["args"]
@@ -351,6 +358,41 @@ def test_queue_of_others_is_used(render: Render) -> None:
     documents = render(CHART, MATRIX["queue-of-others"], extra=API_FLAGS)
     assert by_name(documents, "LocalQueue")["spec"] == {"clusterQueue": "team-vision"}
     assert not {"ClusterQueue", "ResourceFlavor"} & {document["kind"] for document in documents}
+
+
+def test_a_route_leads_from_the_gateway_to_mlflow(render: Render) -> None:
+    documents = render(CHART, MATRIX["behind-a-gateway"], extra=GATEWAY_FLAGS)
+    spec = by_name(documents, "HTTPRoute")["spec"]
+    assert spec["parentRefs"] == MATRIX["behind-a-gateway"]["mlflow"]["route"]["parentRefs"]
+    assert spec["hostnames"] == ["mlflow.example.com"]
+    (rule,) = spec["rules"]
+    service = by_name(documents, "Service", "-mlflow")
+    assert rule["backendRefs"] == [{"name": service["metadata"]["name"], "port": service["spec"]["ports"][0]["port"]}]
+    assert rule["timeouts"] == {"request": "10m"}
+
+
+ROUTE = {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["mlflow.example.com"]}
+
+
+@pytest.mark.parametrize(
+    ("mlflow", "said"),
+    [
+        ({"route": ROUTE}, 'has "mlflow.example.com", to which MLflow would answer 403: add it to mlflow.allowedHosts'),
+        ({"route": ROUTE, "allowedHosts": ["mlflowXexample.com", "*.example.org"]}, "to which MLflow would answer 403"),
+        ({"route": ROUTE | {"parentRefs": []}, "allowedHosts": ["*"]}, "needs a gateway to hang on"),
+        ({"route": ROUTE | {"hostnames": []}, "allowedHosts": ["*"]}, "needs mlflow.route.hostnames"),
+        (
+            {"route": ROUTE, "enabled": False, "externalUri": "http://m:5000"},
+            "mlflow.route.enabled needs mlflow.enabled",
+        ),
+        ({"route": {"host": "x"}}, "additional properties 'host' not allowed"),
+        ({"route": {"hostnames": ["https://x"]}}, "at '/mlflow/route/hostnames/0'"),
+    ],
+)
+def test_a_route_that_leads_nowhere_is_refused(helm: Helm, mlflow: dict[str, Any], said: str) -> None:
+    done = helm.template(CHART, {"mlflow": mlflow}, extra=GATEWAY_FLAGS)
+    assert done.returncode != 0
+    assert said in done.stderr
 
 
 def test_pod_default_brings_settings_and_credentials_to_every_task(render: Render) -> None:

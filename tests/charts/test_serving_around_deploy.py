@@ -20,6 +20,7 @@ from nvila_platform.cluster.serving_values import parse_values
 if TYPE_CHECKING:
     from tests.charts.built_in_validation import BuiltInSchemas
     from tests.charts.conftest import Document, Helm
+    from tests.charts.crd_validation import CrdSchemas
 
     Render = Callable[..., list[Document]]
 
@@ -47,14 +48,16 @@ def deployed() -> list[Document]:
     return [runtime, inference_service("eyes", revision, labels("eyes", values))]
 
 
-def test_chart_and_deployment_make_different_resources(render: Render, built_in: BuiltInSchemas) -> None:
+def test_chart_and_deployment_make_different_resources(
+    render: Render, built_in: BuiltInSchemas, crds: CrdSchemas
+) -> None:
     documents = render(CHART, AROUND, extra=GATEWAY)
     kinds = {document["kind"] for document in documents}
     assert kinds == {"ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "HTTPRoute", "Pod"}
     assert not kinds & {document["kind"] for document in deployed()}
     for document in documents:
-        if document["kind"] != "HTTPRoute":
-            assert built_in.errors(document) == []
+        schemas = crds if document["kind"] == "HTTPRoute" else built_in
+        assert schemas.errors(document) == []
 
 
 def test_policy_and_budget_hold_for_the_pods_of_every_revision(render: Render) -> None:

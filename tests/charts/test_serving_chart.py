@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "nvila-serving"
-KEDA = ("--api-versions", "keda.sh/v1alpha1")
+APIS = ("--api-versions", "keda.sh/v1alpha1", "--api-versions", "gateway.networking.k8s.io/v1")
 DIGEST = "sha256:" + "0a" * 32
 SECRET_NAME = re.compile(r"(KEY|SECRET|PASSWORD|TOKEN|CREDENTIALS?)($|_)")
 KSERVE_KINDS = {"InferenceService", "ServingRuntime"}
+GATEWAY_KINDS = {"HTTPRoute"}
 BUILT_IN_KINDS = {"NetworkPolicy", "PodDisruptionBudget", "ServiceAccount", "Pod"}
 
 MATRIX: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "serving_matrix.yaml").read_text("utf-8"))
@@ -76,9 +77,10 @@ def container_of(documents: list[Document]) -> Document:
 def test_built_in_resources_are_valid_for_old_and_new_kubernetes(
     render: Render, built_in: BuiltInSchemas, values: dict[str, Any]
 ) -> None:
-    documents = render(CHART, values, extra=KEDA)
+    documents = render(CHART, values, extra=APIS)
     found = [document for document in documents if document["kind"] in BUILT_IN_KINDS]
-    assert len(found) + len(KSERVE_KINDS) == len(documents)
+    others = [document for document in documents if document["kind"] in KSERVE_KINDS | GATEWAY_KINDS]
+    assert len(found) + len(others) == len(documents)
     for document in found:
         assert built_in.errors(document) == []
 
@@ -88,13 +90,14 @@ def test_the_pod_that_kserve_makes_of_the_chart_is_valid(
     render: Render, built_in: BuiltInSchemas, values: dict[str, Any]
 ) -> None:
     # The definitions below describe a pod too, but only built-in validation knows all of its rules.
-    assert built_in.errors(serving_pod(render(CHART, values, extra=KEDA))) == []
+    assert built_in.errors(serving_pod(render(CHART, values, extra=APIS))) == []
 
 
 @each_row
-def test_kserve_resources_match_their_definitions(render: Render, crds: CrdSchemas, values: dict[str, Any]) -> None:
-    documents = [document for document in render(CHART, values, extra=KEDA) if document["kind"] in KSERVE_KINDS]
-    assert {document["kind"] for document in documents} == KSERVE_KINDS
+def test_resources_of_others_match_their_definitions(render: Render, crds: CrdSchemas, values: dict[str, Any]) -> None:
+    documents = [document for document in render(CHART, values, extra=APIS) if document["kind"] not in BUILT_IN_KINDS]
+    assert {document["kind"] for document in documents} - GATEWAY_KINDS == KSERVE_KINDS
+    assert ("HTTPRoute" in {document["kind"] for document in documents}) == ("route" in values)
     for document in documents:
         assert crds.errors(document) == []
 
@@ -107,12 +110,15 @@ def test_kserve_resources_match_their_definitions(render: Render, crds: CrdSchem
         ("InferenceService", {"scaleMetric": "gpu"}, "scaleMetric: 'gpu' is not one of"),
         ("ServingRuntime", {"container": []}, "'container' was unexpected"),
         ("ServingRuntime", {"containers": [{"image": "x"}]}, "'name' is a required property"),
+        ("HTTPRoute", {"hostname": "eyes.example.com"}, "'hostname' was unexpected"),
+        ("HTTPRoute", {"rules": [{"timeouts": {"request": "1 minute"}}]}, "'1 minute' does not match"),
+        ("HTTPRoute", {"rules": [{"backendRefs": [{"port": 80}]}]}, "'name' is a required property"),
     ],
 )
 def test_validation_itself_finds_mistakes(
     render: Render, crds: CrdSchemas, kind: str, change: dict[str, Any], said: str
 ) -> None:
-    document = json.loads(json.dumps(by_kind(render(CHART), kind)))
+    document = json.loads(json.dumps(by_kind(render(CHART, MATRIX["behind-a-gateway"], extra=APIS), kind)))
     spec = document["spec"]
     (spec["predictor"] if kind == "InferenceService" else spec).update(change)
     assert any(said in error for error in crds.errors(document)), crds.errors(document)
@@ -137,7 +143,7 @@ def test_validation_does_not_pass_a_kind_that_it_does_not_know(crds: CrdSchemas)
 
 @each_row
 def test_containers_are_locked_down(render: Render, values: dict[str, Any]) -> None:
-    for pod in all_pods(render(CHART, values, extra=KEDA)):
+    for pod in all_pods(render(CHART, values, extra=APIS)):
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
@@ -169,7 +175,7 @@ def test_containers_are_locked_down(render: Render, values: dict[str, Any]) -> N
 
 @each_row
 def test_server_is_probed_on_its_own_port(render: Render, values: dict[str, Any]) -> None:
-    container = container_of(render(CHART, values, extra=KEDA))
+    container = container_of(render(CHART, values, extra=APIS))
     port = container["ports"][0]["containerPort"]
     for probe, path in {
         "startupProbe": "/v2/health/ready",
@@ -183,7 +189,7 @@ def test_server_is_probed_on_its_own_port(render: Render, values: dict[str, Any]
 
 @each_row
 def test_every_resource_is_labelled_and_named_within_the_limits(render: Render, values: dict[str, Any]) -> None:
-    for document in render(CHART, values, extra=KEDA):
+    for document in render(CHART, values, extra=APIS):
         metadata = document["metadata"]
         assert metadata["namespace"] == "models"
         assert metadata["labels"]["app.kubernetes.io/instance"] == "demo"
@@ -196,7 +202,7 @@ def test_every_resource_is_labelled_and_named_within_the_limits(render: Render, 
 
 @each_row
 def test_selectors_find_the_pods_that_kserve_makes(render: Render, values: dict[str, Any]) -> None:
-    documents = render(CHART, values, extra=KEDA)
+    documents = render(CHART, values, extra=APIS)
     pod = serving_pod(documents)
     selectors = [
         document["spec"][key]["matchLabels"]
@@ -323,6 +329,7 @@ def test_a_route_leads_from_the_gateway_to_the_service_that_kserve_makes(render:
         ("by-tag", "team/nvila-serve:1.2.3"),
         ("by-digest", f"registry.example.com:5000/nvila/serve@{DIGEST}"),
         ("umbrella", "mirror.example.com/nvila/serve:0.1.0"),
+        ("without-cuda", "nvila/serve:0.1.0-cpu"),
     ],
 )
 def test_image_reference(render: Render, row: str, image: str) -> None:
@@ -394,7 +401,7 @@ def test_service_account(render: Render, row: str, made: str | None, used: str) 
 def test_keda_scales_by_what_prometheus_sees(
     render: Render, row: str, replicas: tuple[int, int], query: str, target: str
 ) -> None:
-    service = by_kind(render(CHART, MATRIX[row], extra=KEDA), "InferenceService")
+    service = by_kind(render(CHART, MATRIX[row], extra=APIS), "InferenceService")
     predictor = service["spec"]["predictor"]
     assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "keda"
     assert (predictor["minReplicas"], predictor["maxReplicas"]) == replicas
@@ -421,7 +428,7 @@ def test_keda_scales_by_what_prometheus_sees(
 def test_keda_scales_by_other_measures_and_takes_pods_away_slowly(
     render: Render, row: str, query: str, target: str, window: int, percent: int
 ) -> None:
-    service = by_kind(render(CHART, MATRIX[row], extra=KEDA), "InferenceService")
+    service = by_kind(render(CHART, MATRIX[row], extra=APIS), "InferenceService")
     scaling = service["spec"]["predictor"]["autoScaling"]
     (metric,) = scaling["metrics"]
     assert metric["external"]["metric"]["query"].startswith(query)

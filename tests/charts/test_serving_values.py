@@ -29,6 +29,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "text-for-a-switch": ({"autoscaling": {"enabled": "false"}}, "at '/autoscaling/enabled': got string, want boolean"),
     "number-for-a-tag": ({"image": {"tag": 1.2}}, "at '/image/tag': got number, want string"),
     "moving-tag": ({"image": {"tag": "latest"}}, 'image.tag "latest" names another image tomorrow'),
+    "variant-of-a-tag": ({"image": {"variant": "cpu", "tag": "1"}}, "image.variant chooses among the chart's own tags"),
+    "unknown-variant": ({"image": {"variant": "rocm"}}, "at '/image/variant'"),
     "short-digest": ({"image": {"digest": "sha256:abc"}}, "at '/image/digest'"),
     "tag-in-repository": ({"image": {"repository": "nvila/serve:1"}}, "at '/image/repository'"),
     "path-for-a-uri": ({"model": {"storageUri": "/models/x"}}, "at '/model/storageUri'"),

@@ -23,7 +23,7 @@ def test_every_task_of_every_graph_runs_where_the_kind_profile_says(graph: str, 
     documents = list(yaml.safe_load_all(compile_graph(graph, tmp_path / "g.yaml", read_profile(KIND)).read_text()))
     executors: dict[str, Any] = documents[0]["deploymentSpec"]["executors"]
     images = {name: executor["container"]["image"] for name, executor in executors.items() if "container" in executor}
-    assert set(images.values()) == {f"nvila/train:{__version__}"}
+    assert set(images.values()) == {f"nvila/train:{__version__}-cpu"}
     platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert platform.keys() == images.keys()
     for placed in platform.values():

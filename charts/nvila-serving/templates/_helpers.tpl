@@ -80,6 +80,39 @@ Name of the runtime. One of the whole cluster is told from those of other namesp
 {{- end }}
 
 {{/*
+"true" in the Knative mode of KServe, else empty.
+*/}}
+{{- define "nvila-serving.knative" -}}
+{{- if eq .Values.deploymentMode "Knative" }}true{{ end }}
+{{- end }}
+
+{{/*
+Refuse what a mode of KServe cannot do.
+*/}}
+{{- define "nvila-serving.checkMode" -}}
+{{- $scaling := .Values.autoscaling }}
+{{- if include "nvila-serving.knative" . }}
+{{- if not (.Capabilities.APIVersions.Has "serving.knative.dev/v1") }}
+{{- fail "deploymentMode Knative needs the API serving.knative.dev/v1, which this cluster does not have: install Knative Serving, or set deploymentMode=Standard. Rendering without a cluster: add --api-versions serving.knative.dev/v1" }}
+{{- end }}
+{{- range list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
+{{- if get $.Values . }}
+{{- fail (printf "deploymentMode Knative leaves the place of pods to Knative, and %s is set: leave it out, or set deploymentMode=Standard" .) }}
+{{- end }}
+{{- end }}
+{{- if eq $scaling.class "keda" }}
+{{- fail "autoscaling.class keda scales Deployments, and Knative scales its own: set autoscaling.class=hpa and autoscaling.knative, or deploymentMode=Standard" }}
+{{- end }}
+{{- if and (not $scaling.enabled) (eq (int $scaling.minReplicas) 0) }}
+{{- fail "autoscaling.minReplicas is 0 and autoscaling.enabled is off, which would be no pods for ever: raise it to 1, or set autoscaling.enabled=true" }}
+{{- end }}
+{{- if and .Values.route.enabled (not .Values.endpoint.service.name) }}
+{{- fail "route.enabled needs a service with pods behind it, and Knative's leads to its gateway: set endpoint.service.name, .namespace and .host to those of that gateway" }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/*
 Name of the service that leads to the endpoint.
 */}}
 {{- define "nvila-serving.serviceName" -}}
@@ -100,6 +133,9 @@ Image reference: by digest where one is given, otherwise by tag.
 {{- if eq .Values.image.tag "latest" }}
 {{- fail "image.tag \"latest\" names another image tomorrow: give a version, or set image.digest" }}
 {{- end }}
+{{- if and .Values.image.variant (or .Values.image.tag .Values.image.digest) }}
+{{- fail "image.variant chooses among the chart's own tags: leave image.tag and image.digest empty, or the variant" }}
+{{- end }}
 {{- $registry := default .Values.global.imageRegistry .Values.image.registry }}
 {{- $path := .Values.image.repository }}
 {{- if $registry }}
@@ -108,7 +144,8 @@ Image reference: by digest where one is given, otherwise by tag.
 {{- if .Values.image.digest }}
 {{- printf "%s@%s" $path .Values.image.digest }}
 {{- else }}
-{{- printf "%s:%s" $path (default .Chart.AppVersion .Values.image.tag) }}
+{{- $own := ternary (printf "%s-%s" .Chart.AppVersion .Values.image.variant) .Chart.AppVersion (not (empty .Values.image.variant)) }}
+{{- printf "%s:%s" $path (default $own .Values.image.tag) }}
 {{- end }}
 {{- end }}
 

@@ -84,15 +84,15 @@ class Shards:
             )
         return int(metadata.num_rows)
 
-    def read(self, number: int, kind: str = "scores") -> pa.Table:
-        """Return the rows of a finished shard.
+    def read(self, number: int, kind: str = "scores", columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the rows of a finished shard, all columns of them or some.
 
         Raises:
             ArtifactError: It is damaged.
         """
         path = self.path(number, kind)
         try:
-            return pq.read_table(path)
+            return pq.read_table(path, columns=None if columns is None else list(columns))
         except (OSError, pa.ArrowException) as e:
             raise ArtifactError(f"{path} cannot be read: {e}", "delete it and run the same command again") from e
 

@@ -11,7 +11,14 @@ from nvila_platform.cluster.trainjob import TrainJobSpec, train_job
 from nvila_platform.settings import Settings
 
 # What a job of its own must be told; where the workspace is, its nodes know themselves.
-_SETTINGS = ("NVILA_TRACKING_URI", "NVILA_EXPERIMENT", "NVILA_STORE_URI", "NVILA_S3_ENDPOINT", "NVILA_S3_SECURE")
+_SETTINGS = (
+    "NVILA_TRACKING_URI",
+    "NVILA_EXPERIMENT",
+    "NVILA_STORE_URI",
+    "NVILA_S3_ENDPOINT",
+    "NVILA_S3_SECURE",
+    "NVILA_METRICS_ADDRESS",
+)
 # Options that the command in the job gets as they were given here.
 _PASSED = (
     "small",
@@ -83,7 +90,7 @@ def _environment(settings: Settings) -> dict[str, str]:
         name: value
         for name in _SETTINGS
         if (value := values[name])
-        and not value.startswith(("sqlite:", "/", "file:"))
+        and not value.startswith(("sqlite:", "/", "file:", "127.0.0.1:"))
         # Meaningless without the address that it belongs to.
         and (name != "NVILA_S3_SECURE" or values["NVILA_S3_ENDPOINT"])
     }

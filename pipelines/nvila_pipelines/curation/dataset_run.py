@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from nvila_pipelines.curation.finishing import STEP, finish
 from nvila_pipelines.curation.request import CurationRequest, CurationResult
 from nvila_pipelines.curation.scoring_process import own_rank, scoring_run, shards_of
 from nvila_pipelines.curation.spec import ScoringSpec, data_digest, folder_digest, open_stream
+from nvila_pipelines.curation.watching import CurationWatch
 from nvila_pipelines.processes import run_watched
 from nvila_platform.artifacts import MANIFEST_NAME, storage_errors, utc_now
 
@@ -52,6 +53,7 @@ def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) 
         NvilaError: Something is wrong with the request, the data or the models; the same command goes on from there.
     """
     from nvila_platform.launch import calm_threads
+    from nvila_platform.training.curation import offer_curation
 
     started, started_at = time.monotonic(), utc_now()
     calm_threads()
@@ -60,8 +62,14 @@ def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) 
         raise ConfigError("--processes starts processes, and so did torchrun", "leave --processes out")
     with storage_errors(request.out):
         request.out.mkdir(parents=True, exist_ok=True)
-    with _alone(request.out, view, needed=world == 1):
+    watch = CurationWatch()
+    with (
+        _alone(request.out, view, needed=world == 1),
+        # One process speaks for all: their shards lie in one folder.
+        offer_curation(settings, watch.counts, view.reporter(STEP)) if rank == 0 else nullcontext(),
+    ):
         spec = _resolve(request, view.reporter(STEP), rank)
+        watch.follow(shards_of(request.out, spec))
         _score(request, spec, settings, view, rank, world)
         if rank > 0:
             return None
@@ -70,6 +78,7 @@ def curate(request: CurationRequest, settings: Settings, *, view: ProgressView) 
             _wait(request, shards, view.reporter(STEP))
         merged = _merge(request, spec, shards, view.reporter(STEP))
         sources = _choose(request, shards, view.reporter(STEP))
+        watch.settle(sources)
         result = CurationResult(
             out=request.out,
             records=merged.total,

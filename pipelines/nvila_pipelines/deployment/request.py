@@ -118,6 +118,12 @@ def serving_values(request: DeployRequest, version: ModelVersion) -> tuple[Servi
                 f"{version.model_uri} is in the folder {model['storageUri']}, which a cluster cannot read",
                 "keep artifacts in S3 (NVILA_STORE_URI=s3://...), or name a copy: model.storageUri=pvc://CLAIM/PATH",
             )
+    mode = raw.pop("deploymentMode", request.mode)
+    if mode != request.mode:
+        raise ConfigError(
+            f"{where}: deploymentMode is {mode}, and --mode is {request.mode.lower()}",
+            "say the same in both: --mode knative, or deploymentMode: Standard",
+        )
     unused = [key for key in CHART_ONLY if raw.pop(key, None) is not None]
     return parse_values(raw, where), unused
 

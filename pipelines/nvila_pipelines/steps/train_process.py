@@ -26,6 +26,7 @@ def main(spec_path: str) -> None:
     from nvila.training.config import TrainConfig
     from nvila.training.interrupts import watched_signals
     from nvila.training.run import train
+    from nvila_pipelines.training.curated import curation_counts
     from nvila_pipelines.training.mixtures import open_registry
     from nvila_platform.s3_filesystem import data_filesystems
     from nvila_platform.settings import Settings
@@ -50,9 +51,10 @@ def main(spec_path: str) -> None:
         with watched_signals() as stop:
             run(SILENT, stop=stop)
         return
+    curation = partial(curation_counts, config, data, selection, registry, filesystems)
     with (
         backed_up(settings, out, events.notice),
-        observe_training(config, settings, out_dir=out, reporter=events) as observer,
+        observe_training(config, settings, out_dir=out, reporter=events, curation=curation) as observer,
         watched_signals() as stop,
     ):
         run(_Notices(events), observers=(observer,), stop=stop)

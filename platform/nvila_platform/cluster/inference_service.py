@@ -298,6 +298,9 @@ def _check_mode(values: ServingValues, mode: Mode) -> None:
             raise ConfigError(f"Knative places pods itself, {placed[0]} is set", "leave it out, or use --mode standard")
         if scaling.scaler == "keda":
             raise ConfigError("autoscaling.class keda scales Deployments, Knative its own", "use --mode standard")
+        if not scaling.enabled and scaling.min_replicas == 0:
+            # To Knative 0 is no bound, which would be the opposite of what was said.
+            raise ConfigError("autoscaling.minReplicas is 0 and autoscaling.enabled is off", "raise it to 1")
     elif scaling.min_replicas == 0 and not (scaling.scaler == "keda" and scaling.keda.query):
         raise ConfigError(
             "autoscaling.minReplicas is 0, and nothing would bring a first pod",

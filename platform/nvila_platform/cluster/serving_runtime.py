@@ -79,7 +79,8 @@ def _image(values: ServingValues) -> str:
     image = values.image
     registry = image.registry or values.shared.image_registry
     path = f"{registry}/{image.repository}" if registry else image.repository
-    return f"{path}@{image.digest}" if image.digest else f"{path}:{image.tag or nvila.__version__}"
+    own = "-".join(part for part in (nvila.__version__, image.variant) if part)
+    return f"{path}@{image.digest}" if image.digest else f"{path}:{image.tag or own}"
 
 
 def _arguments(values: ServingValues) -> list[str]:

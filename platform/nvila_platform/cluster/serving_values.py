@@ -51,6 +51,7 @@ class Image(_Values):
     registry: str = ""
     repository: Annotated[str, Field(min_length=1)] = "nvila/serve"
     tag: Annotated[str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9._-]{0,127})?$")] = ""
+    variant: Literal["", "cpu"] = ""
     digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
 
@@ -143,7 +144,7 @@ class Keda(_Values):
 
 
 class Knative(_Values):
-    """Scaling by Knative, of a deployment in that mode; the chart has no such mode.
+    """Scaling by Knative, of a deployment in that mode.
 
     Args:
         metric: What is measured.
@@ -298,6 +299,11 @@ def _check(values: ServingValues, where: str) -> None:
     scaling, server, access = values.autoscaling, values.server, values.access
     closed = bool(access.existing_secret or access.trusted_header)
     rules = (
+        (
+            bool(values.image.variant and (values.image.tag or values.image.digest)),
+            "image.variant chooses among the chart's own tags, and image.tag or image.digest is set",
+            "leave out one of them",
+        ),
         (values.image.tag == "latest", "image.tag is latest, which is another image tomorrow", "give a version"),
         (
             scaling.enabled and scaling.max_replicas < scaling.min_replicas,

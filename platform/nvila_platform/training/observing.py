@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from nvila.errors import ResourceError
+from nvila.errors import NvilaError, ResourceError
 from nvila.progress import Reporter
 from nvila.training.observer import StageStart, StepRecord
 from nvila_platform.settings import Settings
@@ -19,6 +19,7 @@ from nvila_platform.training.scrape import ScrapeSink
 from nvila_platform.training.sinks import ProgressSink, StepSink, TrackingSink
 
 if TYPE_CHECKING:
+    from nvila.data.selection_counts import CurationCounts
     from nvila.training.config import PartName, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,14 @@ class TrainingObserver:
         return sink.interval_s != float("inf")
 
 
-def observe_training(config: TrainConfig, settings: Settings, *, out_dir: Path, reporter: Reporter) -> TrainingObserver:
+def observe_training(
+    config: TrainConfig,
+    settings: Settings,
+    *,
+    out_dir: Path,
+    reporter: Reporter,
+    curation: Callable[[], CurationCounts] | None = None,
+) -> TrainingObserver:
     """Build the observer that the settings ask for, to be used as a context manager by the first process of a run.
 
     Args:
@@ -120,6 +128,7 @@ def observe_training(config: TrainConfig, settings: Settings, *, out_dir: Path, 
         settings: Prices, addresses, and who tracks.
         out_dir: Folder of the run's outputs; the history goes beside them.
         reporter: Gets progress, and a notice when `/metrics` cannot be offered.
+        curation: Counts what curation made of the data; asked once, where there is `/metrics`.
 
     Raises:
         CapabilityError: `/metrics` is asked for and prometheus-client is not installed.
@@ -131,7 +140,7 @@ def observe_training(config: TrainConfig, settings: Settings, *, out_dir: Path, 
         reporter.notice(f"this run has no history: {e}")
     if settings.metrics_address:
         try:
-            sinks.append(ScrapeSink(settings.metrics_address))
+            sinks.append(ScrapeSink(settings.metrics_address, _curation(curation, reporter)))
         except ResourceError as e:
             reporter.notice(f"no /metrics: {e}")
     if settings.track_training == "direct":
@@ -141,6 +150,14 @@ def observe_training(config: TrainConfig, settings: Settings, *, out_dir: Path, 
     peak = _peak_flops(config, settings)
     flops = _flops(config, reporter) if peak else {}
     return TrainingObserver(sinks, settings, peak_flops=peak, flops=flops)
+
+
+def _curation(count: Callable[[], CurationCounts] | None, reporter: Reporter) -> CurationCounts:
+    try:
+        return count() if count is not None else {}
+    except NvilaError as e:  # who trains on the data says what is wrong with them
+        reporter.notice(f"no figures of the curation: {e}")
+        return {}
 
 
 def _peak_flops(config: TrainConfig, settings: Settings) -> float | None:

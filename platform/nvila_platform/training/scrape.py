@@ -5,18 +5,18 @@ Nothing is counted while a step runs: a scrape reads the meter.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from nvila.errors import CapabilityError, ResourceError
+from nvila_platform.training.curation import CurationCollector
+from nvila_platform.training.exporter import Exporter
 from nvila_platform.training.meter import StageMeter
 from nvila_platform.training.sinks import BaseSink
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-logger = logging.getLogger(__name__)
+    from nvila.data.selection_counts import CurationCounts
 
 _COUNTERS = {
     "steps": "Optimizer steps, skipped ones included.",
@@ -51,34 +51,24 @@ class ScrapeSink(BaseSink):
 
     Args:
         address: `host:port`; port 0 takes a free one.
+        curation: What curation made of the data that are trained on.
 
     Raises:
         CapabilityError: prometheus-client is not installed.
         ResourceError: The address cannot be listened on.
     """
 
-    def __init__(self, address: str) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, start_http_server
-        except ImportError as e:
-            raise CapabilityError("NVILA_METRICS_ADDRESS needs prometheus-client", "pip install 'nvila[train]'") from e
+    def __init__(self, address: str, curation: CurationCounts | None = None) -> None:
         self.interval_s = float("inf")
         self._meters: dict[str, StageMeter] = {}
         self._notices = 0
-        registry = CollectorRegistry()
-        registry.register(self)
-        host, _, port = address.rpartition(":")
-        try:
-            self._server, self._thread = start_http_server(int(port), host, registry)
-        except OSError as e:
-            raise ResourceError(
-                f"NVILA_METRICS_ADDRESS={address}: {e.strerror or e}", "choose another port, or unset it"
-            ) from e
+        self._curation = CurationCollector(lambda: curation or {})
+        self._exporter = Exporter(address, self)
 
     @property
     def port(self) -> int:
         """The port that is listened on."""
-        return int(self._server.server_port)
+        return self._exporter.port
 
     def on_stage_start(self, meter: StageMeter) -> None:
         """Show the stage from now on."""
@@ -90,13 +80,7 @@ class ScrapeSink(BaseSink):
 
     def close(self, failed: bool) -> None:
         """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def describe(self) -> list[Metric]:
-        """Tell the registry nothing beforehand, so that registering asks for no measurement."""
-        return []
+        self._exporter.close()
 
     def collect(self) -> Iterator[Metric]:
         """Read the meters; called by prometheus-client for a scrape."""
@@ -117,6 +101,7 @@ class ScrapeSink(BaseSink):
             yield family
         yield CounterMetricFamily("nvila_train_notices", "Notices of the training run.", value=self._notices)
         yield from self._now(GaugeMetricFamily)
+        yield from self._curation.collect()
 
     def _now(self, gauge: Any) -> Iterator[Metric]:
         """What holds for the stage that trains now; stages before it have no speed any more."""

@@ -60,13 +60,18 @@ def test_nodes_get_the_addresses_that_they_can_reach(capsys: Any, monkeypatch: p
     monkeypatch.setenv("NVILA_TRACKING_URI", "http://mlflow:5000")
     monkeypatch.setenv("NVILA_S3_ENDPOINT", "minio:9000")
     monkeypatch.setenv("NVILA_S3_SECRET_KEY", "hidden")
+    monkeypatch.setenv("NVILA_METRICS_ADDRESS", "0.0.0.0:9464")
     env = {one["name"]: one["value"] for one in printed(capsys)["spec"]["trainer"]["env"]}
     assert env == {
         "NVILA_TRACKING_URI": "http://mlflow:5000",
         "NVILA_EXPERIMENT": "nvila",
         "NVILA_S3_ENDPOINT": "minio:9000",
         "NVILA_S3_SECURE": "true",
+        "NVILA_METRICS_ADDRESS": "0.0.0.0:9464",
     }
+    # One that only this machine reaches says nothing to Prometheus in a cluster.
+    monkeypatch.setenv("NVILA_METRICS_ADDRESS", "9464")
+    assert "NVILA_METRICS_ADDRESS" not in {one["name"] for one in printed(capsys)["spec"]["trainer"]["env"]}
 
 
 def test_nothing_is_made_by_printing(capsys: Any, tmp_path: Path) -> None:

@@ -235,3 +235,14 @@ def test_a_gate_needs_tasks(world: World, nvila: Nvila) -> None:
     done = nvila("gate", "eye/1", "--policy", "policy.yaml")
     assert done.code == 2
     assert "no tasks, only limits of a rollout" in done.err
+
+
+def test_the_mode_of_the_values_is_the_one_of_the_command(world: World, nvila: Nvila, tmp_path: Path) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text("deploymentMode: Knative\n")
+    done = nvila("deploy", "eye/1", "--values", file)
+    assert done.code == 2
+    assert "deploymentMode is Knative, and --mode is standard" in done.err
+    assert written(world) == []
+    file.write_text("deploymentMode: Standard\n")
+    assert nvila("deploy", "eye/1", "--values", file, "--timeout", 5).code == 0

@@ -15,6 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from nvila.assembly import load_model
 from nvila.base_models import local_bases
+from nvila.data.selection_counts import CurationCounts
 from nvila.errors import CapabilityError, CheckpointError, ConfigError, DataError, InfrastructureError
 from nvila.progress import SILENT
 from nvila.training.config import BaseModels
@@ -26,6 +27,7 @@ from nvila_pipelines.training.checks import check_trainable
 from nvila_pipelines.training.mixtures import read_mixtures, write_registry
 from nvila_platform.settings import Settings
 from nvila_platform.store import open_store
+from nvila_platform.training.scrape import ScrapeSink
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,41 @@ def test_the_licences_of_pretrained_parts_go_along(bases: BaseModels, tmp_path: 
     assert not list(tmp_path.iterdir())
     carry_licences(bases, tmp_path)
     assert read_origin(tmp_path) == Origin(base_models=(bases.vision, bases.language))
+
+
+def test_training_offers_what_curation_made_of_its_data(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "chosen").mkdir()
+    columns = {"id": ["0", "1", "2"], "source": ["mine"] * 3, "delta": [1.0, 0.5, None], "kept": [True, True, False]}
+    pq.write_table(pa.table(columns), tmp_path / "chosen" / "selection.parquet")
+    registry.write_text("mine: {path: mine.jsonl}\nboth: mine@chosen\n", encoding="utf-8")
+    overrides = [
+        "train.stages.align={images_per_step: null, batch_tokens: 2000, steps: null, epochs: 1, data: both}",
+        "train.stages.vision=null", "train.stages.language=null", "train.stages.instruct=null", "data.dataset=null",
+        f"data.registry={registry}", "train.backend=torch",
+    ]  # fmt: skip
+    write_registry(str(registry), tmp_path)
+    values = {
+        "config": load_recipe("nvila-lite-8b-tiny", overrides).train_config().to_dict(), "data": str(tmp_path),
+        "selection": str(tmp_path), "out": str(tmp_path / "out"), "events": str(tmp_path / "events"),
+    }  # fmt: skip
+    offered: list[CurationCounts | None] = []
+
+    class Sink(ScrapeSink):
+        def __init__(self, address: str, curation: CurationCounts | None = None) -> None:
+            offered.append(curation)
+            super().__init__("127.0.0.1:0", curation)
+
+    monkeypatch.setattr("nvila_platform.training.observing.ScrapeSink", Sink)
+    monkeypatch.setenv("NVILA_METRICS_ADDRESS", "9464")
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(values), encoding="utf-8")
+    main(str(spec))
+    assert offered == [{"mine": {"kept": 2, "quarantined": 1}}]
 
 
 def test_a_stage_with_a_token_budget_reads_a_registry_where_it_lies(registry: Path, tmp_path: Path) -> None:

@@ -5,30 +5,36 @@ from __future__ import annotations
 import socket
 import sys
 import urllib.request
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nvila.errors import CapabilityError, ResourceError
+from nvila.errors import CapabilityError, DataError, ResourceError
 from nvila.training.config import TrainConfig
 from nvila_platform.settings import Settings
 from nvila_platform.training import TrainingObserver, observe_training
+from nvila_platform.training.curation import CurationCollector
+from nvila_platform.training.exporter import Exporter
 from nvila_platform.training.scrape import ScrapeSink
 
 if TYPE_CHECKING:
     from tests.platform.training.conftest import Heard, MakeRecord, MakeStart
 
+    from nvila.data.selection_counts import CurationCounts
+
 PRICED = Settings.load(environ={"NVILA_PRICE_PER_CORE_HOUR": "1", "NVILA_WATTS_PER_CORE": "10"})
 
 
 def scrape(port: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Return values by name and stage, and the help of every family."""
+    """Return values by name and labels, and the help of every family."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     samples = [sample for family in families for sample in family.samples]
-    values = {f"{one.name}/{one.labels['stage']}" if one.labels else one.name: one.value for one in samples}
+    values = {"/".join((one.name, *one.labels.values())): one.value for one in samples}
     return values, {family.name: family.documentation for family in families}
 
 
@@ -64,6 +70,51 @@ def test_scrape_shows_totals_and_the_present(record: MakeRecord, start: MakeStar
         assert not [name for name in values if name.startswith("nvila_train_loss")]
     with pytest.raises(OSError, match="refused"):
         scrape(sink.port)
+
+
+def test_training_repeats_what_curation_made_of_its_data(config: TrainConfig, heard: Heard, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def count() -> CurationCounts:
+        asked.append("once")
+        return {"vqa": Counter(kept=3, dropped=2, quarantined=1)}
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = Settings.load(tmp_path, {"NVILA_METRICS_ADDRESS": str(port)})
+    with observe_training(config, settings, out_dir=tmp_path, reporter=heard, curation=count):
+        for _ in range(2):
+            values, _ = scrape(port)
+            found = {name: value for name, value in values.items() if "curation" in name}
+            assert found == {f"nvila_curation_records/vqa/{state}": number for state, number in
+                             (("kept", 3), ("dropped", 2), ("quarantined", 1))}  # fmt: skip
+    assert asked == ["once"]
+    # Nobody who offers no metrics reads a selection for them.
+    observe_training(config, Settings.load(tmp_path, {}), out_dir=tmp_path, reporter=heard, curation=count).close()
+    assert asked == ["once"]
+
+
+def test_a_selection_that_cannot_be_read_costs_its_figures_only(
+    config: TrainConfig, heard: Heard, tmp_path: Path
+) -> None:
+    def count() -> CurationCounts:
+        raise DataError("selection.parquet is damaged", "curate again")
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = Settings.load(tmp_path, {"NVILA_METRICS_ADDRESS": str(port)})
+    with observe_training(config, settings, out_dir=tmp_path, reporter=heard, curation=count):
+        assert scrape(port)[0] == {"nvila_train_notices_total": 0}
+    assert [text for text in heard.notices if "no figures of the curation: selection.parquet is damaged" in text]
+
+
+def test_a_thousand_sources_are_a_hundred_labels() -> None:
+    counts: CurationCounts = {f"s{number:04}": Counter(kept=number) for number in range(1000)}
+    with closing(Exporter("127.0.0.1:0", CurationCollector(lambda: counts))) as exporter:
+        values, _ = scrape(exporter.port)
+    assert len(values) == 100
+    assert values["nvila_curation_records/s0999/kept"] == 999
+    assert values["nvila_curation_records/(others)/kept"] == sum(range(901))
 
 
 def test_port_in_use_is_a_notice_and_training_goes_on(heard: Heard, config: TrainConfig, tmp_path: Path) -> None:
