@@ -107,7 +107,7 @@ def test_images_that_the_guide_pushes_are_those_that_a_profile_pulls(render: Ren
     documents = profile(render, name, *SERVING, "--set", f"global.imageRegistry={registry}")
     images = set(re.findall(r"'image': '([^']+)'", str(documents)))
     own = {image for image in images if image.startswith(f"{registry}/")}
-    assert 'make images ARGS="--registry registry.example.com/nvila --push"' in GUIDE
+    assert 'make images ARGS="--registry registry.example.com/nvila --push ' in GUIDE
     assert {image.partition(":")[0] for image in own} == {
         f"{registry}/nvila/{n}" for n in ("mlflow", "pipelines", "serve")
     }
@@ -182,7 +182,8 @@ def test_every_resource_that_is_named_is_one_of_a_profile(render: Render) -> Non
 def routed(render: Render) -> list[Document]:
     """Return what production with the routes of the example is."""
     files = (UMBRELLA / "values-production.yaml", ROOT / "examples" / "production-routes.yaml")
-    return render(UMBRELLA, {}, "nvila", (*API_FLAGS, *(word for file in files for word in ("--values", str(file)))))
+    flags = (*API_FLAGS, *(word for file in files for word in ("--values", str(file))), *SERVING)
+    return render(UMBRELLA, {}, "nvila", flags)
 
 
 def gateway_example() -> dict[str, Document]:

@@ -112,7 +112,7 @@ def test_wrong_values_are_refused_by_name(helm: Helm, values: dict[str, Any], sa
         ({"kueue": {"enabled": True}}, "kueue.enabled", "kueue.x-k8s.io/v1beta1"),
         (MATRIX["pod-default"], "pipelines.podDefault.enabled", "kubeflow.org/v1alpha1"),
         (MATRIX["pipeline-as-a-resource"], "pipelines.resource.enabled", "pipelines.kubeflow.org/v2beta1"),
-        (MATRIX["behind-a-gateway"], "mlflow.route.enabled", "gateway.networking.k8s.io/v1"),
+        (MATRIX["routed-mlflow"], "mlflow.route.enabled", "gateway.networking.k8s.io/v1"),
     ],
 )
 def test_a_part_without_its_api_is_refused_with_the_way_out(
@@ -267,7 +267,7 @@ def test_a_path_of_its_own_is_followed_by_everybody_who_asks_mlflow(render: Rend
     assert {"name": "MLFLOW_URI", "value": uri} in test
     route = {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["mlflow.example.com"]}
     mlflow = {"staticPrefix": "/mlflow", "allowedHosts": route["hostnames"], "route": route}
-    routed = render(CHART, {"mlflow": mlflow}, flags=("--api-versions", "gateway.networking.k8s.io/v1"))
+    routed = render(CHART, {"mlflow": mlflow}, extra=("--api-versions", "gateway.networking.k8s.io/v1"))
     (rule,) = by_name(routed, "HTTPRoute")["spec"]["rules"]
     assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/mlflow"}}]
     plain = by_name(render(CHART), "Deployment")["spec"]["template"]["spec"]["containers"][0]
@@ -361,9 +361,9 @@ def test_queue_of_others_is_used(render: Render) -> None:
 
 
 def test_a_route_leads_from_the_gateway_to_mlflow(render: Render) -> None:
-    documents = render(CHART, MATRIX["behind-a-gateway"], extra=GATEWAY_FLAGS)
+    documents = render(CHART, MATRIX["routed-mlflow"], extra=GATEWAY_FLAGS)
     spec = by_name(documents, "HTTPRoute")["spec"]
-    assert spec["parentRefs"] == MATRIX["behind-a-gateway"]["mlflow"]["route"]["parentRefs"]
+    assert spec["parentRefs"] == MATRIX["routed-mlflow"]["mlflow"]["route"]["parentRefs"]
     assert spec["hostnames"] == ["mlflow.example.com"]
     (rule,) = spec["rules"]
     service = by_name(documents, "Service", "-mlflow")
