@@ -100,7 +100,9 @@ class KubeflowApi:
             )
         return str(made.run_id)
 
-    def schedule(self, package: Path, name: str, cron: str, arguments: Mapping[str, Any]) -> str:
+    def schedule(
+        self, package: Path, name: str, cron: str, arguments: Mapping[str, Any], *, service_account: str | None
+    ) -> str:
         """Start runs again and again, one at a time; returns the id of the schedule."""
         with self._failures(f"scheduling '{name}'"):
             experiment = self._client.create_experiment(self._experiment, namespace=self._namespace)
@@ -112,6 +114,7 @@ class KubeflowApi:
                 no_catchup=True,
                 pipeline_package_path=str(package),
                 params=dict(arguments),
+                service_account=service_account,
             )
         return str(made.recurring_run_id)
 

@@ -74,19 +74,26 @@ def parent_run(settings: Settings, run_id: str, tags: Mapping[str, str] | None =
         return given
 
 
+def unfinished_tasks(settings: Settings, run_id: str) -> list[str]:
+    """Return the tasks of a pipeline run whose last try has not ended well; none where MLflow does not say."""
+    configure_environment()
+    try:
+        client = connect(settings)
+        last = {str(run.info.run_name): run for run in _tasks(client, _place(client, settings), run_id).values()}
+    except Exception as e:  # whatever MLflow, the network or a proxy raises
+        logger.warning("MLflow does not know what failed: %s", one_line(e))
+        return []
+    return [name for name, run in last.items() if _PARENT in run.data.tags and run.info.status != "FINISHED"]
+
+
 def end_runs(settings: Settings, run_id: str, status: Ended, tags: Mapping[str, str]) -> None:
     """End the MLflow runs that killed tasks of a pipeline run left open; tag the parent and sum up what was used."""
     configure_environment()
     try:
         client = connect(settings)
-        experiment = _experiment(client, settings)
-        found = {run.info.run_id: run for run in _runs(client, experiment, f"tags.`{RUN_TAG}` = '{run_id}'")}
+        found = _tasks(client, _place(client, settings), run_id)
         given = parent_from_environment()
         parents = [one for one, run in found.items() if _PARENT not in run.data.tags]
-        for parent in [given] if given is not None else parents:
-            # A verb that tracks itself knows its parent alone.
-            children = _runs(client, experiment, f"tags.`{_PARENT}` = '{parent}'")
-            found |= {run.info.run_id: run for run in children}
         used = of_lifecycle(usage_of(run.data.metrics) for run in found.values() if REUSED_TAG not in run.data.tags)
         for parent in [given] if given is not None else parents:
             _tag(client, parent, tags)
@@ -98,6 +105,24 @@ def end_runs(settings: Settings, run_id: str, status: Ended, tags: Mapping[str, 
                 client.set_terminated(run.info.run_id, status)
     except Exception as e:  # whatever MLflow, the network or a proxy raises
         logger.warning("MLflow does not know how this run ended: %s", one_line(e))
+
+
+def _place(client: MlflowClient, settings: Settings) -> str:
+    """Return the experiment of a run's tasks: that of the run that somebody opened for us, else ours."""
+    given = parent_from_environment()
+    return _experiment(client, settings) if given is None else str(client.get_run(given).info.experiment_id)
+
+
+def _tasks(client: MlflowClient, experiment: str, run_id: str) -> dict[str, Run]:
+    """Return the MLflow runs of a pipeline run by their ids, its own among them."""
+    found = {str(run.info.run_id): run for run in _runs(client, experiment, f"tags.`{RUN_TAG}` = '{run_id}'")}
+    given = parent_from_environment()
+    parents = [one for one, run in found.items() if _PARENT not in run.data.tags]
+    for parent in [given] if given is not None else parents:
+        # A verb that tracks itself knows its parent alone.
+        children = _runs(client, experiment, f"tags.`{_PARENT}` = '{parent}'")
+        found |= {str(run.info.run_id): run for run in children}
+    return found
 
 
 def _tag(client: MlflowClient, run: str, tags: Mapping[str, str]) -> None:

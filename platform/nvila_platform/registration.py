@@ -60,7 +60,7 @@ def register_model(
         ConfigError: The name is none that MLflow takes.
         InfrastructureError: The registry failed; nothing of the attempt is left in it.
     """
-    _check_name(name)
+    check_name(name)
     with failures(settings, f"registering {name!r}"):
         client = connect(settings)
         known = _registered_already(client, name, ref)
@@ -79,12 +79,17 @@ def registered_version(settings: Settings, name: str, ref: ArtifactRef) -> Model
         ConfigError: The name is none that MLflow takes.
         InfrastructureError: The registry failed.
     """
-    _check_name(name)
+    check_name(name)
     with failures(settings, f"looking {name!r} up"):
         return _registered_already(connect(settings), name, ref)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Check the name of a model before it is worked on.
+
+    Raises:
+        ConfigError: It is none that MLflow takes.
+    """
     if not _MODEL_NAME.fullmatch(name):
         raise ConfigError(f"model name {name!r} cannot be registered", "use letters, digits, '.', '_' and '-'")
 

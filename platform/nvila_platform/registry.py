@@ -87,8 +87,7 @@ def set_alias(settings: Settings, name: str, alias: str, version: int) -> None:
         ConfigError: The alias, model or version is unknown; the message names the known ones.
         InfrastructureError: The registry failed.
     """
-    if alias not in ALIASES:
-        raise ConfigError(f"unknown alias {alias!r}", nearest(alias, ALIASES))
+    check_alias(alias)
     with failures(settings, f"setting alias {alias!r} of {name!r}"):
         client = _connect_existing(settings, name)
         aliases = _aliases(client, name)
@@ -100,6 +99,16 @@ def set_alias(settings: Settings, name: str, alias: str, version: int) -> None:
             old = aliases["champion"]
             retrying(lambda: client.set_registered_model_alias(name, "previous", str(old)))
         retrying(lambda: client.set_registered_model_alias(name, alias, str(version)))
+
+
+def check_alias(alias: str) -> None:
+    """Check an alias before anything is worked on.
+
+    Raises:
+        ConfigError: It is none of ours; the message names those.
+    """
+    if alias not in ALIASES:
+        raise ConfigError(f"unknown alias {alias!r}", nearest(alias, ALIASES))
 
 
 def resolve(settings: Settings, model_uri: str) -> ModelVersion:

@@ -158,6 +158,9 @@ class Settings:
         env = os.environ if environ is None else environ
         _warn_about_misspelled(env)
         values = {name: env.get(variable, "").strip() for name, variable in _VARIABLES.items()}
+        if env.get("MLFLOW_RUN_ID", "").strip():
+            # Whoever opened a run for us, such as Kubeflow's MLflow plugin, says where it is.
+            values["tracking_uri"] = values["tracking_uri"] or env.get("MLFLOW_TRACKING_URI", "").strip()
         home = _absolute(str(workspace) if workspace is not None else values["workspace"] or "nvila-workspace")
         interval = _number("system_metrics_s", values)
         endpoint, secure = _endpoint(values["s3_endpoint"], values["s3_secure"])

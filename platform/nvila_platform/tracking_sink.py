@@ -116,7 +116,7 @@ def open_sink(client: MlflowClient, settings: Settings, spec: RunSpec, may_exist
         spec: The run.
         may_exist: Whether an earlier attempt may have created it already; then it is looked up first.
     """
-    experiment_id = retrying(lambda: _experiment_id(client, settings, spec.experiment))
+    experiment_id = _below(client, spec.parent) or retrying(lambda: _experiment_id(client, settings, spec.experiment))
     found = _find(client, experiment_id, spec.local_id) if may_exist else None
     if found is not None:
         return RunSink(client, found)
@@ -127,6 +127,21 @@ def open_sink(client: MlflowClient, settings: Settings, spec: RunSpec, may_exist
         tags |= {_PARENT_TAG: parent} if parent else {_MISSING_PARENT_TAG: spec.parent}
     run = retrying(lambda: client.create_run(experiment_id, spec.start_ms, tags, spec.name))
     return RunSink(client, str(run.info.run_id))
+
+
+def _below(client: MlflowClient, parent: str | None) -> str | None:
+    """Return the experiment of a parent: pages of MLflow show runs nested in their own experiment only.
+
+    None where there is no such run.
+    """
+    if not parent or parent.startswith(PENDING):
+        return None
+    try:
+        return str(retrying(lambda: client.get_run(parent)).info.experiment_id)
+    except Exception as error:
+        if not is_rejection(error):
+            raise
+        return None
 
 
 def replay(client: MlflowClient, settings: Settings, buffer: BufferFile, last_status: str | None = None) -> RunSink:

@@ -22,6 +22,7 @@ from nvila_pipelines.steps.check import check_run
 from nvila_pipelines.steps.component import run_component, run_evaluation, run_task
 from nvila_pipelines.steps.context import StepContext
 from nvila_pipelines.steps.finish import finish_run
+from nvila_pipelines.steps.pipeline_job import PipelineJob, run_name
 from nvila_pipelines.steps.table import STEPS, StepSpec
 from nvila_platform.launch.outcome import left_error
 from nvila_platform.settings import Settings, runner_pid
@@ -65,8 +66,8 @@ def test_form_of_a_component_file(path: Path) -> None:
 def test_a_component_file_holds_one_documented_component(path: Path) -> None:
     made = function(path)
     assert made.name == path.stem
-    # A verb's words, the run that it belongs to, and three artifacts.
-    assert len(made.args.args) <= 9
+    # A verb's words, name and id of the run that it belongs to, and three artifacts.
+    assert len(made.args.args) <= 10
     (decorator,) = made.decorator_list
     assert isinstance(decorator, ast.Call)
     assert ast.unparse(decorator) == "dsl.component(base_image=IMAGE, install_kfp_package=False)"
@@ -178,23 +179,52 @@ def test_what_only_an_outage_stopped_is_tried_again_as_often_as_the_profile_says
 def test_parameters_are_checked_before_anything_is_done(
     task: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked = check_run("fast", ["train.precision=bf16"], {"seed": "7", "gate.min_accuracy": ""}, "nvila lifecycle/1")
+    job = PipelineJob(name="nvila lifecycle", id="0123456789-abc")
+    checked = check_run("fast", ["train.precision=bf16"], {"seed": "7", "gate.min_accuracy": ""}, job)
     found = Recipe.from_json(checked.recipe)
-    assert (found.seed, found.train.precision, checked.run_id) == (7, "bf16", "nvila-lifecycle-1")
+    assert (found.seed, found.train.precision, checked.run_id) == (7, "bf16", "nvila-lifecycle-01234567")
     assert (
-        check_run(checked.recipe, ["seed=8"], {}, "x").recipe
-        == check_run("fast", ["train.precision=bf16", "seed=8"], {}, "x").recipe
+        check_run(checked.recipe, ["seed=8"], {}, job, "x").recipe
+        == check_run("fast", ["train.precision=bf16", "seed=8"], {}, job, "x").recipe
     )
     error_file = tmp_path / "error.json"
     for fields, says in (({"gate.min_accuracy": "1.5"}, "gate.min_accuracy"), ({"seed": "many"}, "seed")):
         error_file.unlink(missing_ok=True)
         monkeypatch.setenv("NVILA_ERROR_FILE", str(error_file))
         with pytest.raises(SystemExit) as stopped:
-            check_run("fast", [], fields, "x")
+            check_run("fast", [], fields, job, "x")
         assert stopped.value.code == 2
         left = left_error(error_file)
         assert left is not None
         assert says in left[0].message
+
+
+@pytest.mark.parametrize(
+    ("name", "id", "run_id", "expected"),
+    [
+        ("nvila-tune", "0123456789", "", "nvila-tune-01234567"),
+        ("my run / 2", "ab-cd", "", "my-run-2-ab-cd"),
+        ("nvila-tune", "0123456789", "Nightly run", "Nightly-run"),
+        ("nvila-tune", "", "", "nvila-tune"),
+        ("", "", "", ""),
+    ],
+    ids=["job", "unsafe", "given", "no-id", "nothing"],
+)
+def test_runs_of_one_name_are_told_by_their_id(name: str, id: str, run_id: str, expected: str) -> None:
+    assert run_name(PipelineJob(name=name, id=id), run_id) == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "recorded"),
+    [
+        *((state, "SUCCEEDED") for state in ("SUCCEEDED", "COMPLETE", "CACHED")),
+        *((state, "CANCELLED") for state in ("CANCELLED", "CANCELED", "CANCELING")),
+        *((state, "FAILED") for state in ("FAILED", "UNKNOWN", "")),
+    ],
+)
+def test_every_word_of_kubeflow_for_an_end_is_understood(task: Settings, state: str, recorded: str) -> None:
+    finish_run("run-1", state, "")
+    assert json.loads((task.workspace / "runs" / "run-1" / "outcome.json").read_text())["state"] == recorded
 
 
 def test_the_end_of_a_run_is_recorded(task: Settings) -> None:

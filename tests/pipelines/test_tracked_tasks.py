@@ -16,6 +16,7 @@ from nvila_pipelines.steps.check import check_run
 from nvila_pipelines.steps.component import run_component
 from nvila_pipelines.steps.context import StepContext
 from nvila_pipelines.steps.finish import finish_run
+from nvila_pipelines.steps.pipeline_job import PipelineJob
 from nvila_pipelines.steps.table import StepSpec
 from nvila_platform.mlflow_backend import connect
 from nvila_platform.settings import Settings
@@ -49,12 +50,12 @@ def test_a_task_is_a_run_below_that_of_the_pipeline_and_the_end_sums_up(
 ) -> None:
     results = {name: Result(tmp_path / name) for name in ("data", "curated", "metrics", "report")}
     shown = results["metrics"], results["report"]
-    check_run(micro.to_json(), [], {}, "nightly", kfp_run="7")
+    check_run(micro.to_json(), [], {}, PipelineJob(name="x", id="7"), "nightly")
     run_component("data", micro.to_json(), "nightly", {}, results["data"], *shown)
     run_component("curate", micro.to_json(), "nightly", {"data": results["data"].path}, results["curated"], *shown)
     # The task is tried again by Kubeflow, and finds its work done.
     run_component("data", micro.to_json(), "nightly", {}, results["data"], *shown)
-    finish_run("nightly", "SUCCEEDED", "", followed=True)
+    finish_run("nightly", "COMPLETE", "", followed=True)
     (parent,) = runs_of(pod, parent=True)
     tasks = runs_of(pod, parent=False)
     assert [run.info.run_name for run in tasks] == ["data", "curate", "data"]
@@ -82,4 +83,10 @@ def test_a_task_that_fails_is_a_failed_run(
         run_component("data", micro.to_json(), "nightly", {}, *results)
     (failed,) = runs_of(pod, parent=False)
     assert failed.info.status == "FAILED"
+    # Kubeflow does not say what failed.
+    finish_run("nightly", "FAILED", "")
+    (parent,) = runs_of(pod, parent=True)
+    assert parent.info.status == "FAILED"
+    assert parent.data.tags["nvila.failure"] == "did not finish: data"
+    assert json.loads((pod.workspace / "runs/nightly/outcome.json").read_text())["message"] == "did not finish: data"
     assert "nvila.digest" not in failed.data.tags

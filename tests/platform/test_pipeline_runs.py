@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from nvila_platform import mlflow_backend
-from nvila_platform.pipeline_runs import RUN_TAG, end_runs, kubeflow_tags, parent_run
+from nvila_platform.pipeline_runs import RUN_TAG, end_runs, kubeflow_tags, parent_run, unfinished_tasks
 from nvila_platform.settings import Settings
 from nvila_platform.tracking import open_tracker
 
@@ -62,6 +62,14 @@ def test_the_run_that_kubeflow_opened_is_taken_and_tagged(
     assert RUN_TAG not in client.get_run(given).data.tags
     assert parent_run(tracked, "nightly", {"nvila.kfp_run_id": "7"}) == given
     assert client.get_run(given).data.tags.items() >= {RUN_TAG: "nightly", "nvila.kfp_run_id": "7"}.items()
+    with open_tracker(tracked, "train", tags={RUN_TAG: "nightly"}) as nested:
+        assert nested.wait_run_id(30) is not None
+    client.create_run(experiment, tags={"mlflow.parentRunId": given}, run_name="killed")
+    assert unfinished_tasks(tracked, "nightly") == ["killed"]
+    end_runs(tracked, "nightly", "FAILED", {"nvila.outcome": "FAILED"})
+    below = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{given}'")
+    assert {run.info.run_name: run.info.status for run in below} == {"train": "FINISHED", "killed": "FAILED"}
+    assert client.get_run(given).data.tags["nvila.outcome"] == "FAILED"
     assert client.get_experiment_by_name(tracked.experiment) is None
 
 

@@ -188,3 +188,20 @@ print(seconds, sorted(heavy))
 assert not heavy and seconds < 0.15
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"MLFLOW_RUN_ID": "7", "MLFLOW_TRACKING_URI": "http://plugin"}, "http://plugin"),
+        (
+            {"MLFLOW_RUN_ID": "7", "MLFLOW_TRACKING_URI": "http://plugin", "NVILA_TRACKING_URI": "http://ours"},
+            "http://ours",
+        ),
+        ({"MLFLOW_TRACKING_URI": "http://plugin"}, "sqlite:////w/mlflow.db"),
+        ({"MLFLOW_RUN_ID": "7"}, "sqlite:////w/mlflow.db"),
+    ],
+    ids=["given", "ours-wins", "no-run", "no-address"],
+)
+def test_the_server_of_a_run_that_was_given_is_taken(environ: dict[str, str], expected: str) -> None:
+    assert Settings.load(Path("/w"), environ).tracking_uri == expected

@@ -17,6 +17,8 @@ from nvila_pipelines.compile import GRAPHS
 from nvila_platform.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nvila_pipelines.kubeflow_api import KubeflowApi
 
 SUMMARY = "run pipelines here; compile, upload, start, schedule, list and stop them on Kubeflow"
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", default="nvila", metavar="NAME", help="experiment of runs (default: nvila)")
     parser.add_argument("--name", metavar="NAME", help="of the run, schedule or pipeline (default: from the graph)")
     parser.add_argument("--version", metavar="NAME", help="of upload: name of the version (default: version and time)")
-    parser.add_argument("--service-account", metavar="NAME", help="of submit: account of the tasks")
+    parser.add_argument("--service-account", metavar="NAME", help="of submit and schedule: account of the tasks")
     parser.add_argument("--cron", metavar="CRON", help='of schedule: six fields, seconds first: "0 0 2 * * *"')
     parser.add_argument("--limit", type=whole_number, default=20, metavar="N", help="of list: runs (default: 20)")
 
@@ -163,10 +165,14 @@ def _send(graph: str, package: Path, words: list[str], args: argparse.Namespace,
         said = {"pipeline_id": pipeline, "version_id": made, "name": name, "version": version}
     else:
         arguments = arguments_of(package, words)
-        _check_recipe(arguments)
+        if graph in ("lifecycle", "train"):
+            _check_recipe(arguments)
+        else:
+            _check_release(arguments)
         api = KubeflowApi(settings, args.experiment)
         if args.action == "schedule":
-            said = {"schedule_id": api.schedule(package, name, args.cron, arguments), "name": name}
+            made = api.schedule(package, name, args.cron, arguments, service_account=args.service_account)
+            said = {"schedule_id": made, "name": name}
         else:
             run_id = api.submit(package, name, arguments, service_account=args.service_account)
             said = {"run_id": run_id, "name": name, "link": api.link(run_id)}
@@ -194,6 +200,29 @@ def _check_recipe(arguments: dict[str, object]) -> None:
             load_recipe(str(recipe), overrides)
         elif "/" not in str(recipe) and not str(recipe).lstrip().startswith("{"):
             load_recipe(str(recipe))
+
+
+def _check_release(arguments: dict[str, object]) -> None:
+    """Find a wrong name, alias or policy here rather than on the cluster, after a model was made.
+
+    Raises:
+        ConfigError: One is wrong; the message begins with the parameter.
+    """
+    from nvila.evaluation.policy import parse_policy
+    from nvila_platform.registration import check_name
+    from nvila_platform.registry import check_alias
+
+    checks: dict[str, Callable[[str], object]] = {
+        "register_as": check_name,
+        "alias": check_alias,
+        "policy": lambda text: parse_policy(text, "policy"),
+    }
+    for name, check in checks.items():
+        if name in arguments:
+            try:
+                check(str(arguments[name]))
+            except ConfigError as e:
+                raise ConfigError(f"parameter {name}: {e.message}", e.hint) from e
 
 
 def _list(value: object) -> list[object]:

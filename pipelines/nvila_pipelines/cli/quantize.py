@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nvila_pipelines.curation.spec import DataSpec
     from nvila_pipelines.quantization.request import QuantizationRequest
     from nvila_pipelines.verb_run import VerbRun
+    from nvila_platform.registry import ModelVersion
     from nvila_platform.store import ArtifactRef
 
 SUMMARY = "make a model smaller and faster: W8A8 vision, 4-bit language, measured part by part"
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
             shutil.copytree(folder, args.out, dirs_exist_ok=True)
             folder = args.out.absolute()
         version = register(settings, tracked, name, alias, ref, folder) if name is not None else None
-    show(folder, ref, version, as_json=args.json)
+    show(folder, ref, version, alias, as_json=args.json)
     return 0
 
 
@@ -194,8 +195,10 @@ def data_spec(args: argparse.Namespace) -> DataSpec:
     return DataSpec(data=_lasting(args.data), **places)
 
 
-def register(settings: Settings, tracked: VerbRun, name: str, alias: str | None, ref: ArtifactRef, folder: Path) -> str:
-    """Register an artifact with the figures of its report; return its address."""
+def register(
+    settings: Settings, tracked: VerbRun, name: str, alias: str | None, ref: ArtifactRef, folder: Path
+) -> ModelVersion:
+    """Register an artifact with the figures of its report, and set its alias."""
     from nvila.checkpoints.documents import read_origin
     from nvila_pipelines.quantization.work import MODEL_FOLDER, STEP
     from nvila_platform.lineage import trace
@@ -215,16 +218,20 @@ def register(settings: Settings, tracked: VerbRun, name: str, alias: str | None,
     version = tracked.register(name, ref, manifest.metrics, tags, card)
     if alias is not None:
         set_alias(settings, name, alias, version.version)
-    return f"models:/{name}@{alias}" if alias is not None else f"models:/{name}/{version.version}"
+    return version
 
 
-def show(folder: Path, ref: ArtifactRef, version: str | None, *, as_json: bool) -> None:
+def show(folder: Path, ref: ArtifactRef, version: ModelVersion | None, alias: str | None, *, as_json: bool) -> None:
     """Print the report."""
     from nvila_pipelines.quantization.table import HEAD, aligned, report_rows
 
+    number = None if version is None else version.model_uri
+    address = f"models:/{version.name}@{alias}" if version is not None and alias is not None else number
+
     report = json.loads((folder / "quantization.json").read_text(encoding="utf-8"))
     if as_json:
-        emit_json({"path": str(folder), "key": ref.key, "digest": ref.digest, "model": version, "report": report})
+        said = {"path": str(folder), "key": ref.key, "digest": ref.digest, "model": address, "version": number}
+        emit_json(said | {"report": report})
         return
     for line in aligned(HEAD, report_rows(report)):
         emit(line)
@@ -234,8 +241,8 @@ def show(folder: Path, ref: ArtifactRef, version: str | None, *, as_json: bool) 
     exports = folder / "exports"
     for path in sorted(exports.iterdir()) if exports.is_dir() else ():
         emit(f"export: {path}")
-    if version is not None:
-        emit(f"registered: {version}")
+    if address is not None:
+        emit(f"registered: {address}")
 
 
 def _registration(text: str | None) -> tuple[str | None, str | None]:
@@ -244,6 +251,12 @@ def _registration(text: str | None) -> tuple[str | None, str | None]:
     name, separator, alias = text.partition("@")
     if not name or (separator and not alias):
         raise ConfigError(f"--register {text!r} names no model", "write NAME or NAME@ALIAS")
+    from nvila_platform.registration import check_name
+    from nvila_platform.registry import check_alias
+
+    check_name(name)
+    if alias:
+        check_alias(alias)
     return name, alias or None
 
 

@@ -12,6 +12,7 @@ from nvila_pipelines.components.image import IMAGE
 def check(
     recipe: str,
     job: str,
+    job_id: str,
     run_id: str = "",
     overrides: List[str] = [],  # noqa: B006, UP006  # a default of the form; nobody changes it
     seed: str = "",
@@ -23,8 +24,9 @@ def check(
 
     Args:
         recipe: Name of a built-in recipe, or a resolved recipe as JSON.
-        job: NAME/ID that Kubeflow gave the run.
-        run_id: Name of the run; empty takes Kubeflow's.
+        job: Name of the run in Kubeflow.
+        job_id: Its id.
+        run_id: Name of the run; empty takes Kubeflow's, with the beginning of the id.
         overrides: Fields of the recipe to change, such as train.precision=bf16.
         seed: Seed of everything that is drawn; empty leaves the recipe's.
         min_accuracy: Accuracy that the gate asks for; empty leaves the recipe's.
@@ -35,7 +37,7 @@ def check(
         The resolved recipe as JSON, and the name of the run.
     """
     from nvila_pipelines.steps.check import check_run
+    from nvila_pipelines.steps.pipeline_job import PipelineJob
 
     fields = {"seed": seed, "gate.min_accuracy": min_accuracy, "register.name": register_as}
-    name, _, kfp_run = job.partition("/")
-    return check_run(recipe, overrides, fields, run_id or name, kfp_run, size)
+    return check_run(recipe, overrides, fields, PipelineJob(name=job, id=job_id), run_id, size)

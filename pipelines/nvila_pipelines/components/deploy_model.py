@@ -15,6 +15,7 @@ def deploy_model(
     policy: str,
     options: list[str],
     job: str,
+    job_id: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Artifact],
@@ -27,7 +28,8 @@ def deploy_model(
         alias: Alias of the registry that it gets once it serves.
         policy: The policy as YAML text; its section `live` decides about every step, without one all traffic moves.
         options: More words of `nvila deploy`.
-        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
+        job: Name of the run in Kubeflow; its run in MLflow is the parent of this task's.
+        job_id: Its id.
         metrics: Numbers of the last verdict.
         report: Every step's verdict as a table.
         result: The outcome as JSON.
@@ -35,6 +37,9 @@ def deploy_model(
     Returns:
         Whether the model serves.
     """
+    from nvila_pipelines.steps.pipeline_job import PipelineJob
     from nvila_pipelines.steps.verb import run_deploy_verb
 
-    return run_deploy_verb(model, name, policy, ["--alias", alias, *options], job, metrics, report, result)
+    return run_deploy_verb(
+        model, name, policy, ["--alias", alias, *options], PipelineJob(name=job, id=job_id), metrics, report, result
+    )

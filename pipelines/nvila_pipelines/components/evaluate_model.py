@@ -13,6 +13,7 @@ def evaluate_model(
     tasks: str,
     options: list[str],
     job: str,
+    job_id: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Artifact],
@@ -23,11 +24,13 @@ def evaluate_model(
         model: Address of an OpenAI endpoint, models:/NAME@ALIAS, or a folder that the task sees.
         tasks: Names and tags of tasks, separated by commas.
         options: More words of `nvila evaluate`.
-        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
+        job: Name of the run in Kubeflow; its run in MLflow is the parent of this task's.
+        job_id: Its id.
         metrics: Scores by task.
         report: The same as a table.
         result: What the command said, as JSON.
     """
+    from nvila_pipelines.steps.pipeline_job import PipelineJob
     from nvila_pipelines.steps.verb import run_verb
 
-    run_verb("evaluate", [model, "--tasks", tasks, *options], job, metrics, report, result)
+    run_verb("evaluate", [model, "--tasks", tasks, *options], PipelineJob(name=job, id=job_id), metrics, report, result)

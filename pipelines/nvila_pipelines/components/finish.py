@@ -10,15 +10,19 @@ from nvila_pipelines.components.image import IMAGE
 def finish(
     run_id: str,
     job: str,
+    job_id: str,
     status: dsl.PipelineTaskFinalStatus,
 ) -> None:
-    """Record how the run ended, whatever happened, and remove what its tasks left behind.
+    """Record how the run ended, whatever happened, and end the runs in MLflow that killed tasks left open.
 
     Args:
-        run_id: Name of the run; empty takes Kubeflow's.
-        job: Name that Kubeflow gave the run.
+        run_id: Name of the run; empty takes Kubeflow's, with the beginning of the id.
+        job: Name of the run in Kubeflow.
+        job_id: Its id.
         status: How the run ended; Kubeflow fills it in.
     """
     from nvila_pipelines.steps.finish import finish_run
+    from nvila_pipelines.steps.pipeline_job import PipelineJob, run_name
 
-    finish_run(run_id or job, status.state, status.error_message or "", followed=bool(run_id))
+    name = run_name(PipelineJob(name=job, id=job_id), run_id)
+    finish_run(name, status.state, status.error_message or "", followed=bool(run_id))

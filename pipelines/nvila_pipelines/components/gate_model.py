@@ -13,6 +13,7 @@ def gate_model(
     policy: str,
     options: list[str],
     job: str,
+    job_id: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Artifact],
@@ -23,7 +24,8 @@ def gate_model(
         model: models:/NAME@ALIAS, or a folder that the task sees.
         policy: The policy as YAML text (`nvila gate --help` shows one).
         options: More words of `nvila gate`.
-        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
+        job: Name of the run in Kubeflow; its run in MLflow is the parent of this task's.
+        job_id: Its id.
         metrics: Numbers of the verdict.
         report: The verdict as a table.
         result: The verdict as JSON.
@@ -31,6 +33,7 @@ def gate_model(
     Returns:
         Whether the model passed.
     """
+    from nvila_pipelines.steps.pipeline_job import PipelineJob
     from nvila_pipelines.steps.verb import run_gate_verb
 
-    return run_gate_verb(model, policy, options, job, metrics, report, result)
+    return run_gate_verb(model, policy, options, PipelineJob(name=job, id=job_id), metrics, report, result)

@@ -14,6 +14,7 @@ def quantize_model(
     register_as: str,
     options: list[str],
     job: str,
+    job_id: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Model],
@@ -25,15 +26,17 @@ def quantize_model(
         data: Samples to calibrate and measure on; empty rounds to nearest and measures nothing.
         register_as: Name in the model registry.
         options: More words of `nvila quantize`.
-        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
+        job: Name of the run in Kubeflow; its run in MLflow is the parent of this task's.
+        job_id: Its id.
         metrics: Sizes, losses and speeds.
         report: The same as a table.
         result: Reference to the quantized model in the artifact store.
 
     Returns:
-        Address of the registered version.
+        Address of the registered version by number: its alias may move while it is judged.
     """
+    from nvila_pipelines.steps.pipeline_job import PipelineJob
     from nvila_pipelines.steps.verb import run_verb
 
     words = [model, *(["--data", data] if data else []), "--register", f"{register_as}@candidate", *options]
-    return str(run_verb("quantize", words, job, metrics, report, result)["model"])
+    return str(run_verb("quantize", words, PipelineJob(name=job, id=job_id), metrics, report, result)["version"])

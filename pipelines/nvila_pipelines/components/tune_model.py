@@ -15,6 +15,7 @@ def tune_model(
     register_as: str,
     options: list[str],
     job: str,
+    job_id: str,
     metrics: Output[Metrics],
     report: Output[Markdown],
     result: Output[Model],
@@ -27,7 +28,8 @@ def tune_model(
         method: How vision and language part are tuned, such as ln+lora.
         register_as: Name in the model registry.
         options: More words of `nvila tune`.
-        job: NAME/ID that Kubeflow gave the run, whose run in MLflow this task's is nested under.
+        job: Name of the run in Kubeflow; its run in MLflow is the parent of this task's.
+        job_id: Its id.
         metrics: Scores before and after.
         report: The same as a table.
         result: Reference to the tuned model in the artifact store.
@@ -35,7 +37,8 @@ def tune_model(
     Returns:
         Address of the registered version.
     """
+    from nvila_pipelines.steps.pipeline_job import PipelineJob
     from nvila_pipelines.steps.verb import run_verb
 
     words = [model, data, "--method", method, "--name", register_as, *options]
-    return str(run_verb("tune", words, job, metrics, report, result)["model"])
+    return str(run_verb("tune", words, PipelineJob(name=job, id=job_id), metrics, report, result)["model"])

@@ -27,11 +27,10 @@ def build(profile: Profile) -> Any:
             tasks: WHAT: names and tags of tasks, separated by commas.
             options: HOW: more words of `nvila evaluate`, as a list, such as ["--limit", "200"].
         """
-        job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-        ending = place(finish(run_id="", job=job), "finish").set_caching_options(False)
-        this = f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}"
+        this = {"job": dsl.PIPELINE_JOB_NAME_PLACEHOLDER, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+        ending = place(finish(run_id="", **this), "finish")
         with dsl.ExitHandler(ending, name="every step"):
-            measured = evaluate_model(model=endpoint, tasks=tasks, options=options, job=this)
-            place(measured, "evaluate-model").set_caching_options(False)
+            measured = evaluate_model(model=endpoint, tasks=tasks, options=options, **this)
+            place(measured, "evaluate-model")
 
     return evaluate_endpoint

@@ -48,14 +48,14 @@ def build(profile: Profile) -> Any:
             nodes: HOW: nodes of the training job; 0 leaves the profile's.
             gpus_per_node: HOW: GPUs of each of them, with one process each; 0 leaves the profile's.
         """
-        job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        this = {"job": dsl.PIPELINE_JOB_NAME_PLACEHOLDER, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
         size = f"{nodes}x{gpus_per_node}"
-        ending = place(finish(run_id=run_id, job=job), "finish").set_caching_options(False)
+        ending = place(finish(run_id=run_id, **this), "finish")
         with dsl.ExitHandler(ending, name="every step"):
             checked = place(
                 check(
                     recipe=recipe,
-                    job=f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}",
+                    **this,
                     run_id=run_id,
                     overrides=overrides,
                     seed=seed,
@@ -65,8 +65,6 @@ def build(profile: Profile) -> Any:
                 ),
                 "check",
             )
-            # It names the run; a name from the cache would give this run the cached results of another.
-            checked.set_caching_options(False)
             common = {"recipe": checked.outputs["recipe"], "run_id": checked.outputs["run_id"]}
             source = place(data(**common), "data").outputs["result"]
             selection = place(curate(**common, data=source), "curate").outputs["result"]

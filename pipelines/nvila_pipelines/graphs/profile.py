@@ -117,7 +117,12 @@ class Profile(_Strict):
         return JobPlacement.model_validate(values | {"image": placement.image or IMAGE})
 
     def place(self, task: PipelineTask, name: str) -> PipelineTask:
-        """Put a task of a graph where the profile says, and return it."""
+        """Put a task of a graph where the profile says, and return it.
+
+        Kubeflow's own cache is off for every task: it knows neither our code nor what data and aliases mean now, nor
+        whether an artifact is still there. The store does, and finished work is taken from there.
+        """
+        task.set_caching_options(False)
         placement, job = self.of(name), self.job()
         if job is not None and name in _TOLD_OF_JOB:
             task.set_env_variable("NVILA_TRAIN_JOB", job.model_dump_json(exclude_defaults=True))

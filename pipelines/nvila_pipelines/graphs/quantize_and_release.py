@@ -47,22 +47,21 @@ def build(profile: Profile) -> Any:
             gate_options: GATE: more words of `nvila gate`, as a list.
             deploy_options: RESULT: more words of `nvila deploy`, as a list.
         """
-        job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-        ending = place(finish(run_id="", job=job), "finish").set_caching_options(False)
-        this = f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}"
+        this = {"job": dsl.PIPELINE_JOB_NAME_PLACEHOLDER, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+        ending = place(finish(run_id="", **this), "finish")
         with dsl.ExitHandler(ending, name="every step"):
-            small = quantize_model(model=model, data=data, register_as=register_as, options=quantize_options, job=this)
-            place(small, "quantize-model").set_caching_options(False)
+            small = quantize_model(model=model, data=data, register_as=register_as, options=quantize_options, **this)
+            place(small, "quantize-model")
             version = small.outputs["Output"]
-            verdict = gate_model(model=version, policy=policy, options=gate_options, job=this)
-            place(verdict, "gate-model").set_caching_options(False)
+            verdict = gate_model(model=version, policy=policy, options=gate_options, **this)
+            place(verdict, "gate-model")
             with dsl.If(verdict.outputs["Output"] == True, name="gate passed"):  # noqa: E712  # compiled into a condition
                 with dsl.If(deploy_as == "", name="registry alone"):
-                    place(promote(model=version, alias=alias), "promote").set_caching_options(False)
+                    place(promote(model=version, alias=alias), "promote")
                 with dsl.Else(name="endpoint"):
                     rollout = deploy_model(
-                        model=version, name=deploy_as, alias=alias, policy=policy, options=deploy_options, job=this
+                        model=version, name=deploy_as, alias=alias, policy=policy, options=deploy_options, **this
                     )
-                    place(rollout, "deploy-model").set_caching_options(False)
+                    place(rollout, "deploy-model")
 
     return quantize_and_release

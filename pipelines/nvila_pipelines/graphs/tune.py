@@ -31,14 +31,10 @@ def build(profile: Profile) -> Any:
             register_as: RESULT: name in the model registry.
             options: HOW: more words of `nvila tune`, as a list, such as ["--epochs", "2"].
         """
-        job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-        ending = place(finish(run_id="", job=job), "finish").set_caching_options(False)
-        this = f"{job}/{dsl.PIPELINE_JOB_ID_PLACEHOLDER}"
+        this = {"job": dsl.PIPELINE_JOB_NAME_PLACEHOLDER, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+        ending = place(finish(run_id="", **this), "finish")
         with dsl.ExitHandler(ending, name="every step"):
-            tuned = tune_model(
-                model=model, data=data, method=method, register_as=register_as, options=options, job=this
-            )
-            # What an alias means changes; the store knows what was done already.
-            place(tuned, "tune-model").set_caching_options(False)
+            tuned = tune_model(model=model, data=data, method=method, register_as=register_as, options=options, **this)
+            place(tuned, "tune-model")
 
     return tune

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from nvila.errors import ConfigError
 from nvila_pipelines.recipe import Recipe, changed_recipe, load_recipe
 from nvila_pipelines.steps.component import run_task
+from nvila_pipelines.steps.pipeline_job import PipelineJob, run_name
 from nvila_pipelines.training.nodes import check_nodes, sized
 from nvila_platform.settings import Settings, runner_pid
-
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 class Checked(NamedTuple):
@@ -26,8 +24,8 @@ def check_run(
     recipe: str,
     overrides: Sequence[str],
     fields: Mapping[str, str],
-    run_id: str,
-    kfp_run: str = "",
+    job: PipelineJob,
+    run_id: str = "",
     size: str = "0x0",
 ) -> Checked:
     """Resolve a recipe and name the run.
@@ -36,15 +34,15 @@ def check_run(
         recipe: Name, or a resolved recipe as JSON.
         overrides: `dotted.key=value` words.
         fields: Values by dotted key; an empty one leaves the recipe's.
-        run_id: Name of the run.
-        kfp_run: Id of the run in Kubeflow; its run in MLflow, which is made here, links to it.
+        job: The run in Kubeflow; its run in MLflow, which is made here, links to it.
+        run_id: Name that the user gave the run; empty takes Kubeflow's.
         size: NODESxGPUS of the training job.
 
     Raises:
         SystemExit: A parameter is wrong; the typed error was left for the parent process.
     """
     words = [*overrides, *(f"{name}={value}" for name, value in fields.items() if value)]
-    name = _UNSAFE.sub("-", run_id).strip("-.")
+    name = run_name(job, run_id)
 
     def work(settings: Settings) -> Recipe:
         if not name:
@@ -55,7 +53,7 @@ def check_run(
         if runner_pid() is None:
             from nvila_platform.pipeline_runs import kubeflow_tags, parent_run
 
-            parent_run(settings, name, kubeflow_tags(settings, kfp_run))
+            parent_run(settings, name, kubeflow_tags(settings, job.id))
         return resolved
 
     found = run_task("check", name, work)

@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from nvila_platform.pipeline_runs import Ended
 
 OUTCOME_FILE = "outcome.json"
-_ENDED: dict[str, Ended] = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}
+_SUCCEEDED, _FAILED, _CANCELLED = "SUCCEEDED", "FAILED", "CANCELLED"
+# Kubeflow's versions say it in the words of their API or of ML Metadata.
+_STATES = {
+    "SUCCEEDED": _SUCCEEDED,
+    "COMPLETE": _SUCCEEDED,
+    "CACHED": _SUCCEEDED,
+    "CANCELLED": _CANCELLED,
+    "CANCELED": _CANCELLED,
+    "CANCELLING": _CANCELLED,
+    "CANCELING": _CANCELLED,
+}
+_ENDED: dict[str, Ended] = {_SUCCEEDED: "FINISHED", _FAILED: "FAILED", _CANCELLED: "KILLED"}
 _LONGEST = 500
 
 
@@ -22,8 +33,8 @@ def finish_run(run_id: str, state: str, message: str, *, followed: bool = True) 
 
     Args:
         run_id: Name of the run.
-        state: SUCCEEDED, FAILED or CANCELLED.
-        message: What failed; empty where nothing did.
+        state: How it ended, in Kubeflow's words; what is neither success nor cancellation is recorded as FAILED.
+        message: What failed; empty where nothing did, or where Kubeflow does not say it.
         followed: Whether a run on this machine has somebody who tells MLflow what its steps do.
     """
     run_task("finish", run_id, lambda settings: _finish(settings, run_id, state, message, followed))
@@ -32,10 +43,17 @@ def finish_run(run_id: str, state: str, message: str, *, followed: bool = True) 
 def _finish(settings: Settings, run_id: str, state: str, message: str, followed: bool) -> None:
     folder = settings.workspace / "runs" / run_id
     folder.mkdir(parents=True, exist_ok=True)
+    state = _STATES.get(state.upper(), _FAILED)
+    nobody_tells = runner_pid() is None or not followed
+    if state == _FAILED and not message and nobody_tells:
+        from nvila_platform.pipeline_runs import unfinished_tasks
+
+        names = unfinished_tasks(settings, run_id)
+        message = f"did not finish: {', '.join(names)}" if names else ""
     outcome = {"run_id": run_id, "state": state, "message": message, "at": utc_now()}
     write_atomically(folder / OUTCOME_FILE, json.dumps(outcome, indent=2) + "\n")
-    if runner_pid() is None or not followed:
+    if nobody_tells:
         from nvila_platform.pipeline_runs import end_runs
 
         tags = {"nvila.outcome": state, "nvila.failure": message[:_LONGEST]}
-        end_runs(settings, run_id, _ENDED.get(state, "FAILED"), tags)
+        end_runs(settings, run_id, _ENDED[state], tags)

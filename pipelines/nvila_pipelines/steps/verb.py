@@ -15,6 +15,7 @@ from typing import Any
 from nvila.errors import ConfigError, NvilaError
 from nvila_pipelines.report.kubeflow import markdown_table, numbers_of
 from nvila_pipelines.steps.component import OutputArtifact, run_task, write_metrics, write_text
+from nvila_pipelines.steps.pipeline_job import PipelineJob
 from nvila_pipelines.steps.verb_tracking import below_pipeline
 from nvila_platform.settings import Settings
 
@@ -22,7 +23,7 @@ from nvila_platform.settings import Settings
 def run_verb(
     verb: str,
     words: Sequence[str],
-    job: str,
+    job: PipelineJob,
     metrics: OutputArtifact,
     report: OutputArtifact,
     result: OutputArtifact,
@@ -34,7 +35,7 @@ def run_verb(
     Args:
         verb: Name of the verb.
         words: Its arguments.
-        job: NAME/ID of the pipeline's run, whose run in MLflow gets one of this task; empty for none.
+        job: The pipeline's run, whose run in MLflow gets one of this task.
         metrics: Gets the numbers.
         report: Gets them as a table.
         result: Gets all that the verb says with --json.
@@ -68,7 +69,7 @@ def run_gate_verb(
     model: str,
     policy: str,
     options: Sequence[str],
-    job: str,
+    job: PipelineJob,
     metrics: OutputArtifact,
     report: OutputArtifact,
     result: OutputArtifact,
@@ -92,7 +93,7 @@ def run_deploy_verb(
     name: str,
     policy: str,
     options: Sequence[str],
-    job: str,
+    job: PipelineJob,
     metrics: OutputArtifact,
     report: OutputArtifact,
     result: OutputArtifact,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nvila_pipelines.report.kubeflow import numbers_of
+from nvila_pipelines.steps.pipeline_job import PipelineJob, run_name
 from nvila_platform.pipeline_runs import RUN_TAG, kubeflow_tags, parent_run
 from nvila_platform.settings import Settings
 
@@ -19,22 +20,22 @@ Tell = Callable[[Sequence[str], Mapping[str, Any]], None]
 
 
 @contextmanager
-def below_pipeline(settings: Settings, job: str, verb: str) -> Iterator[Tell]:
+def below_pipeline(settings: Settings, job: PipelineJob, verb: str) -> Iterator[Tell]:
     """Track the work of a `with` block below its pipeline's run, which the first task makes.
 
     Args:
         settings: Where MLflow is.
-        job: NAME/ID of the pipeline's run; empty tracks nothing.
+        job: The pipeline's run; one without a name tracks nothing.
         verb: What the task runs.
 
     Yields:
         What takes the words of the verb and what it said.
     """
-    if not job:
+    if not job.name:
         yield lambda words, said: None
         return
-    name, _, kfp_run = job.partition("/")
-    parent = parent_run(settings, name, kubeflow_tags(settings, kfp_run))
+    name = run_name(job)
+    parent = parent_run(settings, name, kubeflow_tags(settings, job.id))
     before = os.environ.get(_PARENT)
     if parent is not None:
         os.environ[_PARENT] = parent

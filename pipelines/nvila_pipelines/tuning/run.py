@@ -26,6 +26,7 @@ from nvila_platform.artifacts import (
     write_manifest,
 )
 from nvila_platform.cost import UsageMeter
+from nvila_platform.registration import check_name
 from nvila_platform.settings import Settings
 from nvila_platform.store import ArtifactRef, open_store, reuse
 
@@ -77,6 +78,8 @@ def tune_model(request: TuneRequest, settings: Settings, view: ProgressView) -> 
     """
     from nvila.tuning.adapters import base_digest
 
+    if request.name is not None:
+        check_name(request.name)
     reporter = view.reporter(STEP)
     prepared = prepare(request, settings, reporter)
     digest = base_digest(request.model)

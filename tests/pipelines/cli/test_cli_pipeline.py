@@ -308,8 +308,9 @@ def test_a_run_is_submitted_listed_followed_and_stopped(kubeflow: Kubeflow, caps
 
 def test_a_schedule_runs_one_at_a_time(kubeflow: Kubeflow, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["pipeline", "schedule", "evaluate-endpoint", "endpoint=http://nvila", "--cron", "0 0 2 * * *"]
-    assert main([*words, "--json"]) == 0
+    assert main([*words, "--service-account", "runner", "--json"]) == 0
     (schedule,) = kubeflow.schedules
+    assert schedule["service_account"] == "runner"
     assert said(capsys)["schedule_id"] == schedule["recurring_run_id"]
     assert int(schedule["max_concurrency"]) == 1
     assert schedule["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *"
@@ -325,6 +326,9 @@ def test_a_schedule_runs_one_at_a_time(kubeflow: Kubeflow, capsys: pytest.Captur
         (["submit", "lifecycle", "overrides=x"], "overrides"),
         (["submit", "lifecycle", "recipe=fsat"], "unknown recipe 'fsat'"),
         (["submit", "tune"], "'data' is missing"),
+        (["submit", "tune", "data=x", "register_as=a b"], "parameter register_as: model name 'a b'"),
+        (["submit", "quantize-and-release", "alias=best"], "parameter alias: unknown alias 'best'"),
+        (["submit", "quantize-and-release", "policy=tusks: {}"], "parameter policy: "),
         (["schedule", "tune", "data=x"], "no schedule"),
         (["schedule", "tune", "data=x", "--cron", "0 2 * * *"], "six fields"),
         (["upload", "tune", "data=x"], "does not start"),

@@ -10,6 +10,7 @@ import pytest
 from tests.pipelines.conftest import Nvila, Result
 
 from nvila.errors import ConfigError, NvilaError
+from nvila_pipelines.steps.pipeline_job import PipelineJob
 from nvila_pipelines.steps.verb import move_alias, run_gate_verb, run_verb
 from nvila_platform.artifacts import content_key, utc_now, write_manifest
 from nvila_platform.launch.outcome import left_error
@@ -19,6 +20,7 @@ from nvila_platform.registry import resolve, set_alias
 from nvila_platform.settings import Settings
 from nvila_platform.store import open_store
 
+NO_JOB = PipelineJob(name="")
 QUICK = ("--limit", "4", "--threads", "1")
 
 
@@ -50,7 +52,7 @@ def test_what_a_verb_says_becomes_artifacts(
     task: Settings, model_folder: Path, shown: tuple[Result, Result, Result]
 ) -> None:
     metrics, report, result = shown
-    found = run_verb("evaluate", [str(model_folder), "--tasks", "easy_vqa", *QUICK], "", *shown)
+    found = run_verb("evaluate", [str(model_folder), "--tasks", "easy_vqa", *QUICK], NO_JOB, *shown)
     assert json.loads(Path(result.path).read_text()) == found
     numbers = json.loads(Path(metrics.path).read_text())
     assert numbers == metrics.metadata
@@ -60,7 +62,7 @@ def test_what_a_verb_says_becomes_artifacts(
 
 def test_words_that_the_verb_does_not_take_are_named(error: Path, shown: tuple[Result, Result, Result]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_verb("evaluate", ["x", "--tusks", "easy_vqa"], "", *shown)
+        run_verb("evaluate", ["x", "--tusks", "easy_vqa"], NO_JOB, *shown)
     assert ended.value.code == 2
     assert isinstance(said(error), ConfigError)
     assert "--tusks" in said(error).message
@@ -69,7 +71,7 @@ def test_words_that_the_verb_does_not_take_are_named(error: Path, shown: tuple[R
 
 def test_an_error_of_the_verb_is_left_for_the_parent(error: Path, shown: tuple[Result, Result, Result]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_verb("evaluate", ["/nowhere", "--tasks", "easy_vqa"], "", *shown)
+        run_verb("evaluate", ["/nowhere", "--tasks", "easy_vqa"], NO_JOB, *shown)
     assert ended.value.code == 2
     assert "/nowhere" in said(error).message
 
@@ -78,19 +80,19 @@ def test_a_refusal_is_an_answer_of_the_gate_and_of_no_other_verb(
     error: Path, model_folder: Path, shown: tuple[Result, Result, Result], tmp_path: Path
 ) -> None:
     strict = "{tasks: {easy_vqa: {min_score: 1.1}}}"
-    assert run_gate_verb(str(model_folder), strict, QUICK, "", *shown) is False
+    assert run_gate_verb(str(model_folder), strict, QUICK, NO_JOB, *shown) is False
     assert "**refused**" in Path(shown[1].path).read_text()
     assert not json.loads(Path(shown[2].path).read_text())["passed"]
     policy = tmp_path / "policy.yaml"
     policy.write_text(strict)
     with pytest.raises(SystemExit) as ended:
-        run_verb("gate", [str(model_folder), "--policy", str(policy), *QUICK], "", *shown)
+        run_verb("gate", [str(model_folder), "--policy", str(policy), *QUICK], NO_JOB, *shown)
     assert ended.value.code == 1
     assert "nvila gate ended with 1" in said(error).message
 
 
 def test_a_model_that_passes_the_gate(task: Settings, model_folder: Path, shown: tuple[Result, Result, Result]) -> None:
-    assert run_gate_verb(str(model_folder), "{tasks: {easy_vqa: {min_score: 0.0}}}", QUICK, "", *shown) is True
+    assert run_gate_verb(str(model_folder), "{tasks: {easy_vqa: {min_score: 0.0}}}", QUICK, NO_JOB, *shown) is True
     assert "| passed |" in Path(shown[1].path).read_text()
 
 
@@ -107,6 +109,27 @@ def test_an_alias_moves_to_what_an_address_means_now(task: Settings) -> None:
     assert move_alias("models:/nvila@candidate", "champion") == "models:/nvila/2"
     assert resolve(task, "models:/nvila@champion").version == 2
     assert resolve(task, "models:/nvila@previous").version == 1
+
+
+def test_what_is_promoted_is_what_was_judged_although_the_alias_moved(
+    task: Settings, shown: tuple[Result, Result, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvila_pipelines.components.quantize_model import quantize_model
+
+    store = open_store(task)
+    for number in (1, 2):
+        key = content_key("quantize", {"number": number}, {}, "1")
+        folder = store.work_dir("quantize", key)
+        (folder / "w.txt").write_text(str(number))
+        write_manifest(folder, step="quantize", key=key, config={}, inputs={}, code_version="1", started_at=utc_now())
+        register_model(task, "nvila", store.publish(folder), None, {})
+    made = {"model": "models:/nvila@candidate", "version": "models:/nvila/1"}
+    monkeypatch.setattr("nvila_pipelines.steps.verb.run_verb", lambda *_: made)
+    names = dict(zip(("metrics", "report", "result"), shown, strict=True))
+    version = quantize_model.python_func("m", "", "nvila", [], "job", "1", **names)
+    set_alias(task, "nvila", "candidate", 2)
+    assert move_alias(version, "champion") == "models:/nvila/1"
+    assert resolve(task, "models:/nvila@champion").version == 1
 
 
 def test_an_alias_of_nothing_is_refused(error: Path) -> None:

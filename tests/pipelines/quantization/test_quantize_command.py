@@ -75,6 +75,7 @@ def test_a_result_is_copied_registered_and_evaluated(
     done = nvila("quantize", model_folder, *words, "--json")
     assert done.code == 0, done.err
     assert done.last_json["model"] == "models:/tiny@candidate"
+    assert done.last_json["version"] == "models:/tiny/1"
     assert done.last_json["path"] == str(tmp_path / "small")
     assert "rounded to nearest" in done.err
     assert (tmp_path / "small" / "model" / "config.json").is_file()
@@ -109,6 +110,8 @@ def test_a_result_is_copied_registered_and_evaluated(
         (("--alpha", "2"), "'2' is not between 0 and 1"),
         (("--fast",), "--fast is a recipe, but a model is meant"),
         (("--register", "@best"), "--register '@best' names no model"),
+        (("--register", "a b"), "'a b' cannot be registered"),
+        (("--register", "tiny@best"), "unknown alias 'best'"),
         (("--group-size", "48", "--vision", "none"), "group_size 48 does not divide the 64 inputs of"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("seed=1", "--vision", "int8"), "seed=1 follows the model"),
@@ -122,6 +125,14 @@ def test_what_is_wrong_is_said_in_one_line(
     assert done.code in (1, 2)
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_name_that_cannot_be_registered_is_refused_before_any_work(
+    nvila: Callable[..., Any], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nvila_pipelines.cli.quantize.make_request", lambda *_: pytest.fail("it began to work"))
+    for name in ("a b", "tiny@best"):
+        assert nvila("quantize", model_folder, "--vision", "none", "--register", name).code == 2
 
 
 def test_options_of_a_model_need_one(nvila: Callable[..., Any]) -> None:

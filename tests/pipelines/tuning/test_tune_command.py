@@ -223,3 +223,12 @@ def test_a_licence_goes_along_from_base_to_tuned_to_quantized(
         tags = version_tags(settings, resolve(settings, f"models:/{name}@candidate"))
         assert tags["nvila.licence"] == "cc-by-nc-4.0"
         assert tags["nvila.base_models"] == "team/eyes"
+
+
+def test_a_name_that_cannot_be_registered_is_refused_before_any_work(
+    nvila: Nvila, base: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nvila_pipelines.tuning.run.prepare", lambda *_: pytest.fail("it began to work"))
+    done = nvila("tune", base, pictures, "--name", "a b")
+    assert done.code == 2
+    assert "'a b' cannot be registered" in done.err
