@@ -154,15 +154,16 @@ class EventLog:
             self._descriptor = -1
 
 
-def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.1) -> Iterator[Event]:
+def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.1, start: int = 0) -> Iterator[Event]:
     """Yield the events of a log as they are written.
 
     Args:
         path: May be missing at first.
         stop: Asked when nothing new is there; once it says True, what was written until then is still yielded.
         poll_s: Time between two looks at the file.
+        start: Bytes of the file that are passed over.
     """
-    offset, rest = 0, b""
+    offset, rest = start, b""
     stopping = False
     while True:
         chunk = _read_from(path, offset)

@@ -17,11 +17,10 @@ from typing import Any, Protocol, TypeVar
 
 from nvila.errors import InfrastructureError, NvilaError
 from nvila_pipelines.recipe import Recipe
-from nvila_pipelines.steps.runner import TRACKING_RUN_FILE, RunContext, run_step, step_config
-from nvila_pipelines.steps.table import step_spec
-from nvila_pipelines.tracked_data import datasets_of
+from nvila_pipelines.steps.pod_tracking import PodTracking
+from nvila_pipelines.steps.runner import RunContext, run_step
 from nvila_pipelines.training.nodes import sized
-from nvila_platform.artifacts import read_manifest, utc_now, write_atomically
+from nvila_platform.artifacts import read_manifest
 from nvila_platform.launch.child import collect_rarely, die_with, die_with_parent
 from nvila_platform.launch.outcome import leave_error
 from nvila_platform.launch.stopping import GO_ON, Terminated, stoppable_task
@@ -81,18 +80,23 @@ def run_component(
         SystemExit: The step failed with a typed error, which was left for the parent process; or it was stopped.
     """
 
-    def work(settings: Settings) -> tuple[ArtifactRef, Path]:
+    def work(settings: Settings) -> tuple[ArtifactRef, Path, str]:
         refs = {name: ArtifactRef.from_json(Path(path).read_text(encoding="utf-8")) for name, path in inputs.items()}
         run = RunContext(run_id=run_id, settings=sized(settings, size))
         found = Recipe.from_json(recipe)
-        with _Tracked(step, found, refs, run):
+        with PodTracking(step, found, refs, run) as tracking:
             ref = run_step(step, found, refs, run)
-        return ref, open_store(settings).fetch(ref)
+            directory = open_store(settings).fetch(ref)
+            shown = _report_of(step, directory, settings)
+            tracking.show(directory, shown)
+        return ref, directory, shown
 
-    ref, directory = run_task(step, run_id, work)
+    ref, directory, shown = run_task(step, run_id, work)
     write_text(result, ref.to_json())
     result.metadata.update(json.loads(ref.to_json()))
-    show_step(step, directory, metrics, report)
+    manifest = read_manifest(directory)
+    write_metrics(metrics, {} if manifest is None else manifest.metrics)
+    write_text(report, shown)
     return directory
 
 
@@ -161,18 +165,6 @@ def run_task(name: str, run_id: str, work: Callable[[Settings], T]) -> T:
         raise SystemExit(e.exit_code) from e
 
 
-def show_step(step: str, directory: Path, metrics: OutputArtifact, report: OutputArtifact) -> None:
-    """Write what the Kubeflow UI shows of a step."""
-    from nvila_pipelines.report.kubeflow import step_report
-    from nvila_pipelines.report.plots import cached_in
-
-    manifest = read_manifest(directory)
-    write_metrics(metrics, {} if manifest is None else manifest.metrics)
-    # The report of the run shows the same figures, and so does every run that finds the step done.
-    with cached_in(Settings.load().workspace / "cache" / "matplotlib"):
-        write_text(report, step_report(step, directory))
-
-
 def write_metrics(metrics: OutputArtifact, values: Mapping[str, float]) -> None:
     """Write numbers; without a file kfp would take the artifact for missing."""
     metrics.metadata.update(values)
@@ -184,6 +176,16 @@ def write_text(artifact: OutputArtifact, text: str) -> None:
     target = Path(artifact.path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
+
+
+def _report_of(step: str, directory: Path, settings: Settings) -> str:
+    """Return what the Kubeflow UI shows of a step."""
+    from nvila_pipelines.report.kubeflow import step_report
+    from nvila_pipelines.report.plots import cached_in
+
+    # The report of the run shows the same figures, and so does every run that finds the step done.
+    with cached_in(settings.workspace / "cache" / "matplotlib"):
+        return step_report(step, directory)
 
 
 def _patiently(name: str, work: Callable[[], T]) -> T:
@@ -198,45 +200,3 @@ def _patiently(name: str, work: Callable[[], T]) -> T:
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
     return work()
-
-
-class _Tracked:
-    """Tells MLflow about a step that runs where nobody follows the run's events: in a pod of its own."""
-
-    def __init__(self, step: str, recipe: Recipe, inputs: Mapping[str, ArtifactRef], run: RunContext) -> None:
-        self._step, self._recipe, self._inputs, self._run = step, recipe, inputs, run
-        self._tracker: Any = None
-        self._load: Any = None
-        self._began = utc_now()
-
-    def __enter__(self) -> None:
-        if runner_pid() is not None:
-            return
-        from nvila_platform.pipeline_runs import RUN_TAG, parent_run
-        from nvila_platform.system_metrics import SystemMetrics
-        from nvila_platform.tracking import open_tracker
-
-        run = self._run
-        parent = parent_run(run.settings, run.run_id)
-        if parent is not None:
-            run.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(run.directory / TRACKING_RUN_FILE, parent)
-        self._tracker = open_tracker(run.settings, self._step, parent, tags={RUN_TAG: run.run_id})
-        self._tracker.log_params(step_config(step_spec(self._step), self._recipe))
-        self._tracker.log_datasets(datasets_of(self._step, self._inputs, open_store(run.settings)))
-        self._load = SystemMetrics(self._tracker.log_metrics, run.settings.system_metrics_s)
-        self._load.start()
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if self._tracker is None:
-            return
-        self._load.stop()
-        ref = self._run.results().get(self._step)
-        if kind is None and ref is not None:
-            from nvila_platform.pipeline_runs import REUSED_TAG
-
-            manifest = open_store(self._run.settings).manifest(ref)
-            self._tracker.log_metrics(dict(manifest.metrics))
-            reused = {REUSED_TAG: "true"} if manifest.started_at < self._began else {}
-            self._tracker.set_tags({"nvila.digest": ref.digest} | reused)
-        self._tracker.close("FINISHED" if kind is None else "FAILED")

@@ -48,6 +48,9 @@ def run(context: StepContext) -> dict[str, float]:
     )
     section = context.recipe.train
     env = {name: value for name, value in context.settings.to_env().items() if name not in PLACEMENT_VARIABLES}
+    if context.tracking_run is not None:
+        # With NVILA_TRACK_TRAINING=direct the first process of training has a run of its own, below the pipeline's.
+        env.setdefault("MLFLOW_RUN_ID", context.tracking_run)
     if section.num_threads is not None:
         env["OMP_NUM_THREADS"] = str(section.num_threads)
     open_launcher(context.settings, out.name, context.reporter.notice).run(

@@ -6,6 +6,7 @@ import io
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ import pytest
 from rich.console import Console
 
 from nvila.training.config import TrainConfig
+from nvila_platform.mlflow_backend import connect
+from nvila_platform.pipeline_runs import parent_run
 from nvila_platform.settings import Settings
 from nvila_platform.telemetry import EventLog, ProgressView, parse_event
 from nvila_platform.training import TrainingObserver, observe_training
@@ -169,6 +172,28 @@ def test_settings_decide_who_is_told(
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def test_training_that_tracks_itself_sends_every_step_below_the_pipelines_run(
+    heard: Heard, config: TrainConfig, record: MakeRecord, start: MakeStart, tmp_path: Path,
+    tracked: Settings, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings = replace(tracked, track_training="direct")
+    parent = parent_run(settings, "nightly")
+    assert parent is not None
+    monkeypatch.setenv("MLFLOW_RUN_ID", parent)
+    with observe_training(config, settings, out_dir=tmp_path, reporter=heard) as observer:
+        observer.on_stage_start(start())
+        for step in (1, 2, 3):
+            observer.on_step(record(step, loss=4.0 / step))
+    client = connect(settings)
+    experiment = client.get_experiment_by_name(settings.experiment)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert (run.info.run_name, run.info.status) == ("train", "FINISHED")
+    assert run.data.params["align.steps"] == "10"
+    history = client.get_metric_history(run.info.run_id, "align/loss_step")
+    assert [(point.step, point.value) for point in history] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
+
+
 def test_without_a_known_peak_there_is_no_mfu(
     heard: Heard, config: TrainConfig, record: MakeRecord, start: MakeStart, tmp_path: Path
 ) -> None:
@@ -179,8 +204,6 @@ def test_without_a_known_peak_there_is_no_mfu(
 
 
 def test_decoder_without_a_formula_is_named(heard: Heard, config: TrainConfig, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     other = replace(config, model=replace(config.model, language={"model_type": "gpt2"}))
     settings = Settings.load(tmp_path, {"NVILA_PEAK_TFLOPS": "1"})
     observe_training(other, settings, out_dir=tmp_path, reporter=heard).close()
