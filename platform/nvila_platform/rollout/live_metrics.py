@@ -19,10 +19,12 @@ FAULTS = (
     "internal_error",
     "media_memory_full",
     "media_store_unavailable",
+    "model_not_ready",
     "overloaded",
     "queue_full",
     "resource",
     "stopping",
+    "timeout",
 )
 # Shorter than two scrapes nothing can be seen.
 _SHORTEST_S = 60
@@ -65,8 +67,9 @@ class LiveMetrics:
         )
 
     def answered(self, pods: str, window: int) -> str:
-        """Return the query of requests that were answered."""
-        return _count(f'nvila:request_success_total{{{self._of},pod=~"{pods}"}}', window)
+        """Return the query of requests that were answered; `abort` is none: its client left, or its time ran out."""
+        ended = "stop|length"
+        return _count(f'nvila:request_success_total{{{self._of},pod=~"{pods}",finished_reason=~"{ended}"}}', window)
 
     def failed(self, pods: str, window: int) -> str:
         """Return the query of requests that the server failed on."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from typing import Any
 
 from nvila.errors import NvilaError
 
 logger = logging.getLogger(__name__)
+
+# Of the request at hand, for logs and answers.
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 _KINDS = {
     401: "authentication_error",
@@ -72,16 +76,21 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal_error", _INTERNAL)
 
 
-def as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception, request_id: str | None = None) -> ApiError:
     """Translate any exception of the engine or a handler.
 
     Messages of errors that the client can act on are passed on; those of failures of ours (paths, shapes, names of
     internals) are logged and replaced.
+
+    Args:
+        error: What was raised.
+        request_id: Of the request that it ended; None takes the one at hand, which threads of the engine have not.
     """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, NvilaError) and (error.http_status < 500 or error.http_status in (501, 503)):
         retry_after_s = RETRY_AFTER_S if error.retryable else None
         return ApiError(error.http_status, error.code, str(error), retry_after_s=retry_after_s)
-    logger.error("request failed: %s", error, exc_info=error)
+    extra = {"request_id": REQUEST_ID.get() if request_id is None else request_id}
+    logger.error("request failed: %s", error, exc_info=error, extra=extra)
     return internal_error()

@@ -7,12 +7,11 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
 
-from nvila_platform.serving.errors import ApiError, as_api_error
+from nvila_platform.serving.errors import REQUEST_ID, ApiError, as_api_error
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import AsgiApp, Event, Receive, Scope, Send, send_json
 from nvila_platform.serving.served import LINEAGE, Lineage
@@ -20,7 +19,6 @@ from nvila_platform.serving.tracing import TRACE, Tracing
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 # A client's id is repeated in headers and logs, so only a harmless alphabet is taken over.
 _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SECURITY_HEADERS = {

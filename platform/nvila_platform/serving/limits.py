@@ -26,8 +26,8 @@ class Limits:
         max_body_bytes: Whole HTTP body.
         max_image_bytes: One encoded image.
         max_image_pixels: Width times height of one image or frame, read from its header.
-        max_images: Images in one request, frames of frame lists included.
-        max_videos: Videos in one request.
+        max_images: Images in one question, frames of frame lists included; V1 and V2 requests hold several questions.
+        max_videos: Videos in one question.
         max_video_bytes: One encoded video.
         max_video_seconds: Length of one video, read before its frames are decoded.
         max_frames: Frames sampled from all videos of one request.

@@ -32,9 +32,8 @@ from nvila_platform.serving.answers import (
     TextLogprobs,
 )
 from nvila_platform.serving.description import body_of
-from nvila_platform.serving.errors import ApiError
+from nvila_platform.serving.errors import REQUEST_ID, ApiError
 from nvila_platform.serving.express import Endpoint
-from nvila_platform.serving.guard import REQUEST_ID
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.json_body import decode_json
 from nvila_platform.serving.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from nvila_platform.serving.cost import Cost
-from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError, as_api_error
+from nvila_platform.serving.errors import REQUEST_ID, RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.mailbox import Inbox, Mailbox
 from nvila_platform.serving.phases import PhaseClock
 from nvila_platform.serving.stream import End, Event, Job, Stream
@@ -233,7 +233,7 @@ class EngineQueue:
                 self._generate(job)
             except Exception as e:
                 # The process must survive any single request.
-                job.post(as_api_error(e))
+                job.post(as_api_error(e, job.request_id))
             finally:
                 with self._wake:
                     self._running.discard(job)
@@ -304,6 +304,11 @@ class Slot:
             stream.cancel()
         self._queue._release(self._cost, self.target)
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline of all its generations."""
+        return max(0.0, self._deadline - time.monotonic())
+
     def submit(self, messages: Sequence[Message], media: Mapping[str, Medium], params: SamplingParams) -> Stream:
         """Queue one generation and return its events."""
         loop = asyncio.get_running_loop()
@@ -317,6 +322,7 @@ class Slot:
             submitted_at=time.monotonic(),
             mailbox=self._queue._mailbox_of(loop),
             inbox=Inbox(loop),
+            request_id=REQUEST_ID.get(),
             trace=TRACE.get(),
         )
         stream = Stream(job, self._queue._cancel)

@@ -17,7 +17,7 @@ from nvila_platform.serving.media import MediaIntake
 from nvila_platform.serving.queue import EngineQueue, Slot
 from nvila_platform.serving.schema import ChatRequest
 from nvila_platform.serving.served import answered_by
-from nvila_platform.serving.stream import Completion, Stream
+from nvila_platform.serving.stream import Completion, Stream, out_of_time
 from nvila_platform.serving.tracing import TRACE
 
 if TYPE_CHECKING:
@@ -140,14 +140,18 @@ class ChatService:
         """Load a conversation's media and queue all answers that are asked for.
 
         Raises:
-            ApiError: A medium cannot be used.
+            ApiError: A medium cannot be used, or loading them takes longer than the request has.
         """
         trace, began = TRACE.get(), time.monotonic()
         if trace is not None:
             operation = "chat" if isinstance(request, ChatRequest) else "text_completion"
             trace.asked(slot.target.identity, request, operation)
         num_frames = slot.target.rates.num_frames
-        conversation, media = await read_conversation(messages, self._intake, num_frames, self.metrics)
+        try:
+            async with asyncio.timeout(slot.left_s):
+                conversation, media = await read_conversation(messages, self._intake, num_frames, self.metrics)
+        except TimeoutError as e:
+            raise out_of_time() from e
         if trace is not None and media:
             trace.phase("media", began, time.monotonic(), media_count=len(media))
         streams = [slot.submit(conversation, media, request.sampling(choice)) for choice in range(request.n)]

@@ -54,6 +54,7 @@ class Job:
     submitted_at: float
     mailbox: Mailbox[Event]
     inbox: Inbox[Event]
+    request_id: str = ""
     trace: RequestTrace | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     generation: Generation | None = None
@@ -65,6 +66,11 @@ class Job:
         except RuntimeError:
             # The loop is closed: nobody is left to read.
             self.cancelled.set()
+
+
+def out_of_time() -> ApiError:
+    """The answer to a request that took too long, whatever it waited for."""
+    return ApiError(504, "timeout", "the answer took longer than this server allows; ask for less, or smaller media")
 
 
 class Stream:
@@ -183,4 +189,4 @@ class Stream:
         if not last:
             return None
         self.cancel()
-        raise ApiError(504, "timeout", "the answer took longer than this server allows; ask for fewer tokens")
+        raise out_of_time()

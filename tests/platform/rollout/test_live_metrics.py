@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -198,6 +199,15 @@ def test_two_revisions_are_measured_side_by_side(kserve_controller: ModuleType) 
     assert users.tokens[-1] == ""
 
 
+def test_answers_that_were_not_in_time_are_failures(promtool: str, tmp_path: Path) -> None:
+    inputs = [
+        series("nvila:request_success_total", pod("v2-aaaaaa"), "0+5x20", finished_reason="abort"),
+        series("nvila:request_rejected_total", pod("v2-aaaaaa"), "0+5x20", reason="timeout"),
+    ]
+    assert evaluated(promtool, tmp_path, ASKED.answered(NEW, 300), None, inputs) == ""
+    assert evaluated(promtool, tmp_path, ASKED.failed(NEW, 300), 50, inputs) == ""
+
+
 def test_every_fault_is_a_reason_that_the_server_can_give() -> None:
     from nvila.errors import ERRORS
     from nvila_platform.rollout.live_metrics import FAULTS
@@ -205,3 +215,15 @@ def test_every_fault_is_a_reason_that_the_server_can_give() -> None:
     serving = "\n".join(path.read_text("utf-8") for path in (ROOT / "platform/nvila_platform/serving").glob("*.py"))
     for reason in FAULTS:
         assert reason in ERRORS or f'"{reason}"' in serving, reason
+
+
+def test_every_refusal_that_is_not_a_clients_fault_is_a_fault() -> None:
+    from nvila_platform.rollout.live_metrics import FAULTS
+
+    serving = "\n".join(path.read_text("utf-8") for path in (ROOT / "platform/nvila_platform/serving").glob("*.py"))
+    given = re.findall(r'ApiError\(\s*(\d+),\s*"(\w+)"', serving)
+    assert len(given) > 40
+    # A caller with a key asks more often than its key may.
+    ours = {code for status, code in given if int(status) >= 500 or status == "429"} - {"rate_limited"}
+    assert {"timeout", "queue_full"} <= ours
+    assert ours <= set(FAULTS)

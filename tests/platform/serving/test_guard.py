@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from nvila_platform.serving.guard import REQUEST_ID, Guard
+from nvila_platform.serving.errors import REQUEST_ID
+from nvila_platform.serving.guard import Guard
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import AsgiApp, BodyLimit, Event, Limits, Receive, Scope, Send
 
