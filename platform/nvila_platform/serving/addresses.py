@@ -55,6 +55,8 @@ class HostRules:
         meant = _meant(address)
         if any(meant in network for network in self.networks if network.version == meant.version):
             return True
+        if isinstance(meant, ipaddress.IPv6Address) and meant.is_site_local:
+            return False
         return meant.is_global and not (meant.is_multicast or meant.is_reserved or meant.is_unspecified)
 
 

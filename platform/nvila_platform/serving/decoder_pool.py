@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nvila_platform.serving.decode_worker import arguments, receive, receive_header, send_message
@@ -60,12 +61,13 @@ class DecoderPool:
         """
         from PIL import Image
 
-        answer, pixels = await self._run({"kind": "image"}, data)
-        width, height = _sizes(answer, "size", 2)
-        if len(pixels) != width * height * 3:
-            raise _failed("image")
-        image = Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
-        weakref.finalize(image, self._release, len(pixels))
+        answer, pixels, held = await self._run({"kind": "image"}, data)
+        with held:
+            width, height = _sizes(answer, "size", 2)
+            if len(pixels) != width * height * 3:
+                raise _failed("image")
+            image = Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
+            weakref.finalize(image, held.release)
         return image
 
     async def video(self, data: bytes, *, num_frames: int, fps: float = 0.0) -> Video:
@@ -78,14 +80,16 @@ class DecoderPool:
 
         from nvila.data.video import Video
 
-        answer, pixels = await self._run({"kind": "video", "num_frames": num_frames, "fps": fps}, data)
-        shape = _sizes(answer, "shape", 4)
-        if len(pixels) != shape[0] * shape[1] * shape[2] * 3:
-            raise _failed("video")
-        frames = np.frombuffer(pixels, np.uint8).reshape(shape)
-        weakref.finalize(frames, self._release, len(pixels))
-        moments = tuple(float(moment) for moment in answer["timestamps"])
-        return Video(frames=frames, timestamps=moments, duration=float(answer["duration"]))
+        answer, pixels, held = await self._run({"kind": "video", "num_frames": num_frames, "fps": fps}, data)
+        with held:
+            shape = _sizes(answer, "shape", 4)
+            if len(pixels) != shape[0] * shape[1] * shape[2] * 3:
+                raise _failed("video")
+            frames = np.frombuffer(pixels, np.uint8).reshape(shape)
+            moments = tuple(float(moment) for moment in answer["timestamps"])
+            video = Video(frames=frames, timestamps=moments, duration=float(answer["duration"]))
+            weakref.finalize(frames, held.release)
+        return video
 
     def close(self) -> None:
         """End the workers; what they decode is given up."""
@@ -96,14 +100,21 @@ class DecoderPool:
             worker.end()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, header: Mapping[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._decode, header, data)
+    async def _run(self, header: Mapping[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray, _Reservation]:
+        held = _Reservation(self._reserve, self._release)
+        work = self._threads.submit(self._decode, header, data, held)
+        try:
+            answer, pixels = await asyncio.wrap_future(work)
+        except BaseException:
+            # Whoever asked may have left while the thread goes on, and reserves memory later.
+            work.add_done_callback(lambda _: held.release())
+            raise
+        return answer, pixels, held
 
-    def _decode(self, header: Mapping[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
+    def _decode(self, header: Mapping[str, Any], data: bytes, held: _Reservation) -> tuple[dict[str, Any], bytearray]:
         worker = self._take()
         try:
-            answer, pixels = worker.decode(header, data, self._limits.decode_timeout_s, self._reserve)
+            answer, pixels = worker.decode(header, data, self._limits.decode_timeout_s, held.take)
         except ApiError:
             # Its pixels are still in the socket.
             worker.end()
@@ -157,6 +168,34 @@ class DecoderPool:
                 self._idle.append(worker)
                 return
         worker.end()
+
+
+class _Reservation:
+    """Memory that one decoding may have taken; leaving its `with` block by an error gives it back."""
+
+    def __init__(self, reserve: Callable[[int], None], release: Callable[[int], None]) -> None:
+        self._reserve = reserve
+        self._release = release
+        self._size = 0
+
+    def __enter__(self) -> _Reservation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.release()
+
+    def take(self, size: int) -> None:
+        """Count `size` bytes; see `DecoderPool._reserve`."""
+        self._reserve(size)
+        self._size = size
+
+    def release(self) -> None:
+        """Count them off; nothing is left for a second time."""
+        size, self._size = self._size, 0
+        self._release(size)
 
 
 class _Worker:

@@ -7,8 +7,10 @@ import gc
 import io
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import av
 import numpy as np
@@ -17,6 +19,8 @@ import pytest
 from PIL import Image
 
 from nvila.data.video import load_video
+from nvila_platform.serving import decoder_pool
+from nvila_platform.serving.decode_worker import receive
 from nvila_platform.serving.decoder_pool import DecoderPool
 from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.limits import Limits
@@ -138,6 +142,45 @@ def test_pixels_of_all_requests_together_are_bounded() -> None:
         assert asyncio.run(pool.image(png())).size == (30, 20)
     finally:
         pool.close()
+
+
+def test_whoever_leaves_while_it_is_decoded_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = DecoderPool(Limits(decode_workers=1, max_decoded_bytes=2000))
+    reserved, left = threading.Event(), threading.Event()
+
+    def receive_late(*args: Any) -> bytearray:
+        reserved.set()
+        assert left.wait(30)
+        return receive(*args)
+
+    async def leave() -> None:
+        asking = asyncio.ensure_future(pool.image(png()))
+        assert await asyncio.to_thread(reserved.wait, 60)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        left.set()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder_pool, "receive", receive_late)
+            asyncio.run(leave())
+            assert asyncio.run(pool.image(png())).size == (30, 20)
+        gc.collect()
+        assert pool._held_bytes == 0
+    finally:
+        left.set()
+        pool.close()
+
+
+def test_a_worker_that_dies_with_the_pixels_keeps_no_memory(pool: DecoderPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive_nothing(*_args: Any) -> bytearray:
+        raise EOFError("the other side has gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_pool, "receive", receive_nothing)
+        with pytest.raises(ApiError):
+            asyncio.run(pool.image(png()))
+    assert pool._held_bytes == 0
 
 
 def test_a_worker_has_no_secrets_and_can_open_nothing(pool: DecoderPool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,7 @@ def test_a_certificate_that_nobody_signed_is_refused(server: Server, monkeypatch
         ("::1", False),
         ("::", False),
         ("fe80::1", False),
+        ("fec0::1", False),
         ("fd00::1", False),
         ("ff02::1", False),
         ("::ffff:10.0.0.1", False),
