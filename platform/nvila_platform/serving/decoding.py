@@ -80,13 +80,17 @@ def decode_video(data: bytes, limits: Limits, *, num_frames: int, fps: float = 0
         raise ApiError(400, "invalid_video", message)
     try:
         _check_container(data, limits)
-        return load_video(
+        video = load_video(
             data,
             num_frames=num_frames,
             fps=fps,
             max_side=limits.max_frame_side,
             limits=ImageLimits(max_pixels=limits.max_image_pixels, max_bytes=limits.max_video_bytes),
         )
+        # A header may say nothing of the length, or too little.
+        if video.duration > limits.max_video_seconds:
+            raise _too_long(limits)
+        return video
     except ApiError:
         raise
     except MemoryError as e:
@@ -122,6 +126,10 @@ def _too_many_pixels(limits: Limits) -> ApiError:
     return ApiError(413, "image_too_large", message)
 
 
+def _too_long(limits: Limits) -> ApiError:
+    return ApiError(413, "video_too_long", f"a video may last at most {limits.max_video_seconds:g} s; cut it")
+
+
 def _is_video(data: bytes) -> bool:
     """Tell by the first bytes; a playlist, which makes the reader open further files, has none of these."""
     return data[4:8] == b"ftyp" or data[:4] == b"\x1aE\xdf\xa3" or (data[:4] == b"RIFF" and data[8:12] == b"AVI ")
@@ -136,8 +144,7 @@ def _check_container(data: bytes, limits: Limits) -> None:
         lengths = [container.duration / _MICROSECONDS] if container.duration else []
         lengths += [float(one.duration * one.time_base) for one in streams if one.duration and one.time_base]
         if lengths and max(lengths) > limits.max_video_seconds:
-            message = f"a video may last at most {limits.max_video_seconds:g} s; cut it"
-            raise ApiError(413, "video_too_long", message)
+            raise _too_long(limits)
         for stream in streams:
             context = stream.codec_context
             if context is not None and context.width * context.height > limits.max_image_pixels:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from nvila.data.video import load_video
-from nvila_platform.serving import decoder_pool
+from nvila_platform.serving import decoder_pool, decoding
 from nvila_platform.serving.decode_worker import receive
 from nvila_platform.serving.decoder_pool import DecoderPool
 from nvila_platform.serving.errors import ApiError
@@ -88,6 +88,13 @@ def test_a_refusal_comes_back_and_the_worker_goes_on(pool: DecoderPool, data: by
     (before,) = workers()
     asyncio.run(pool.image(png()))
     assert [one.pid for one in workers()] == [before.pid]
+
+
+def test_a_video_is_measured_where_its_header_says_nothing_of_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_check_container", lambda *_args: None)
+    with pytest.raises(ApiError) as caught:
+        decoding.decode_video(clip(61, rate=1), Limits(max_video_seconds=60), num_frames=4)
+    assert (caught.value.status, caught.value.code) == (413, "video_too_long")
 
 
 def test_a_worker_that_dies_is_replaced(pool: DecoderPool) -> None:

@@ -14,9 +14,12 @@ from prometheus_client import CollectorRegistry
 from nvila.data.records import vqa_sample
 from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.identity import ModelIdentity
+from nvila_platform.serving.limits import Limits
 from nvila_platform.serving.metrics import ServingMetrics
 from nvila_platform.serving.queue import EngineQueue, Slot
+from nvila_platform.serving.schema import parse_chat
 from nvila_platform.serving.served import Served, Version
+from nvila_platform.serving.service import ChatService
 from nvila_platform.serving.stream import Stream
 
 
@@ -236,3 +239,26 @@ def test_one_slot_serves_several_questions_in_turn(bench: Bench) -> None:
 
 def test_model_info_names_version_and_digest(bench: Bench) -> None:
     assert bench.metric("model_info", version="1", digest="d") == 1
+
+
+def test_loading_media_counts_to_the_deadline(words: ModuleType, monkeypatch: pytest.MonkeyPatch, png_url: str) -> None:
+    async def for_ever(*_args: object) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr("nvila_platform.serving.decoder_pool.DecoderPool.image", for_ever)
+    version, registry = Version(identity=ModelIdentity(name="words")), CollectorRegistry()
+    limits = Limits(request_timeout_s=0.2)
+    service = ChatService(version, limits, ServingMetrics(version.identity, registry))
+    service.start(Served(version, words.WordsEngine()), registry)
+    content = [{"type": "image_url", "image_url": {"url": png_url}}]
+    request = parse_chat({"model": "words", "messages": [{"role": "user", "content": content}]})
+
+    async def check() -> None:
+        with service.queue.admit() as slot, pytest.raises(ApiError) as caught:
+            await service.submit(slot, request, request.messages)
+        assert (caught.value.status, caught.value.code) == (504, "timeout")
+
+    try:
+        asyncio.run(asyncio.wait_for(check(), 10))
+    finally:
+        service.close()

@@ -77,6 +77,17 @@ def test_the_log_is_one_json_line_a_request(server: RunningServer, http: httpx.C
     assert not [line for line in lines if line.get("request_id") == "probe"]
 
 
+def test_what_failed_is_in_the_log_under_its_request(server: RunningServer, http: httpx.Client) -> None:
+    body = {"model": "words", "messages": [{"role": "user", "content": "crash"}]}
+    answer = http.post("/openai/v1/chat/completions", json=body, headers={"x-request-id": "crash-7"})
+    assert answer.status_code == 500
+    assert "request id" in answer.json()["error"]["message"]
+    lines = [json.loads(line) for line in server.log_path.read_text().splitlines() if line.startswith("{")]
+    failed = [line["message"] for line in lines if line.get("request_id") == "crash-7" and line["level"] == "ERROR"]
+    assert len(failed) == 1
+    assert failed[0].startswith("request failed:")
+
+
 def test_nothing_of_what_was_asked_is_in_the_log(server: RunningServer, http: httpx.Client, png: bytes) -> None:
     encoded = base64.b64encode(png).decode()
     broken = base64.b64encode(png[:40]).decode()
