@@ -10,6 +10,7 @@ from nvila_platform.prometheus import Prometheus
 
 # Reasons of rejections that are the server's fault. A client's own mistakes say nothing about a revision.
 FAULTS = (
+    "bodies_full",
     "broken",
     "capability",
     "checkpoint",

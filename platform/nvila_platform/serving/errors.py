@@ -22,6 +22,8 @@ _KINDS = {
 }
 # When nothing better is known than that the cause should pass.
 RETRY_AFTER_S = 5
+# The code of failures of ours.
+INTERNAL = "internal_error"
 _INTERNAL = "the server failed on this request; its log has the details under the request id"
 
 
@@ -73,7 +75,7 @@ class ApiError(Exception):
 
 def internal_error() -> ApiError:
     """The answer to a failure of ours; what failed stays in the log."""
-    return ApiError(500, "internal_error", _INTERNAL)
+    return ApiError(500, INTERNAL, _INTERNAL)
 
 
 def as_api_error(error: Exception, request_id: str | None = None) -> ApiError:

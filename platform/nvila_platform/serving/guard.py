@@ -44,6 +44,7 @@ class Guard:
         identity: Names the served model, for the lineage headers of answers that no model of its own has given.
         on_reject: Called with the error code of a failure that no handler answered.
         tracing: Makes the spans of requests; None makes none.
+        stall_timeout_s: For a client to take a part of its answer; one that does not has left.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Guard:
         identity: Callable[[], ModelIdentity],
         on_reject: Callable[[str], None],
         tracing: Tracing | None = None,
+        stall_timeout_s: float = 30.0,
     ) -> None:
         self._tracing = tracing
+        self._stall_timeout_s = stall_timeout_s
         self._app = app
         self._identity = identity
         self._on_reject = on_reject
@@ -72,7 +75,7 @@ class Guard:
             identity = lineage.identity or self._identity()
             return {**_SECURITY_HEADERS, **identity.headers(), "x-request-id": request_id}
 
-        exchange = _Exchange(receive, send, headers)
+        exchange = _Exchange(receive, send, headers, self._stall_timeout_s)
         started = time.monotonic()
         trace = None if self._tracing is None else self._tracing.begin(scope)
         TRACE.set(trace)
@@ -97,7 +100,10 @@ class Guard:
 class _Exchange:
     """One request and its response, with somebody watching whether the client is still there."""
 
-    def __init__(self, receive: Receive, send: Send, headers: Callable[[], dict[str, str]]) -> None:
+    def __init__(
+        self, receive: Receive, send: Send, headers: Callable[[], dict[str, str]], stall_timeout_s: float
+    ) -> None:
+        self._stall_timeout_s = stall_timeout_s
         self._receive = receive
         self._send = send
         self._headers = headers
@@ -154,7 +160,14 @@ class _Exchange:
             event = {**event, "headers": [*kept, *added]}
         elif not event.get("more_body", False):
             self._finished = True
-        await self._send(event)
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._send(event)
+        except TimeoutError as e:
+            # It asks and does not read: the place in the queue is for others.
+            self._finished = False
+            self._gone.set()
+            raise ClientDisconnect from e
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

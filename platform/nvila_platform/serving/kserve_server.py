@@ -111,7 +111,8 @@ class _RestServer(RESTServer):  # type: ignore[misc]  # the KServe SDK ships no 
         # Built here: a key file that cannot be used is known before the model is loaded.
         limited = BodyLimit(Express(app, build_endpoints(service)), service.limits, rejected)
         checked = Gatekeeper(limited, options.access, rejected)
-        self.config.app = Guard(checked, lambda: service.identity, rejected, service.tracing)
+        stall = service.limits.stall_timeout_s
+        self.config.app = Guard(checked, lambda: service.identity, rejected, service.tracing, stall_timeout_s=stall)
         self._drain = Drain(self._server, service, options.drain_s)
         self.config.host = listener.getsockname()[0]
         self.config.server_header = False

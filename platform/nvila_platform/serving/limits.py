@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nvila.errors import ConfigError
-from nvila_platform.serving.errors import ApiError
+from nvila_platform.serving.errors import RETRY_AFTER_S, ApiError
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -24,6 +24,7 @@ class Limits:
 
     Args:
         max_body_bytes: Whole HTTP body.
+        max_arriving_bytes: Bodies of all requests that are still being received, before they are admitted or refused.
         max_image_bytes: One encoded image.
         max_image_pixels: Width times height of one image or frame, read from its header.
         max_images: Images in one question, frames of frame lists included; V1 and V2 requests hold several questions.
@@ -45,10 +46,12 @@ class Limits:
         max_running: Requests in the engine at once; they share its steps.
         request_timeout_s: From admission to the last token.
         body_timeout_s: For the client to send its body.
+        stall_timeout_s: For the client to take a part of its answer.
         keep_alive_s: Quiet time after which a stream sends a comment, so that proxies do not hang up.
     """
 
     max_body_bytes: int = 20 * 2**20
+    max_arriving_bytes: int = 512 * 2**20
     max_image_bytes: int = 10 * 2**20
     max_image_pixels: int = 4096 * 4096
     max_images: int = 16
@@ -69,6 +72,7 @@ class Limits:
     max_running: int = 16
     request_timeout_s: float = 120.0
     body_timeout_s: float = 30.0
+    stall_timeout_s: float = 30.0
     keep_alive_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -97,13 +101,14 @@ class BodyLimit:
         self._app = app
         self._limits = limits
         self._on_reject = on_reject
+        self._arriving = _Arriving(limits.max_arriving_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event of the ASGI protocol."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, self._limits)
+        body = _Body(receive, self._limits, self._arriving)
         if _announced_bytes(scope) > self._limits.max_body_bytes:
             body.refusal = _too_large(self._limits)
         else:
@@ -111,7 +116,7 @@ class BodyLimit:
         if body.refusal is not None and not body.answered:
             self._on_reject(body.refusal.code)
             # The rest of the body is not read, so the connection cannot carry another request.
-            headers = {"connection": "close"}
+            headers = {"connection": "close", **body.refusal.headers}
             await send_json(send, body.refusal.status, body.refusal.body_for(scope["path"]), headers)
 
     async def _serve(self, scope: Scope, body: _Body, send: Send) -> None:
@@ -127,13 +132,25 @@ class BodyLimit:
         except Exception:
             if body.refusal is None:
                 raise
+        finally:
+            body.arrived()
+
+
+class _Arriving:
+    """Bytes of all bodies that are being received; only the event loop's thread touches them."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
 
 
 class _Body:
     """Counts a body while the application reads it."""
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
+    def __init__(self, receive: Receive, limits: Limits, arriving: _Arriving) -> None:
         self._receive = receive
+        self._arriving = arriving
+        self._held = 0
         self._limits = limits
         self._deadline = asyncio.get_running_loop().time() + limits.body_timeout_s
         self._received = 0
@@ -153,11 +170,27 @@ class _Body:
             self.refusal = ApiError(408, "body_timeout", message)
             raise _BodyRefusedError from e
         self._complete = not event.get("more_body", False)
-        self._received += len(event.get("body", b""))
+        size = len(event.get("body", b""))
+        self._received += size
         if self._received > self._limits.max_body_bytes:
             self.refusal = _too_large(self._limits)
             raise _BodyRefusedError
+        if self._complete:
+            # What happens next is to admit the request or to refuse it, and admitted ones are counted.
+            self.arrived()
+        elif self._arriving.held + size > self._arriving.most:
+            message = "the bodies of other requests fill the memory set aside for them; try again"
+            self.refusal = ApiError(429, "bodies_full", message, retry_after_s=RETRY_AFTER_S)
+            raise _BodyRefusedError
+        else:
+            self._arriving.held += size
+            self._held += size
         return event
+
+    def arrived(self) -> None:
+        """Count nothing of it any more."""
+        self._arriving.held -= self._held
+        self._held = 0
 
 
 def _too_large(limits: Limits) -> ApiError:

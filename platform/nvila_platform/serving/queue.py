@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from nvila_platform.serving.cost import Cost
-from nvila_platform.serving.errors import REQUEST_ID, RETRY_AFTER_S, ApiError, as_api_error
+from nvila_platform.serving.errors import INTERNAL, REQUEST_ID, RETRY_AFTER_S, ApiError, as_api_error
 from nvila_platform.serving.mailbox import Inbox, Mailbox
 from nvila_platform.serving.phases import PhaseClock
 from nvila_platform.serving.stream import End, Event, Job, Stream
@@ -42,6 +42,10 @@ State = Literal["loading", "ready", "draining", "broken"]
 
 _LONGEST_RETRY_S = 60
 _SMOOTHING = 0.2
+# So many failures of the engine in a row, with no answer between, are not the requests' fault.
+_BROKEN_AFTER = 16
+# A request that is still in the engine so long after its deadline, although it was closed, will never come back.
+_HUNG_S = 60.0
 _FREE = Cost()
 
 
@@ -82,6 +86,8 @@ class EngineQueue:
         self._admitted = 0
         self._cost = 0
         self._service_s = 1.0
+        # Written by workers; that one may overwrite another's count only makes it a little smaller.
+        self._failures = 0
 
     @property
     def healthy(self) -> bool:
@@ -90,8 +96,12 @@ class EngineQueue:
 
     @property
     def broken(self) -> bool:
-        """Whether a worker has ended although nobody closed the queue; only a new process mends that."""
-        return any(not worker.is_alive() for worker in self._workers)
+        """Whether only a new process helps: a worker has ended, the engine fails on everything, or it hangs."""
+        if any(not worker.is_alive() for worker in self._workers) or self._failures >= _BROKEN_AFTER:
+            return True
+        with self._wake:
+            late = time.monotonic() - _HUNG_S
+            return any(job.deadline < late for job in self._running)
 
     @property
     def state(self) -> State:
@@ -231,9 +241,12 @@ class EngineQueue:
             began = time.monotonic()
             try:
                 self._generate(job)
+                self._failures = 0
             except Exception as e:
                 # The process must survive any single request.
-                job.post(as_api_error(e, job.request_id))
+                error = as_api_error(e, job.request_id)
+                self._failures = self._failures + 1 if error.code == INTERNAL else 0
+                job.post(error)
             finally:
                 with self._wake:
                     self._running.discard(job)

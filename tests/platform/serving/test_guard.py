@@ -120,6 +120,74 @@ def test_a_body_that_does_not_arrive_gets_408(app: AsgiApp) -> None:
     assert json.loads(body["body"])["error"]["code"] == "body_timeout"
 
 
+def test_bodies_that_arrive_at_once_are_bounded_together() -> None:
+    codes: list[str] = []
+    app = BodyLimit(echo, Limits(max_body_bytes=10, max_arriving_bytes=12), codes.append)
+
+    async def ask(pause: asyncio.Event | None, begun: asyncio.Event) -> list[Event]:
+        parts: list[Event] = [
+            {"type": "http.request", "body": b"x" * 8, "more_body": True},
+            {"type": "http.request", "body": b"x", "more_body": False},
+        ]
+        sent: list[Event] = []
+
+        async def receive() -> Event:
+            if len(parts) == 1:
+                begun.set()
+                if pause is not None:
+                    await pause.wait()
+            return parts.pop(0)
+
+        async def send(event: Event) -> None:
+            sent.append(event)
+
+        await app({"type": "http", "path": "/x", "headers": []}, receive, send)
+        return sent
+
+    async def check() -> None:
+        pause, begun = asyncio.Event(), asyncio.Event()
+        slow = asyncio.ensure_future(ask(pause, begun))
+        await begun.wait()
+        refused = await ask(None, asyncio.Event())
+        assert refused[0]["status"] == 429
+        assert b"retry-after" in dict(refused[0]["headers"])
+        pause.set()
+        assert (await slow)[1]["body"] == b"x" * 9
+        # What has arrived, or was refused, makes room.
+        assert (await ask(None, asyncio.Event()))[1]["body"] == b"x" * 9
+
+    asyncio.run(check())
+    assert codes == ["bodies_full"]
+
+
+def test_a_client_that_does_not_read_has_left() -> None:
+    held: list[str] = []
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        held.append("place")
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"much", "more_body": True})
+        finally:
+            held.clear()
+
+    async def check() -> None:
+        async def receive() -> Event:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(event: Event) -> None:
+            if event["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/x", "headers": []}
+        guard = Guard(app, lambda: ModelIdentity(name="m"), lambda _: None, stall_timeout_s=0.05)
+        await asyncio.wait_for(guard(scope, receive, send), 10)
+
+    asyncio.run(check())
+    assert held == []
+
+
 def test_the_time_for_the_body_does_not_bound_the_answer() -> None:
     async def slow(_scope: Scope, receive: Receive, send: Send) -> None:
         await read_all(receive)

@@ -16,7 +16,7 @@ from nvila_platform.serving.errors import ApiError
 from nvila_platform.serving.identity import ModelIdentity
 from nvila_platform.serving.limits import Limits
 from nvila_platform.serving.metrics import ServingMetrics
-from nvila_platform.serving.queue import EngineQueue, Slot
+from nvila_platform.serving.queue import _BROKEN_AFTER, EngineQueue, Slot
 from nvila_platform.serving.schema import parse_chat
 from nvila_platform.serving.served import Served, Version
 from nvila_platform.serving.service import ChatService
@@ -204,6 +204,47 @@ def test_a_failing_request_harms_no_other(bench: Bench) -> None:
 
     asyncio.run(check())
     assert bench.queue.healthy
+
+
+def test_an_engine_that_fails_on_everything_is_broken(bench: Bench) -> None:
+    async def check() -> None:
+        for number in range(2 * _BROKEN_AFTER):
+            # One answer between, and the others were the requests' fault.
+            if number == _BROKEN_AFTER - 1:
+                assert await bench.ask("count 1") == "0"
+            elif number < 2 * _BROKEN_AFTER - 1:
+                with pytest.raises(ApiError, match="request id"):
+                    await bench.ask("crash")
+        await until(lambda: bench.metric("num_requests_running") == 0)
+        assert bench.queue.state == "ready"
+        with pytest.raises(ApiError, match="request id"):
+            await bench.ask("crash")
+        await until(lambda: bench.queue.state == "broken")
+        with pytest.raises(ApiError) as caught:
+            bench.queue.admit()
+        assert caught.value.status == 503
+
+    asyncio.run(check())
+
+
+def test_an_engine_that_hangs_is_broken(words: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(words, capacity=2, timeout_s=0.1)
+    monkeypatch.setattr("nvila_platform.serving.queue._HUNG_S", 0.1)
+    hanging = threading.Event()
+    monkeypatch.setattr(words.WordsGeneration, "deliver", lambda *_: hanging.wait(30))
+
+    async def check() -> None:
+        with pytest.raises(ApiError) as caught:
+            await bench.ask("count 1")
+        assert caught.value.status == 504
+        assert bench.queue.state == "ready"
+        await until(lambda: bench.queue.state == "broken")
+
+    try:
+        asyncio.run(check())
+    finally:
+        hanging.set()
+        bench.queue.close()
 
 
 def test_before_the_model_is_loaded_requests_are_refused() -> None:
