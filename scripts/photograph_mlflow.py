@@ -66,7 +66,7 @@ def addresses(server: str, model: str, alias: str) -> dict[str, str]:
 
     client = MlflowClient(server)
     version = client.get_model_version_by_alias(model, alias)
-    parent = client.get_run(version.run_id)
+    parent = client.get_run(str(version.run_id))
     experiment = parent.info.experiment_id
     steps = client.search_runs([experiment], filter_string=f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     train = next(run.info.run_id for run in steps if run.info.run_name == "train")

@@ -86,8 +86,8 @@ def main() -> int:
 def _server(model: Path, times: Path | None = None) -> Any:
     """Start the server: the one that notes its engine's times, or one that answers one request at a time."""
     if times is None:
-        args = ("--max-running", "1", "--max-requests", "64")
-        return start_server(model, NAME, env=_ONE_THREAD, args=args, timeout_s=400.0)
+        one = ("--max-running", "1", "--max-requests", "64")
+        return start_server(model, NAME, env=_ONE_THREAD, args=one, timeout_s=400.0)
     env = _ONE_THREAD | {TIMES: str(times), "PYTHONPATH": os.pathsep.join((_HERE, os.environ.get("PYTHONPATH", "")))}
     args = ("--max-running", str(_CLIENTS))
     return start_server(model, NAME, env=env, args=args, timeout_s=400.0, module="timed_server")
@@ -95,10 +95,13 @@ def _server(model: Path, times: Path | None = None) -> Any:
 
 def _added(seen: Sequence[Seen], times: dict[str, list[float]]) -> dict[str, float]:
     """Return the quartiles, over the requests of a round, of what the server added to both times of the engine."""
-    found = {}
-    for which, took in (("first", lambda one: one.first_s), ("whole", lambda one: one.total_s)):
-        place = 1 if which == "first" else 2
-        extra = [(took(one) - (times[str(one.number)][place] - times[str(one.number)][0])) * 1000 for one in seen]
+    found: dict[str, float] = {}
+    for place, which in ((1, "first"), (2, "whole")):
+        extra = []
+        for one in seen:
+            engine = times[str(one.number)]
+            took = one.first_s if which == "first" else one.total_s
+            extra.append((took - (engine[place] - engine[0])) * 1000)
         low, middle, high = quantiles(extra, n=4, method="inclusive")
         found |= {
             f"{which}_p25_ms": round(low, 2),

@@ -1,8 +1,8 @@
 """A long run of everything at once: texts, images, videos, clients that leave, bad input. Is the server as it was?
 
 Greedy answers to known questions are compared with those from the beginning, so that an answer that went to the wrong
-client is noticed. Memory is compared between the second quarter of the run and the last; descriptors before the clients come
-and after they have gone, since those in between are connections that clients keep.
+client is noticed. Memory is compared between the second quarter of the run and the last; descriptors before the clients
+come and after they have gone, since those in between are connections that clients keep.
 
 python benchmarks/serving/soak_server.py --minutes 60
 python benchmarks/serving/soak_server.py --quick

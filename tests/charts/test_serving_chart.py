@@ -418,7 +418,7 @@ def test_keda_scales_by_what_prometheus_sees(
         ("keda-by-visual-load", 'avg_over_time(sum(nvila:visual_load_tokens{namespace="models",', "8000", 60, 50),
         (
             "keda-by-latency",
-            "histogram_quantile(0.95, sum by (le) (rate(nvila:time_to_first_token_seconds_",
+            "(histogram_quantile(0.95, sum by (le) (rate(nvila:time_to_first_token_seconds_",
             "0.5",
             300,
             20,

@@ -47,7 +47,7 @@ def test_a_run_is_in_both_and_its_version_can_be_fetched_elsewhere(
     for step in STEPS:
         assert any(name.startswith(f"lifecycle/{step}/") and name.endswith("/manifest.json") for name in stored), step
     version = client.get_model_version_by_alias("micro", "candidate")
-    assert version.source.startswith("s3://models/lifecycle/")
+    assert str(version.source).startswith("s3://models/lifecycle/")
 
     # Another machine has nothing but the addresses.
     there = make_workspace()

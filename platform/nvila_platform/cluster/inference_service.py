@@ -235,14 +235,15 @@ def load_query(metric: str, endpoint: str, namespace: str) -> str:
     """Return the PromQL of what KEDA scales on: a sum over the pods, which it divides by their number.
 
     It is the mean of two minutes. By the latest scrape alone the pods would follow every chance crowd of requests
-    (benchmarks/serving/autoscaling.py).
+    (benchmarks/serving/autoscaling.py). Without requests there is no percentile, which is 0 to the autoscaler.
     """
     of = f'{{namespace="{namespace}",model_name="{endpoint}"}}'
     first = f"rate(nvila:time_to_first_token_seconds_bucket{of}[2m])"
     return {
         "requests": f"avg_over_time(sum(nvila:num_requests_running{of} + nvila:num_requests_waiting{of})[2m:15s])",
         "visual_load": f"avg_over_time(sum(nvila:visual_load_tokens{of})[2m:15s])",
-        "ttft": f"histogram_quantile(0.95, sum by (le) ({first})) * count(nvila:num_requests_running{of})",
+        "ttft": f"(histogram_quantile(0.95, sum by (le) ({first})) >= 0 or vector(0))"
+        f" * count(nvila:num_requests_running{of})",
     }[metric]
 
 

@@ -241,11 +241,10 @@ class EngineQueue:
             began = time.monotonic()
             try:
                 self._generate(job)
-                self._failures = 0
             except Exception as e:
                 # The process must survive any single request.
                 error = as_api_error(e, job.request_id)
-                self._failures = self._failures + 1 if error.code == INTERNAL else 0
+                self._failures += error.code == INTERNAL
                 job.post(error)
             finally:
                 with self._wake:
@@ -277,6 +276,9 @@ class EngineQueue:
                 generation.deliver(take)
         finally:
             generation.close()
+        if not job.cancelled.is_set():
+            # Neither who gave up nor a mistake of a client's says that the engine works.
+            self._failures = 0
         if reason is None and not job.cancelled.is_set():
             if self._closed:
                 raise _stopping()

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from nvila.errors import ConfigError, InfrastructureError
+from nvila_platform.cluster.inference_service import load_query
 from nvila_platform.prometheus import Prometheus
 from nvila_platform.rollout.live_metrics import LiveMetrics
 
@@ -98,6 +99,30 @@ def test_the_percentile_is_that_of_one_revision(promtool: str, tmp_path: Path) -
     assert evaluated(promtool, tmp_path, ASKED.first_token(NEW, 300), 1.95, inputs) == ""
     assert evaluated(promtool, tmp_path, ASKED.first_token(OLD, 300), 0.95, inputs) == ""
     assert evaluated(promtool, tmp_path, ASKED.first_token("eye-v3-.+", 300), None, inputs) == ""
+
+
+def test_the_autoscaler_gets_means_of_two_minutes_over_all_pods(promtool: str, tmp_path: Path) -> None:
+    def gauge(name: str, number: int, values: str) -> dict[str, str]:
+        return series(f"nvila:{name}", pod("v1-aaaaaa", number), values)
+
+    # A crowd in one scrape of four is two of the nine points of the mean.
+    inputs = [
+        gauge("num_requests_running", 0, "4x17 12 4x9"),
+        gauge("num_requests_waiting", 0, "1x30"),
+        gauge("num_requests_running", 1, "2x30"),
+        gauge("num_requests_waiting", 1, "0x30"),
+        gauge("visual_load_tokens", 0, "1000x30"),
+        gauge("visual_load_tokens", 1, "500x30"),
+    ]
+    of = ("eye", "models")
+    assert evaluated(promtool, tmp_path, load_query("requests", *of), 7 + 8 * 2 / 9, inputs) == ""
+    assert evaluated(promtool, tmp_path, load_query("visual_load", *of), 1500, inputs) == ""
+    # No request in two minutes, and so no percentile: nothing to scale for, and no failure either.
+    name = "nvila:time_to_first_token_seconds_bucket"
+    idle = [series(name, pod("v1-aaaaaa"), "7x30", le=le) for le in ("1", "+Inf")]
+    assert evaluated(promtool, tmp_path, load_query("ttft", *of), 0, inputs + idle) == ""
+    busy = [series(name, pod("v1-aaaaaa"), "0+7x30", le=le) for le in ("1", "+Inf")]
+    assert evaluated(promtool, tmp_path, load_query("ttft", *of), 1.9, inputs + busy) == ""
 
 
 def test_a_wrong_expectation_is_noticed(promtool: str, tmp_path: Path) -> None:
