@@ -31,11 +31,14 @@ class Step:
         self.echo = io.StringIO()
         self.log = folder / "logs" / "run-train.log"
         self.patience = PATIENCE
+        self.noted: tuple[Path, str] | None = None
         self.values: dict[str, Any] = {"image": "nvila:1", "nodes": 2, "claims": {"work": str(folder.resolve())}}
 
     def launcher(self) -> TrainJobLauncher:
         placement = JobPlacement.model_validate(self.values)
-        return TrainJobLauncher(placement, "key-1", self.said.append, echo=self.echo, patience=self.patience)
+        return TrainJobLauncher(
+            placement, "key-1", self.said.append, echo=self.echo, patience=self.patience, noted=self.noted
+        )
 
     def launch(self, env: dict[str, str] | None = None) -> None:
         launcher: Launcher = self.launcher()

@@ -233,6 +233,22 @@ def test_the_end_of_a_run_is_recorded(task: Settings) -> None:
     assert (outcome["state"], outcome["message"]) == ("FAILED", "the step train failed")
 
 
+@pytest.mark.parametrize(("state", "asked"), [("FAILED", ["run-1"]), ("CANCELED", ["run-1"]), ("SUCCEEDED", [])])
+def test_the_end_of_a_run_that_did_not_succeed_takes_its_jobs_away(
+    task: Settings, monkeypatch: pytest.MonkeyPatch, state: str, asked: list[str]
+) -> None:
+    seen: list[str] = []
+
+    def end_jobs(workspace: Path, run_id: str) -> list[str]:
+        assert workspace == task.workspace
+        seen.append(run_id)
+        return ["job x was left"]
+
+    monkeypatch.setattr("nvila_platform.launch.job_notes.end_jobs", end_jobs)
+    finish_run("run-1", state, "")
+    assert seen == asked
+
+
 def test_a_typed_error_is_left_for_the_run(
     task: Settings, micro: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ def finish(
     job_id: str,
     status: dsl.PipelineTaskFinalStatus,
 ) -> None:
-    """Record how the run ended, whatever happened, and end the runs in MLflow that killed tasks left open.
+    """Record how the run ended, whatever happened; end the job and the runs in MLflow that killed tasks left.
 
     Args:
         run_id: Name of the run; empty takes Kubeflow's, with the beginning of the id.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING
 
 from nvila_pipelines.steps.component import run_task
@@ -11,6 +12,8 @@ from nvila_platform.settings import Settings, runner_pid
 
 if TYPE_CHECKING:
     from nvila_platform.pipeline_runs import Ended
+
+logger = logging.getLogger(__name__)
 
 OUTCOME_FILE = "outcome.json"
 _SUCCEEDED, _FAILED, _CANCELLED = "SUCCEEDED", "FAILED", "CANCELLED"
@@ -29,7 +32,7 @@ _LONGEST = 500
 
 
 def finish_run(run_id: str, state: str, message: str, *, followed: bool = True) -> None:
-    """Record the outcome of a run; in MLflow, end the runs of tasks that were killed.
+    """Record the outcome of a run, delete a job that a killed task left, and end the runs of such tasks in MLflow.
 
     Args:
         run_id: Name of the run.
@@ -44,6 +47,11 @@ def _finish(settings: Settings, run_id: str, state: str, message: str, followed:
     folder = settings.workspace / "runs" / run_id
     folder.mkdir(parents=True, exist_ok=True)
     state = _STATES.get(state.upper(), _FAILED)
+    if state != _SUCCEEDED:
+        from nvila_platform.launch.job_notes import end_jobs
+
+        for line in end_jobs(settings.workspace, run_id):
+            logger.warning("%s", line)
     nobody_tells = runner_pid() is None or not followed
     if state == _FAILED and not message and nobody_tells:
         from nvila_platform.pipeline_runs import unfinished_tasks

@@ -53,7 +53,8 @@ def run(context: StepContext) -> dict[str, float]:
         env.setdefault("MLFLOW_RUN_ID", context.tracking_run)
     if section.num_threads is not None:
         env["OMP_NUM_THREADS"] = str(section.num_threads)
-    open_launcher(context.settings, out.name, context.reporter.notice).run(
+    run_id = context.events_path.parent.name
+    open_launcher(context.settings, out.name, context.reporter.notice, run_id).run(
         "nvila_pipelines.steps.train_process",
         [str(spec)],
         num_processes=processes,

@@ -90,13 +90,14 @@ def check_nodes(recipe: Recipe, settings: Settings) -> int:
     return each
 
 
-def open_launcher(settings: Settings, work: str, say: Callable[[str], None]) -> Launcher:
+def open_launcher(settings: Settings, work: str, say: Callable[[str], None], run_id: str = "") -> Launcher:
     """Return what starts the processes of training.
 
     Args:
         settings: Say where.
         work: What is trained, which two jobs never do at once.
         say: Told what a job waits for.
+        run_id: Of the run whose end takes away a job that was left; empty for none.
     """
     placement = job_placement(settings)
     if placement is None:
@@ -107,4 +108,5 @@ def open_launcher(settings: Settings, work: str, say: Callable[[str], None]) -> 
     from nvila_platform.launch.train_job import TrainJobLauncher
 
     # In a pod standard error is what the Kubeflow UI shows; on a terminal it is where progress is drawn.
-    return TrainJobLauncher(placement, work, say, echo=sys.stderr if in_pod() else None)
+    noted = (settings.workspace, run_id) if run_id else None
+    return TrainJobLauncher(placement, work, say, echo=sys.stderr if in_pod() else None, noted=noted)

@@ -20,6 +20,7 @@ from nvila_platform.cluster.logs import PodLogs, Say
 from nvila_platform.cluster.placement import METRICS_ADDRESS, WATCHED, JobPlacement
 from nvila_platform.cluster.pods import selector
 from nvila_platform.cluster.trainjob import NODE, TrainJobSpec, train_job
+from nvila_platform.launch.job_notes import JobNote, forget_job, note_job
 from nvila_platform.launch.job_progress import JobProgress, Patience, conditions
 from nvila_platform.launch.job_results import job_failure
 from nvila_platform.launch.stopping import terminable
@@ -55,6 +56,7 @@ class TrainJobLauncher:
         say: Told what the job waits for.
         echo: Gets the log lines of the nodes, too.
         patience: How long to wait for what.
+        noted: Workspace and run, for a note of who follows the job while it is not complete; None writes none.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class TrainJobLauncher:
         *,
         echo: TextIO | None = None,
         patience: Patience | None = None,
+        noted: tuple[Path, str] | None = None,
     ) -> None:
         self._placement = placement
+        self._noted = noted
         self.job_name = f"nvila-train-{hashlib.sha256(work.encode()).hexdigest()[:12]}"
         self._say = say
         self._echo = echo
@@ -94,6 +98,10 @@ class TrainJobLauncher:
         with storage_errors(log_path):
             log_path.parent.mkdir(parents=True, exist_ok=True)
         client = ClusterClient()
+        if self._noted is not None:
+            # Before there is a job: this process may be killed at any time.
+            workspace, run_id = self._noted
+            note_job(workspace, JobNote(name=self.job_name, namespace=self._placement.namespace, run_id=run_id))
         with terminable():
             try:
                 job = self._found(client, manifest) or self._submitted(client, manifest, files)
@@ -101,6 +109,8 @@ class TrainJobLauncher:
                 self._cancel(client, manifest)
                 raise
             self._follow(client, job, files)
+        if self._noted is not None:
+            forget_job(self._noted[0], self.job_name)
 
     def _check_shared(self, path: Path) -> None:
         mounts = [Path(mount) for mount in self._placement.claims.values()]
