@@ -303,8 +303,13 @@ def _start_s3(binary: str, folder: Path) -> S3Service:
         ],
         "actions": ["Admin", "Read", "List", "Tagging", "Write"],
     }
+    reader = {
+        "name": "reader",
+        "credentials": [{"accessKey": "reader", "secretKey": "only-to-read"}],
+        "actions": ["Read:models", "List:models"],
+    }
     config = folder / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
+    config.write_text(json.dumps({"identities": [identity, reader]}))
     s3, master, volume, filer, admin = _free_ports(5)
     command = [binary, "-logtostderr=true", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-s3.port={s3}", f"-s3.config={config}", f"-master.port={master}", f"-volume.port={volume}"]

@@ -77,8 +77,10 @@ def s3_errors(
         yield
     except S3Error as e:
         if e.code in _REFUSED:
+            rights = " and what this identity may do (read, list, write)" if e.code == "AccessDenied" else ""
             raise ConfigError(
-                f"{where}: the S3 service refused: {e.code}", "check NVILA_S3_ACCESS_KEY and NVILA_S3_SECRET_KEY"
+                f"{where}: the S3 service refused: {e.code}",
+                f"check NVILA_S3_ACCESS_KEY and NVILA_S3_SECRET_KEY{rights}",
             ) from e
         if e.code == "NoSuchBucket":
             raise ConfigError(f"{where}: no such bucket", "create the bucket or correct its name") from e

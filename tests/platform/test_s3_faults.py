@@ -171,6 +171,31 @@ def test_a_killed_service_that_comes_back_has_the_rest_sent(
     same_files(directory, open_at(revived, revived.endpoint, tmp_path / "two").fetch(ref))
 
 
+def test_a_killed_service_that_comes_back_gives_the_rest(
+    mortal_s3: S3Service,
+    revived_s3: Callable[[], S3Service],
+    faulty: Callable[[str], FaultyProxy],
+    tmp_path: Path,
+) -> None:
+    first = open_at(mortal_s3, mortal_s3.endpoint, tmp_path / "one")
+    directory = work(first)
+    ref = first.publish(directory)
+    proxy = faulty(mortal_s3.endpoint)
+    store = open_at(mortal_s3, proxy.endpoint, tmp_path / "two")
+    proxy.received, proxy.bytes_per_second = 0, 40 * MIB
+    found: list[Path] = []
+    download = threading.Thread(target=lambda: found.append(store.fetch(ref)))
+    download.start()
+    wait_until(lambda: proxy.received > SIZE / 3)
+    mortal_s3.kill()
+    revived = revived_s3()
+    proxy.upstream, proxy.bytes_per_second = revived.endpoint, None
+    download.join(60)
+    (fetched,) = found
+    assert proxy.received < SIZE + IN_FLIGHT
+    same_files(directory, fetched)
+
+
 def test_an_upload_that_the_service_forgot_begins_again(s3: S3Service, tmp_path: Path) -> None:
     store = open_at(s3, s3.endpoint, tmp_path / "one")
     directory = work(store, size=2 * PART + 1)

@@ -25,6 +25,10 @@ KEY = content_key("train", {"lr": 1}, {}, "v")
 OTHER = content_key("train", {"lr": 2}, {}, "v")
 
 
+# What the tests' service lets an identity do that may only read.
+READER = {"NVILA_S3_ACCESS_KEY": "reader", "NVILA_S3_SECRET_KEY": "only-to-read"}
+
+
 def settings(workspace: Path, s3: S3Service, **changes: str) -> Settings:
     uri = {"NVILA_STORE_URI": f"s3://models/{workspace.parent.name}"}
     return Settings.load(workspace, s3.variables | uri | changes)
@@ -223,6 +227,18 @@ def test_settings_that_the_service_refuses(s3: S3Service, tmp_path: Path, change
     with pytest.raises(ConfigError, match=says) as caught:
         open_store(settings(tmp_path / "ws", s3, **changes))
     assert "only-for-this-test" not in str(caught.value)
+
+
+def test_who_may_only_read_fetches_and_is_told_what_publishing_needs(
+    store: S3Store, s3: S3Service, tmp_path: Path
+) -> None:
+    ref = store.publish(work(store))
+    reader = S3Store.open(settings(tmp_path / "reader", s3, **READER))
+    assert (reader.fetch(ref) / "model" / "w.bin").read_text(encoding="utf-8") == "weights"
+    with pytest.raises(ConfigError, match="what this identity may do") as caught:
+        reader.publish(work(reader, OTHER))
+    assert READER["NVILA_S3_SECRET_KEY"] not in str(caught.value)
+    assert store.lookup("train", OTHER) is None
 
 
 def test_a_service_that_is_down_is_worth_another_try(s3: S3Service, closed_endpoint: str, tmp_path: Path) -> None:

@@ -125,6 +125,26 @@ def test_text_completions_with_logprobs(client: openai.OpenAI) -> None:
     assert "".join(pieces) == answer.choices[0].text
 
 
+def test_chats_with_logprobs(client: openai.OpenAI) -> None:
+    whole = ask(client, logprobs=True, top_logprobs=2).choices[0]
+    tokens = whole.logprobs.content
+    assert tokens
+    assert "".join(one.token for one in tokens) == whole.message.content.replace(" ", "")
+    for one in tokens:
+        assert len(one.top_logprobs) == 2
+        # Greedy: the chosen one is the likeliest.
+        assert (one.token, one.logprob) == (one.top_logprobs[0].token, one.top_logprobs[0].logprob)
+        assert one.logprob <= 0
+    streamed = [
+        one
+        for chunk in ask(client, logprobs=True, top_logprobs=2, stream=True)
+        if chunk.choices and chunk.choices[0].logprobs
+        for one in chunk.choices[0].logprobs.content
+    ]
+    assert [one.token for one in streamed] == [one.token for one in tokens]
+    assert ask(client).choices[0].logprobs is None
+
+
 def test_a_tokenizer_of_words_cannot_follow_a_schema_and_says_so(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError, match="need a tokenizer of bytes or pieces") as caught:
         ask(client, response_format={"type": "json_object"})
