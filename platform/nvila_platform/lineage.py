@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from nvila.errors import ArtifactError
+from nvila_platform.artifacts import FileEntry
 from nvila_platform.store import ArtifactStore
 
 EXTERNAL = ""
+# Folders of training: the number of the stage and its name.
+_STAGE = re.compile(r"\d+-[a-z0-9_-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +30,7 @@ class Lineage:
         config: The configuration's values under dotted names.
         metrics: Numbers that the step reported.
         inputs: The artifacts it was made of.
+        stages: Digest of the checkpoint of each stage that a training left in it, by folder: `1-align`.
     """
 
     step: str
@@ -33,6 +40,7 @@ class Lineage:
     config: Mapping[str, str | int | float | bool | None]
     metrics: Mapping[str, float]
     inputs: Mapping[str, Lineage]
+    stages: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain nested form for `--json` and reports."""
@@ -43,6 +51,7 @@ class Lineage:
             "finished_at": self.finished_at,
             "config": dict(self.config),
             "metrics": dict(self.metrics),
+            "stages": dict(self.stages),
             "inputs": {name: node.to_dict() for name, node in self.inputs.items()},
         }
 
@@ -60,6 +69,8 @@ class Lineage:
         label = f"{name}: " if name else ""
         made_by = self.step or "external"
         yield f"{'  ' * depth}{label}{made_by} {self.digest[:12]} {self.code_version}".rstrip()
+        for stage, digest in self.stages.items():
+            yield f"{'  ' * (depth + 1)}{stage}: stage {digest[:12]}"
         for child_name, child in self.inputs.items():
             yield from child._lines(child_name, depth + 1)
 
@@ -96,7 +107,21 @@ def _trace(store: ArtifactStore, digest: str, above: frozenset[str]) -> Lineage:
         config=dict(_flat(manifest.config, "")),
         metrics=dict(manifest.metrics),
         inputs={name: _trace(store, value, above | {digest}) for name, value in sorted(manifest.inputs.items())},
+        stages=_stages(manifest.outputs),
     )
+
+
+def _stages(outputs: Iterable[FileEntry]) -> dict[str, str]:
+    """Return a digest of each folder that a stage of training wrote, made of its files' names and digests."""
+    files: dict[str, list[list[str]]] = {}
+    for entry in outputs:
+        folder, _, name = entry.path.partition("/")
+        if name and _STAGE.fullmatch(folder):
+            files.setdefault(folder, []).append([name, entry.sha256])
+    return {
+        folder: hashlib.sha256(json.dumps(sorted(files[folder])).encode()).hexdigest()
+        for folder in sorted(files, key=lambda one: int(one.partition("-")[0]))
+    }
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, str | int | float | bool | None]]:

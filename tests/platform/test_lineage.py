@@ -54,6 +54,24 @@ def test_the_tree_reaches_the_data(store: LocalStore) -> None:
     assert root.to_dict()["inputs"]["data"]["inputs"]["data"]["step"] == "data"
 
 
+def test_the_checkpoint_of_each_stage_has_a_line(store: LocalStore) -> None:
+    def trained(text: str) -> str:
+        key = content_key("train", {"text": text}, {}, "1+code")
+        directory = store.work_dir("train", key)
+        for folder, content in (("1-align", "same"), ("10-last", text), ("2-pretrain", text), ("model", text)):
+            (directory / folder).mkdir()
+            (directory / folder / "w.bin").write_text(content)
+        write_manifest(directory, step="train", key=key, config={}, inputs={}, code_version="v", started_at=utc_now())
+        return store.publish(directory).digest
+
+    one, other = trace(store, trained("one")), trace(store, trained("other"))
+    assert list(one.stages) == ["1-align", "2-pretrain", "10-last"]
+    assert one.stages["1-align"] == other.stages["1-align"]
+    assert one.stages["2-pretrain"] != other.stages["2-pretrain"]
+    assert list(one.lines())[1] == f"  1-align: stage {one.stages['1-align'][:12]}"
+    assert one.to_dict()["stages"] == one.stages
+
+
 def test_a_shared_input_is_shown_under_both(store: LocalStore) -> None:
     data = make(store, "data", "samples", {})
     model = make(store, "train", "weights", {}, data=data.digest)

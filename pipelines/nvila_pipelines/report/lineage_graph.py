@@ -57,7 +57,7 @@ def draw(root: Lineage) -> str:
 
 
 def listing(root: Lineage) -> tuple[tuple[str, str, str, str], ...]:
-    """Return (step, digest, code version, inputs) of every artifact, the newest first."""
+    """Return (step, digest, code version, inputs and stages) of every artifact, the newest first."""
     nodes = _nodes(root)
     labels = _labels(nodes)
     return tuple(
@@ -65,7 +65,10 @@ def listing(root: Lineage) -> tuple[tuple[str, str, str, str], ...]:
             labels[node.digest],
             node.digest,
             node.code_version,
-            ", ".join(f"{name} {child.digest[:SHORT]}" for name, child in node.inputs.items()),
+            ", ".join(
+                f"{name} {digest[:SHORT]}"
+                for name, digest in (*((one, child.digest) for one, child in node.inputs.items()), *node.stages.items())
+            ),
         )
         for row in reversed(_rows(root, nodes))
         for node in (nodes[digest] for digest in row)

@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,3 +143,9 @@ def test_lineage_of_a_copy_of_itself_ends() -> None:
 def test_listing_has_whole_digests_and_inputs() -> None:
     rows = lineage_graph.listing(node("train", "b" * 64, data=node("", "a" * 64)))
     assert rows == (("train", "b" * 64, "1", "data " + "a" * 12), ("data", "a" * 64, "1", ""))
+
+
+def test_listing_names_the_checkpoints_of_stages() -> None:
+    train = replace(node("train", "b" * 64, data=node("", "a" * 64)), stages={"1-align": "c" * 64})
+    (row,) = [row for row in lineage_graph.listing(train) if row[1] == "b" * 64]
+    assert row[3] == f"data {'a' * 12}, 1-align {'c' * 12}"
