@@ -40,10 +40,12 @@ def task(deployed: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ta
     monkeypatch.setattr("nvila_pipelines.steps.component.die_with", lambda _: None)
     monkeypatch.setenv("NVILA_RUNNER_PID", str(os.getpid()))
 
-    def run(policy: str, *options: str, alias: str = "champion", job: str = "") -> tuple[bool, Result, Result, Result]:
+    def run(
+        policy: str, *options: str, alias: str = "champion", job: tuple[str, str] = ("", "")
+    ) -> tuple[bool, Result, Result, Result]:
         found = [Result(tmp_path / "task" / name) for name in ("metrics", "report", "result")]
         words = ["--timeout", "5", "--interval", "1", *options]
-        serves = deploy_model.python_func("models:/eye/2", "eye", alias, policy, words, job, *found)
+        serves = deploy_model.python_func("models:/eye/2", "eye", alias, policy, words, *job, *found)
         return bool(serves), found[0], found[1], found[2]
 
     return run
@@ -85,13 +87,13 @@ def test_a_task_that_cannot_go_on_fails(deployed: World, task: Task) -> None:
 
 
 def test_a_rollout_is_a_run_below_that_of_its_pipeline(deployed: World, task: Task) -> None:
-    serves, *_ = task("", job="release-x/1")
+    serves, *_ = task("", job=("release-x", "1"))
     assert serves is True
     client = connect(deployed.settings)
     experiment = client.get_experiment_by_name(deployed.settings.experiment)
     assert experiment is not None
-    query = "tags.`nvila.run_id` = 'release-x'"
+    query = "tags.`nvila.run_id` = 'release-x-1'"
     runs = client.search_runs([experiment.experiment_id], query, order_by=["start_time ASC"])
-    assert [run.info.run_name for run in runs] == ["release-x", "deploy"]
+    assert [run.info.run_name for run in runs] == ["release-x-1", "deploy"]
     assert runs[0].data.tags["nvila.kfp_run_id"] == "1"
     assert runs[1].data.tags["mlflow.parentRunId"] == runs[0].info.run_id
